@@ -1,0 +1,349 @@
+"""Conversation -> (input_ids, loss_mask), through the model's own chat template.
+
+What is supervised: each assistant turn as the template shows it, and the token that ends the turn. Nothing else.
+
+    text    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello!<|im_end|>\\n
+    mask    ........................................................11111111111111..
+
+How it is found, for any template, with or without `{% generation %}`: the conversation is rendered a second time
+with a marker in place of each assistant turn. What stands between the markers is the template's own frame, and the
+real text must be exactly frame, turn, frame, turn, ..., frame. Where a template treats turns too differently for
+that, the turn is what follows the generation prompt; and where neither holds, the row is refused. The mask is
+never guessed.
+
+Text that looks like a control token (`<|im_end|>` typed by a user) is encoded as the characters it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_core.errors import ChatTemplateError, RowError
+from lora_core.messages import Conversation, Message, parse_row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """A conversation as the model sees it."""
+
+    input_ids: list[int]
+    """(T,) token ids."""
+    loss_mask: list[bool]
+    """(T,) True where the token is supervised: the model is to learn to produce it."""
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Characters [start, end) of the rendered text: an assistant turn with the token that ends it."""
+
+    start: int
+    end: int
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None
+) -> EncodedChat:
+    """Encode one conversation. `show_chat` prints the result with the supervised tokens coloured.
+
+    Args:
+        messages: `{"role": ..., "content": ...}` turns, in any shape that a row may have.
+        tools: JSON schemas of the functions that the assistant may call.
+
+    Raises:
+        RowError: a message is malformed.
+        ChatTemplateError: the template refuses the conversation, or its mask would not be exact.
+    """
+    conversation = parse_row({"messages": list(messages), "tools": tools})
+    result = ChatEncoder(tokenizer).encode_batch([conversation])[0]
+    if isinstance(result, RowError):
+        raise result
+    return result
+
+
+def show_chat(tokenizer: PreTrainedTokenizerBase, encoded: EncodedChat) -> str:
+    """The tokens as text for a terminal: supervised ones green, the others dim, a bar between tokens."""
+    pieces = []
+    for token, supervised in zip(encoded.input_ids, encoded.loss_mask, strict=True):
+        # Control characters in training text must not reach the terminal.
+        text = "".join(c if c.isprintable() else ("⏎" if c == "\n" else repr(c)[1:-1]) for c in tokenizer.decode([token]))
+        newline = "\n" if "⏎" in text else ""
+        pieces.append(f"\x1b[{'32;1' if supervised else '2'}m{text}\x1b[0m{newline}")
+    return "|".join(pieces)
+
+
+class ChatEncoder:
+    """`encode_chat` for many conversations with one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.is_fast:
+            raise ChatTemplateError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed")
+        if not tokenizer.chat_template:
+            raise ChatTemplateError(
+                f"the tokenizer of {tokenizer.name_or_path} has no chat template; fix: data.chat_template=FILE.jinja, "
+                "or a model that was trained to chat (its name often ends in -Instruct)"
+            )
+        self.tokenizer = tokenizer
+        specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        specials |= set(tokenizer.all_special_tokens)
+        # Longest first, so that no token hides another that it begins.
+        alternatives = "|".join(re.escape(token) for token in sorted(specials, key=len, reverse=True))
+        self._special = re.compile(alternatives or r"(?!)")
+        eos = re.escape(str(tokenizer.eos_token)) if tokenizer.eos_token else r"(?!)"
+        self._turn_end = re.compile(rf"\s*(?:{alternatives or eos})(?:{eos})?")
+        self._adds_prefix_space = tokenizer.decode([*self._ids("a"), *self._ids("a")]) != "aa"
+        self._generation_prompt: str | None = None
+
+    def encode_batch(self, conversations: Sequence[Conversation]) -> list[EncodedChat | RowError]:
+        """One result per conversation, in order; a `RowError` where it cannot be encoded."""
+        results: list[EncodedChat | RowError | None] = [None] * len(conversations)
+        plans: list[tuple[int, str, list[_Span], dict[str, str]]] = []
+        for index, conversation in enumerate(conversations):
+            try:
+                safe, hidden = self._hide_specials(conversation)
+                text, spans = self._render(safe)
+                plans.append((index, text, spans, hidden))
+            except RowError as error:
+                results[index] = error
+        whole = [plan for plan in plans if not plan[3]]
+        encodings = self._encode([text for _, text, _, _ in whole])
+        for (index, text, spans, _), (ids, offsets) in zip(whole, encodings, strict=True):
+            mask = _mask_tokens(offsets, spans)
+            results[index] = self._encode_cut(text, spans, {}) if mask is None else EncodedChat(ids, mask)
+        for index, text, spans, hidden in plans:
+            if hidden:
+                results[index] = self._encode_cut(text, spans, hidden)
+        return [result for result in results if result is not None]
+
+    # ----- text
+
+    def _render(self, conversation: Conversation) -> tuple[str, list[_Span]]:
+        """The rendered text and its assistant turns."""
+        text = self._apply_template(conversation.messages, conversation.tools)
+        contents = self._spans_between_frames(text, conversation)
+        if contents is None:
+            contents = self._spans_after_prompt(text, conversation)
+        if contents is None:
+            raise ChatTemplateError(
+                "the chat template shows an assistant turn differently once later turns follow it (some remove "
+                "reasoning from earlier turns), so no exact mask exists; fix: split the row so that it ends there, or "
+                "write the earlier turns as the template would show them"
+            )
+        return text, [_Span(self._start_of_reply(text, start), self._end_of_turn(text, end)) for start, end in contents]
+
+    def _apply_template(self, messages: list[Message], tools: Any, add_generation_prompt: bool = False) -> str:
+        # A chat template is somebody's program and may raise anything; transformers runs it in Jinja's sandbox.
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # noqa: BLE001
+            raise ChatTemplateError(f"the chat template refuses it: {type(error).__name__}: {error}") from error
+        assert isinstance(rendered, str)
+        return rendered
+
+    def _spans_between_frames(self, text: str, conversation: Conversation) -> list[tuple[int, int]] | None:
+        """Assistant turns as what lies between the template's frames; None if the text is not built that way."""
+        markers: list[str] = []
+        marked: list[Message] = []
+        for message in conversation.messages:
+            if message["role"] == "assistant":
+                marker = f"TurnMarker{len(markers)}x"
+                while marker in text:
+                    marker += "x"
+                markers.append(marker)
+                marked.append({"role": "assistant", "content": marker})
+            else:
+                marked.append(message)
+        try:
+            rest = self._apply_template(marked, conversation.tools)
+        except ChatTemplateError:  # such as one that wants a tool's answer to follow a call
+            return None
+        frames = []
+        for marker in markers:
+            if rest.count(marker) != 1:
+                return None
+            frame, rest = rest.split(marker)
+            frames.append(frame)
+        frames.append(rest)
+
+        position = len(frames[0])
+        if not text.startswith(frames[0]):
+            return None
+        spans = []
+        assistants = [message for message in conversation.messages if message["role"] == "assistant"]
+        for message, frame, is_last in zip(assistants, frames[1:], _last_flags(assistants), strict=True):
+            end = _turn_end_before_frame(text, position, message, frame, is_last)
+            if end is None:
+                return None
+            spans.append((position, end))
+            position = end + len(frame)
+        return spans if position == len(text) else None
+
+    def _spans_after_prompt(self, text: str, conversation: Conversation) -> list[tuple[int, int]] | None:
+        """Assistant turns as what follows the generation prompt; None if earlier turns change when later ones come."""
+        spans = []
+        for index, message in enumerate(conversation.messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._apply_template(conversation.messages[:index], conversation.tools, add_generation_prompt=True)
+            if before == self._apply_template(conversation.messages[:index], conversation.tools):
+                return None  # the template has no generation prompt, so this would take the turn's header for content
+            after = self._apply_template(conversation.messages[: index + 1], conversation.tools)
+            if not (text.startswith(after) and after.startswith(before)):
+                return None
+            if message["content"].strip() not in after[len(before) :]:
+                return None
+            ends = list(self._special.finditer(after, len(before)))
+            spans.append((len(before), ends[-1].start() if ends else len(after)))
+        return spans
+
+    def _start_of_reply(self, text: str, start: int) -> int:
+        """Where the model begins to write.
+
+        After the generation prompt; if the template puts a space between that and the content, the model has to
+        write it, and tokenizers make it part of the first word.
+        """
+        if self._generation_prompt is None:
+            question = [{"role": "user", "content": "a"}]
+            with_prompt = self._apply_template(question, None, add_generation_prompt=True)
+            self._generation_prompt = with_prompt.removeprefix(self._apply_template(question, None))
+        before = text[:start]
+        without_space = before.rstrip(" ")
+        if self._generation_prompt and without_space.endswith(self._generation_prompt.rstrip(" ")):
+            spaces_in_prompt = len(self._generation_prompt) - len(self._generation_prompt.rstrip(" "))
+            return min(start, len(without_space) + spaces_in_prompt)
+        return start
+
+    def _end_of_turn(self, text: str, end: int) -> int:
+        match = self._turn_end.match(text, end)
+        if match is None:
+            raise ChatTemplateError(
+                f"the chat template ends an assistant turn with {text[end : end + 20]!r}, which is no special token: the "
+                "model would not learn to stop; fix: data.chat_template=FILE.jinja that puts "
+                f"{self.tokenizer.eos_token!r} after each assistant turn"
+            )
+        return match.end()
+
+    # ----- text that looks like a control token
+
+    def _hide_specials(self, conversation: Conversation) -> tuple[Conversation, dict[str, str]]:
+        """Put a private character in place of each special token that the row itself holds.
+
+        The template can then only add real ones, and `_encode_cut` spells the hidden ones out.
+        """
+        found = dict.fromkeys(
+            match for text in _strings([conversation.messages, conversation.tools]) for match in self._special.findall(text)
+        )
+        if not found:
+            return conversation, {}
+        used = set("".join(_strings([conversation.messages, conversation.tools])))
+        free = (chr(code) for code in range(0x10F000, 0x10FFFE) if chr(code) not in used)
+        stand_ins = {special: next(free) for special in found}
+
+        def hide(value: Any) -> Any:
+            if isinstance(value, str):
+                return self._special.sub(lambda match: stand_ins[match.group()], value)
+            if isinstance(value, dict):
+                return {hide(key): hide(item) for key, item in value.items()}
+            return [hide(item) for item in value] if isinstance(value, list) else value
+
+        hidden = {stand_in: special for special, stand_in in stand_ins.items()}
+        return Conversation(hide(conversation.messages), hide(conversation.tools)), hidden
+
+    # ----- tokens
+
+    def _ids(self, text: str, as_plain_text: bool = False) -> list[int]:
+        encoding = self.tokenizer(text, add_special_tokens=False, split_special_tokens=as_plain_text)
+        return list(encoding["input_ids"])
+
+    def _encode(self, texts: list[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+        if not texts:
+            return iter(())
+        # The template has written every special token already; the tokenizer must add none (no second BOS).
+        batch = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return zip(batch["input_ids"], batch["offset_mapping"], strict=True)
+
+    def _encode_cut(self, text: str, spans: list[_Span], hidden: dict[str, str]) -> EncodedChat | RowError:
+        """Encode piece by piece: cut where a turn starts, so that no token straddles it, and at hidden specials."""
+        if self._adds_prefix_space:
+            return ChatTemplateError(
+                "a token would reach across the start of an assistant turn, or the text holds a special token; this "
+                "tokenizer puts a space before every piece, so it cannot be encoded in pieces; fix: remove white space "
+                "at the turn's start and special tokens from the text"
+            )
+        cuts = {0, len(text), *(span.start for span in spans), *(span.end for span in spans)}
+        for index, character in enumerate(text):
+            if character in hidden:
+                cuts |= {index, index + 1}
+        borders = sorted(cuts)
+        ids: list[int] = []
+        mask: list[bool] = []
+        for start, end in zip(borders, borders[1:]):
+            piece = text[start:end]
+            piece_ids = self._ids(hidden[piece], as_plain_text=True) if piece in hidden else self._ids(piece)
+            supervised = any(span.start <= start and end <= span.end for span in spans)
+            ids += piece_ids
+            mask += [supervised] * len(piece_ids)
+        return EncodedChat(ids, mask)
+
+
+def _last_flags(items: Sequence[Any]) -> list[bool]:
+    return [index == len(items) - 1 for index in range(len(items))]
+
+
+def _turn_end_before_frame(text: str, start: int, message: Message, frame: str, is_last: bool) -> int | None:
+    """Where the assistant turn that starts at `start` ends, with `frame` right after it; None if that is not certain."""
+    if "tool_calls" not in message:
+        content = message["content"]
+        for shown in (content, content.strip(), content.rstrip(), content.lstrip()):
+            end = start + len(shown)
+            if text.startswith(shown + frame, start) and (not is_last or end + len(frame) == len(text)):
+                return end
+        return None
+    # The template writes the call in a form of its own: it is all that stands before the next frame.
+    if is_last:
+        end = len(text) - len(frame)
+        return end if end >= start and text.endswith(frame) else None
+    end = text.find(frame, start)
+    return end if end >= 0 and text.find(frame, end + 1) < 0 else None
+
+
+def _mask_tokens(offsets: Sequence[tuple[int, int]], spans: Sequence[_Span]) -> list[bool] | None:
+    """Which tokens lie in a span; None if a token reaches across a span's start.
+
+    Tokens tile the text. Some tokenizers leave a token's leading space out of its offsets, so a token starts where
+    the one before it ended (several tokens of one character share that character's offsets).
+    """
+    mask = [False] * len(offsets)
+    token = 0
+    for span in spans:
+        previous_end = 0 if token == 0 else offsets[token - 1][1]
+        while token < len(offsets):
+            start, end = min(previous_end, offsets[token][0]), offsets[token][1]
+            if start >= span.end:
+                break
+            if end > span.start:
+                if start < span.start:
+                    return None
+                mask[token] = True
+            previous_end = end
+            token += 1
+    return mask
+
+
+def _strings(value: Any) -> Iterable[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _strings(key)
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)

@@ -1,0 +1,306 @@
+"""A chat JSONL -> an encoded dataset on disk, memory-mapped, with every row accounted for.
+
+Only byte offsets of the lines are held in memory (16 bytes a row). Rows are read, encoded in batches over several
+processes, and written to an Arrow file whose name is a hash of all that decides its content: the file's bytes, the
+tokenizer, the template, the length limit and this code. A second start reads that file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lora_core import chat, messages
+from lora_core.chat import ChatEncoder
+from lora_core.errors import DataError, RowError, counted, problem_list
+from lora_core.messages import Conversation, parse_json_row
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+# Forking and joining worker processes costs more than encoding a few thousand rows.
+_ROWS_WORTH_A_PROCESS = 5_000
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """What became of the rows of one file: read = kept + dropped_bad + dropped_unsupervised."""
+
+    read: int
+    kept: int
+    dropped_bad: int
+    """Could not be read or encoded (only with on_bad_row=skip)."""
+    dropped_unsupervised: int
+    """Nothing to learn from is left, such as when the answer lies past max_seq_length."""
+    truncated: int
+    """Rows that were cut at max_seq_length; among the kept ones and the unsupervised ones."""
+    truncated_tokens: int
+    truncated_supervised_tokens: int
+    tokens: int
+    """In kept rows, after cutting."""
+    supervised_tokens: int
+
+    @property
+    def dropped(self) -> int:
+        return self.dropped_bad + self.dropped_unsupervised
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        text = f"{counted(self.read, 'row')} read, {self.kept:,} kept"
+        if self.dropped_bad:
+            text += f", {self.dropped_bad:,} dropped as unreadable"
+        if self.dropped_unsupervised:
+            text += f", {self.dropped_unsupervised:,} dropped with nothing supervised"
+        text += f"; {self.tokens:,} tokens, {self.supervised_tokens:,} of them supervised"
+        if self.truncated:
+            text += (
+                f"; {counted(self.truncated, 'row')} cut at the right, losing {self.truncated_tokens:,} tokens "
+                f"({self.truncated_supervised_tokens:,} supervised)"
+            )
+        return text
+
+
+@dataclass(frozen=True)
+class EncodedFile:
+    """The kept rows of a file, encoded."""
+
+    dataset: Dataset
+    """Columns input_ids (list of int32), loss_mask (list of bool), line (1-based line in the file)."""
+    lengths: npt.NDArray[np.int64]
+    """(num_rows,) tokens of each row."""
+    counts: RowCounts
+
+
+def encode_file(
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_seq_length: int,
+    cache_dir: str | Path,
+    on_bad_row: str = "error",
+    num_proc: int | None = None,
+) -> EncodedFile:
+    """Encode a chat JSONL, or take the result of an earlier call from `cache_dir`.
+
+    Args:
+        max_seq_length: tokens; longer rows are cut on the right.
+        on_bad_row: "error" or "skip".
+        num_proc: worker processes; None is one per core when there are enough rows to pay for them.
+
+    Raises:
+        DataError: the file is missing, empty or not JSONL; a row is bad (up to 20 are listed, as file:line, unless
+            on_bad_row is "skip"); or no row is left to train on.
+    """
+    path = Path(path)
+    starts, sizes, lines = _line_table(path)
+    if num_proc is None:
+        num_proc = min(os.cpu_count() or 1, max(1, len(starts) // _ROWS_WORTH_A_PROCESS))
+    encoder = ChatEncoder(tokenizer)
+    fingerprint = _fingerprint(path, tokenizer, max_seq_length)
+    encoded = _encode_lines(path, starts, sizes, lines, encoder, max_seq_length, Path(cache_dir).expanduser(), fingerprint, num_proc)
+    problems = encoded.with_format("numpy")["problem"]
+    return _account(path, encoded, np.asarray(problems[:]), on_bad_row, max_seq_length)
+
+
+def _line_table(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Start, size in bytes and 1-based number of each line that is not blank."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file (looked from {Path.cwd()}); fix: data.train_file=PATH or data.eval_file=PATH")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty; it must hold one JSON object a line")
+    starts, sizes, numbers = [], [], []
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        start, number = 0, 0
+        while start < len(content):
+            newline = content.find(b"\n", start)
+            end = newline if newline >= 0 else len(content)
+            number += 1
+            # isspace of a slice: only a short line can be blank without a full look at it
+            if not content[start : min(end, start + 64)].isspace() and end > start:
+                starts.append(start)
+                sizes.append(end - start)
+                numbers.append(number)
+            start = end + 1
+        if starts and content[starts[0] : starts[0] + 64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            raise DataError(
+                f"{path}: holds a JSON array; one JSON object a line is needed; fix: python -c \"import json; "
+                f"[print(json.dumps(row)) for row in json.load(open('{path}'))]\" > {path.stem}.jsonl"
+            )
+    if not starts:
+        raise DataError(f"{path}: every line is blank; the file must hold one JSON object a line")
+    return np.array(starts), np.array(sizes), np.array(numbers)
+
+
+def _fingerprint(path: Path, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> str:
+    """A hash of all that decides the encoded rows."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    backend = tokenizer.backend_tokenizer.to_str()
+    parts = [backend, tokenizer.chat_template, tokenizer.special_tokens_map, max_seq_length]
+    digest.update(json.dumps(parts, default=str, sort_keys=True).encode())
+    for module in (chat, messages):
+        digest.update(Path(str(module.__file__)).read_bytes())
+    digest.update(Path(__file__).read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _encode_lines(
+    path: Path,
+    starts: npt.NDArray[np.int64],
+    sizes: npt.NDArray[np.int64],
+    lines: npt.NDArray[np.int64],
+    encoder: ChatEncoder,
+    max_seq_length: int,
+    cache_dir: Path,
+    fingerprint: str,
+    num_proc: int,
+) -> Dataset:
+    from datasets import Dataset, Features, Value
+    from datasets import List as ListOf
+
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    table = Dataset.from_dict({"start": starts, "size": sizes, "line": lines})
+    features = Features(
+        {
+            "input_ids": ListOf(Value("int32")),
+            "loss_mask": ListOf(Value("bool")),
+            "line": Value("int64"),
+            "problem": Value("string"),
+            "num_supervised": Value("int64"),
+            "truncated_tokens": Value("int64"),
+            "truncated_supervised": Value("int64"),
+        }
+    )
+    return table.map(
+        _encode_batch,
+        batched=True,
+        batch_size=500,
+        num_proc=num_proc if num_proc > 1 else None,
+        remove_columns=["start", "size"],
+        features=features,
+        fn_kwargs={"path": str(path), "encoder": encoder, "max_seq_length": max_seq_length},
+        cache_file_name=str(cache_dir / f"{fingerprint}-{num_proc}.arrow"),
+        new_fingerprint=f"{fingerprint}-{num_proc}",
+        desc="Encoding rows",
+    )
+
+
+def _encode_batch(batch: dict[str, list[int]], path: str, encoder: ChatEncoder, max_seq_length: int) -> dict[str, list[Any]]:
+    parsed: list[Conversation | RowError] = []
+    with Path(path).open("rb") as file:
+        for start, size in zip(batch["start"], batch["size"], strict=True):
+            file.seek(start)
+            parsed.append(_parse_line(file.read(size)))
+    encoded = iter(encoder.encode_batch([item for item in parsed if isinstance(item, Conversation)]))
+    columns: dict[str, list[Any]] = {
+        name: []
+        for name in ("input_ids", "loss_mask", "problem", "num_supervised", "truncated_tokens", "truncated_supervised")
+    }
+    for item in parsed:
+        result = item if isinstance(item, RowError) else next(encoded)
+        if isinstance(result, RowError):
+            ids: list[int] = []
+            mask: list[bool] = []
+            cut: list[bool] = []
+            problem = str(result)
+        else:
+            # The first token has nothing before it to be predicted from, so it is never supervised.
+            full_mask = [False, *result.loss_mask[1:]]
+            ids, mask, cut = result.input_ids[:max_seq_length], full_mask[:max_seq_length], full_mask[max_seq_length:]
+            problem = ""
+        columns["input_ids"].append(ids)
+        columns["loss_mask"].append(mask)
+        columns["problem"].append(problem)
+        columns["num_supervised"].append(sum(mask))
+        columns["truncated_tokens"].append(len(cut))
+        columns["truncated_supervised"].append(sum(cut))
+    return columns | {"line": batch["line"]}
+
+
+def _parse_line(raw: bytes) -> Conversation | RowError:
+    try:
+        return parse_json_row(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return RowError(f"not UTF-8 at byte {error.start} of the line; fix: save the file as UTF-8")
+    except RowError as error:
+        return error
+
+
+def _account(path: Path, encoded: Dataset, problems: npt.NDArray[Any], on_bad_row: str, max_seq_length: int) -> EncodedFile:
+    columns = encoded.with_format("numpy")
+    lines, supervised, truncated, truncated_supervised = (
+        np.asarray(columns[name][:]) for name in ("line", "num_supervised", "truncated_tokens", "truncated_supervised")
+    )
+    bad = problems != ""
+    if bad.any() and on_bad_row == "error":
+        listed = [f"{path}:{line}: {problem}" for line, problem in zip(lines[bad], problems[bad], strict=True)]
+        title = f"{path}: {counted(len(listed), 'row')} of {len(lines):,} cannot be used:"
+        raise DataError(problem_list(title, listed) + "\nFix them, or drop and count them with data.on_bad_row=skip")
+    kept = ~bad & (supervised > 0)
+    dataset = encoded.select(np.flatnonzero(kept)) if not kept.all() else encoded
+    lengths = _list_lengths(dataset)
+    counts = RowCounts(
+        read=len(lines),
+        kept=int(kept.sum()),
+        dropped_bad=int(bad.sum()),
+        dropped_unsupervised=int((~bad & (supervised == 0)).sum()),
+        truncated=int((truncated > 0).sum()),
+        truncated_tokens=int(truncated.sum()),
+        truncated_supervised_tokens=int(truncated_supervised.sum()),
+        tokens=int(lengths.sum()),
+        supervised_tokens=int(supervised[kept].sum()),
+    )
+    if counts.kept == 0:
+        raise DataError(
+            f"{path}: no row is left to train on ({counts}); max_seq_length is {max_seq_length}"
+            + ("; fix: a larger data.max_seq_length" if counts.truncated_supervised_tokens else "")
+        )
+    return EncodedFile(dataset.select_columns(["input_ids", "loss_mask", "line"]), lengths, counts)
+
+
+def _list_lengths(dataset: Dataset) -> npt.NDArray[np.int64]:
+    """(num_rows,) tokens of each row, read from Arrow's list offsets without touching the tokens."""
+    import pyarrow.compute as pc
+
+    lengths: Iterable[Any] = (
+        pc.list_value_length(batch.column("input_ids")) for batch in dataset.with_format("arrow").iter(batch_size=10_000)
+    )
+    return np.concatenate([np.asarray(chunk.to_numpy(), dtype=np.int64) for chunk in lengths] or [np.zeros(0, np.int64)])
+
+
+def hold_out(encoded: EncodedFile, fraction: float, seed: int) -> tuple[EncodedFile, EncodedFile]:
+    """Split off a seeded share of the rows: (train, held out). At least one row goes to each side.
+
+    Raises:
+        DataError: there are fewer than two rows.
+    """
+    num_rows = len(encoded.lengths)
+    if num_rows < 2:
+        raise DataError(f"data.eval_fraction={fraction} needs at least 2 rows, there is {num_rows}; fix: data.eval_fraction=0")
+    num_held_out = min(num_rows - 1, max(1, round(num_rows * fraction)))
+    order = np.random.default_rng([seed, 0xE7A1]).permutation(num_rows)
+    held_out, train = np.sort(order[:num_held_out]), np.sort(order[num_held_out:])
+    return _subset(encoded, train), _subset(encoded, held_out)
+
+
+def _subset(encoded: EncodedFile, rows: npt.NDArray[np.int64]) -> EncodedFile:
+    dataset = encoded.dataset.select(rows)
+    lengths = encoded.lengths[rows]
+    supervised = sum(sum(mask) for mask in dataset["loss_mask"])
+    # The whole file's reading is accounted for by its own counts; these are the part's.
+    counts = RowCounts(len(rows), len(rows), 0, 0, 0, 0, 0, int(lengths.sum()), supervised)
+    return EncodedFile(dataset, lengths, counts)

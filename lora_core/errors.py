@@ -1,0 +1,54 @@
+"""What lora_core raises when the user, the data or the run is at fault.
+
+Each message stands on its own: it names the value, the limit and the fix. The commands in `launch/` print the
+message without a traceback and exit with `exit_code`; anything else that escapes is a fault in lora_core itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class LoraCoreError(Exception):
+    """Base of every error that lora_core raises on purpose. Exit code 1: a fault while running."""
+
+    exit_code = 1
+
+
+class ConfigError(LoraCoreError):
+    """A configuration that cannot be used; lists every problem found. Exit code 2."""
+
+    exit_code = 2
+
+
+class DataError(LoraCoreError):
+    """Rows or files that cannot be used; lists them as file:line. Exit code 2."""
+
+    exit_code = 2
+
+
+class RowError(LoraCoreError):
+    """One row that cannot be used. Callers that know the row's place turn it into a `DataError`."""
+
+    exit_code = 2
+
+
+class ChatTemplateError(RowError):
+    """The chat template cannot show this conversation, or its mask would not be exact."""
+
+
+class TrainingError(LoraCoreError):
+    """The run could not go on, such as for a loss that is not finite. Exit code 1."""
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def problem_list(title: str, problems: Sequence[str], limit: int = 20) -> str:
+    """`title` and one indented line per problem; past `limit` only their number, so that nothing is hidden."""
+    lines = [title, *(f"  {problem}" for problem in problems[:limit])]
+    if len(problems) > limit:
+        lines.append(f"  ... and {len(problems) - limit:,} more")
+    return "\n".join(lines)

@@ -1,0 +1,162 @@
+"""The frozen base model (bf16, NF4, int8), its tokenizer, and the adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lora_core.config import LoraConfig, ModelConfig
+from lora_core.errors import ConfigError, counted
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_tokenizer(config: ModelConfig, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with another chat template if a file is named.
+
+    Raises:
+        ConfigError: the model or the template file cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    name = resolve_name(config)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(_cannot_load("tokenizer", name, error)) from error
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"data.chat_template={chat_template}: cannot be read as a text file ({error})") from error
+    return tokenizer
+
+
+def load_base_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
+    """The base model on one device, frozen.
+
+    Raises:
+        ConfigError: it cannot be found or read.
+    """
+    from transformers import AutoModelForCausalLM
+
+    name = resolve_name(config)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=config.revision,
+            dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+            attn_implementation=config.attn_implementation,
+            quantization_config=_quantization(config),
+            device_map={"": device},
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(_cannot_load("model", name, error)) from error
+    model.config.use_cache = False
+    return model.requires_grad_(False)
+
+
+def resolve_name(config: ModelConfig) -> str:
+    """`name_or_path` with `~` resolved; a path that looks like one must exist."""
+    name = config.name_or_path
+    if not name.startswith(("~", "/", "./", "../")):
+        return name
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        hint = "; fix: make demo" if path.name == "SmolLM2-135M-Instruct" else "; fix: model.name_or_path=FOLDER or a hub id"
+        raise ConfigError(f"model.name_or_path={name}: no such folder{hint}")
+    return str(path)
+
+
+def _cannot_load(what: str, name: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()
+    return (
+        f"model.name_or_path={name}: the {what} cannot be loaded: {reason[0] if reason else type(error).__name__}. "
+        "Fix: a hub id or a local folder; `huggingface-cli login` for a gated model; unset HF_HUB_OFFLINE if it is not cached"
+    )
+
+
+def _quantization(config: ModelConfig) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if config.quantization == "nf4":
+        # QLoRA, https://arxiv.org/abs/2305.14314
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    if config.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return None
+
+
+def add_adapter(base: PreTrainedModel, config: LoraConfig, seed: int, gradient_checkpointing: bool = False) -> PeftModel:
+    """Put a LoRA adapter on the base model: float32, the only thing that trains, its start fixed by `seed`.
+
+    Raises:
+        ConfigError: a target module matches nothing; lists what there is.
+    """
+    import peft
+
+    check_target_modules(base, config.target_modules)
+    torch.manual_seed(seed)
+    model: PeftModel = peft.get_peft_model(
+        base,
+        peft.LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=config.target_modules,
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+            task_type="CAUSAL_LM",
+        ),
+        autocast_adapter_dtype=True,
+    )
+    if gradient_checkpointing:
+        # Non-reentrant: the reentrant kind needs gradients on its inputs, which a frozen embedding does not give.
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def check_target_modules(model: nn.Module, target_modules: list[str] | str) -> None:
+    """Every name must match a module; PEFT itself only minds when none does.
+
+    Raises:
+        ConfigError: lists the names that match nothing, and the linear layers that there are.
+    """
+    if isinstance(target_modules, str):
+        return
+    names = [name for name, _ in model.named_modules()]
+    missing = [target for target in target_modules if not any(n == target or n.endswith(f".{target}") for n in names)]
+    if missing or not target_modules:
+        linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        raise ConfigError(
+            f"lora.target_modules: {', '.join(missing) or 'an empty list'} matches nothing in {type(model).__name__}; "
+            f"its linear layers: {', '.join(sorted(linear))}; fix: lora.target_modules=[{','.join(sorted(linear - {'lm_head'}))}]"
+        )
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all). A 4-bit weight packs two parameters into each stored byte and is counted as two."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        quant_state = getattr(parameter, "quant_state", None)
+        number = quant_state.shape.numel() if quant_state is not None else parameter.numel()
+        total += number
+        trainable += number if parameter.requires_grad else 0
+    return trainable, total
+
+
+def describe_parameters(model: nn.Module) -> str:
+    """`4,884,480 of 139,400,064 parameters train (3.50%)`."""
+    trainable, total = count_parameters(model)
+    return f"{trainable:,} of {counted(total, 'parameter')} train ({trainable / total:.2%})"
