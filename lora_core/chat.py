@@ -16,6 +16,7 @@ Text that looks like a control token (`<|im_end|>` typed by a user) is encoded a
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -71,7 +72,9 @@ def show_chat(tokenizer: PreTrainedTokenizerBase, encoded: EncodedChat) -> str:
     pieces = []
     for token, supervised in zip(encoded.input_ids, encoded.loss_mask, strict=True):
         # Control characters in training text must not reach the terminal.
-        text = "".join(c if c.isprintable() else ("⏎" if c == "\n" else repr(c)[1:-1]) for c in tokenizer.decode([token]))
+        text = "".join(
+            c if c.isprintable() else ("⏎" if c == "\n" else repr(c)[1:-1]) for c in tokenizer.decode([token])
+        )
         newline = "\n" if "⏎" in text else ""
         pieces.append(f"\x1b[{'32;1' if supervised else '2'}m{text}\x1b[0m{newline}")
     return "|".join(pieces)
@@ -82,7 +85,9 @@ class ChatEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.is_fast:
-            raise ChatTemplateError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed")
+            raise ChatTemplateError(
+                f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed"
+            )
         if not tokenizer.chat_template:
             raise ChatTemplateError(
                 f"the tokenizer of {tokenizer.name_or_path} has no chat template; fix: data.chat_template=FILE.jinja, "
@@ -142,7 +147,7 @@ class ChatEncoder:
             rendered = self.tokenizer.apply_chat_template(
                 messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             raise ChatTemplateError(f"the chat template refuses it: {type(error).__name__}: {error}") from error
         assert isinstance(rendered, str)
         return rendered
@@ -215,7 +220,7 @@ class ChatEncoder:
             self._generation_prompt = with_prompt.removeprefix(self._apply_template(question, None))
         before = text[:start]
         without_space = before.rstrip(" ")
-        if self._generation_prompt and without_space.endswith(self._generation_prompt.rstrip(" ")):
+        if without_space.endswith(self._generation_prompt.rstrip(" ")):
             spaces_in_prompt = len(self._generation_prompt) - len(self._generation_prompt.rstrip(" "))
             return min(start, len(without_space) + spaces_in_prompt)
         return start
@@ -224,8 +229,8 @@ class ChatEncoder:
         match = self._turn_end.match(text, end)
         if match is None:
             raise ChatTemplateError(
-                f"the chat template ends an assistant turn with {text[end : end + 20]!r}, which is no special token: the "
-                "model would not learn to stop; fix: data.chat_template=FILE.jinja that puts "
+                f"the chat template ends an assistant turn with {text[end : end + 20]!r}, which is no special token: "
+                "the model would not learn to stop; fix: data.chat_template=FILE.jinja that puts "
                 f"{self.tokenizer.eos_token!r} after each assistant turn"
             )
         return match.end()
@@ -238,7 +243,9 @@ class ChatEncoder:
         The template can then only add real ones, and `_encode_cut` spells the hidden ones out.
         """
         found = dict.fromkeys(
-            match for text in _strings([conversation.messages, conversation.tools]) for match in self._special.findall(text)
+            match
+            for text in _strings([conversation.messages, conversation.tools])
+            for match in self._special.findall(text)
         )
         if not found:
             return conversation, {}
@@ -284,7 +291,7 @@ class ChatEncoder:
         borders = sorted(cuts)
         ids: list[int] = []
         mask: list[bool] = []
-        for start, end in zip(borders, borders[1:]):
+        for start, end in itertools.pairwise(borders):
             piece = text[start:end]
             piece_ids = self._ids(hidden[piece], as_plain_text=True) if piece in hidden else self._ids(piece)
             supervised = any(span.start <= start and end <= span.end for span in spans)
@@ -298,7 +305,7 @@ def _last_flags(items: Sequence[Any]) -> list[bool]:
 
 
 def _turn_end_before_frame(text: str, start: int, message: Message, frame: str, is_last: bool) -> int | None:
-    """Where the assistant turn that starts at `start` ends, with `frame` right after it; None if that is not certain."""
+    """Where the assistant turn that starts at `start` ends, with `frame` right after it; None if not certain."""
     if "tool_calls" not in message:
         content = message["content"]
         for shown in (content, content.strip(), content.rstrip(), content.lstrip()):

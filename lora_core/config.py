@@ -69,7 +69,9 @@ class DataConfig(_Section):
         "error", description="a row that cannot be read: stop with file:line, or skip and count it"
     )
     chat_template: str | None = Field(None, description="a Jinja file to use in place of the tokenizer's own template")
-    num_proc: PositiveInt | None = Field(None, description="processes that encode rows; null is one per core, for large files")
+    num_proc: PositiveInt | None = Field(
+        None, description="processes that encode rows; null is one per core, for large files"
+    )
     cache_dir: str = Field("~/.cache/lora_core/encoded", description="where encoded rows are kept between runs")
 
     @model_validator(mode="after")
@@ -96,16 +98,24 @@ class TrainConfig(_Section):
     )
     warmup_ratio: Fraction | None = Field(0.1, description="warmup as a share of all optimizer steps, rounded up")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled, as in AdamW")
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="clip the global norm; null does not clip")
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        1.0, description="clip the global norm; null does not clip"
+    )
     optim: Literal["paged_adamw_8bit", "adamw_8bit", "adamw_torch"] = Field(
         "paged_adamw_8bit", description="paged state is a CUDA feature; on a CPU it is plain 8-bit"
     )
     bf16: bool = Field(True, description="compute under bfloat16 autocast")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward: less memory, more time")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward: less memory, more time"
+    )
     seed: Annotated[int, Field(ge=0)] = Field(42, description="fixes row order, initial adapter and dropout")
     logging_steps: PositiveInt = Field(1, description="optimizer steps between log lines")
-    eval_steps: PositiveInt | None = Field(None, description="optimizer steps between evaluations; null is once an epoch")
-    save_steps: PositiveInt | None = Field(None, description="optimizer steps between checkpoints; null saves only the end")
+    eval_steps: PositiveInt | None = Field(
+        None, description="optimizer steps between evaluations; null is once an epoch"
+    )
+    save_steps: PositiveInt | None = Field(
+        None, description="optimizer steps between checkpoints; null saves only the end"
+    )
     num_sample_replies: Annotated[int, Field(ge=0)] = Field(
         3, description="held-out prompts answered before and after training"
     )
@@ -161,7 +171,9 @@ _YamlLoader.add_implicit_resolver(
 )
 
 
-def _flatten(node: yaml.Node, file: str, loader: _YamlLoader, prefix: str, problems: list[str]) -> Iterator[tuple[str, _Setting]]:
+def _flatten(
+    node: yaml.Node, file: str, loader: _YamlLoader, prefix: str, problems: list[str]
+) -> Iterator[tuple[str, _Setting]]:
     """Leaves of a YAML mapping as (dotted key, setting). Duplicate keys are problems, where PyYAML keeps the last."""
     assert isinstance(node, yaml.MappingNode)
     seen: set[str] = set()
@@ -191,7 +203,7 @@ def _read_yaml(path: Path, problems: list[str]) -> dict[str, _Setting]:
         if node is None:
             return {}
         if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(f"{path}: must hold `key: value` lines, not a {node.id}")
+            raise ConfigError(f"{path}: must hold `key: value` lines, not a {node.tag.split(':')[-1]}")
         return dict(_flatten(node, str(path), loader, "", problems))
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         # ValueError: PyYAML raises it for a date such as 2024-99-99.
@@ -263,13 +275,16 @@ _SECTIONS: dict[str, type[_Section]] = {
 def config_keys() -> dict[str, str]:
     """Every dotted key with what it allows, its default and its meaning, in order."""
     keys = {}
-    for section, fields in [*_SECTIONS.items(), ("", RunConfig)]:
+    sections: dict[str, type[BaseModel]] = {**_SECTIONS, "": RunConfig}
+    for section, fields in sections.items():
         schema = fields.model_json_schema()["properties"]
         for name, field in fields.model_fields.items():
             if not section and name in _SECTIONS:
                 continue
             default = yaml.safe_dump(field.get_default(), default_flow_style=True, width=1000).split("\n")[0]
-            keys[f"{section}.{name}" if section else name] = f"{_allowed(schema[name])}, default {default}: {field.description}"
+            keys[f"{section}.{name}" if section else name] = (
+                f"{_allowed(schema[name])}, default {default}: {field.description}"
+            )
     return keys
 
 
@@ -283,10 +298,21 @@ def _allowed(schema: Mapping[str, Any]) -> str:
         return str(schema["const"])
     if schema["type"] == "array":
         return f"list of {_allowed(schema['items'])}s"
-    words = {"integer": "whole number", "number": "number", "boolean": "true|false", "string": "text", "null": "null"}
+    words = {
+        "integer": "whole number",
+        "number": "number",
+        "boolean": "true|false",
+        "string": "text",
+        "null": "null",
+    }
     limits = [
         f"{sign} {schema[key]}"
-        for key, sign in (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))
+        for key, sign in (
+            ("minimum", ">="),
+            ("exclusiveMinimum", ">"),
+            ("maximum", "<="),
+            ("exclusiveMaximum", "<"),
+        )
         if key in schema
     ]
     return " ".join([words[schema["type"]], " and ".join(limits)]).strip()
@@ -350,14 +376,19 @@ def _is_legacy(settings: Mapping[str, _Setting]) -> bool:
     return bool(settings) and all("/" in key for key in settings)
 
 
-def _legacy_layer(path: Path, settings: Mapping[str, _Setting], model: str | None, problems: list[str]) -> dict[str, _Setting]:
+def _legacy_layer(
+    path: Path, settings: Mapping[str, _Setting], model: str | None, problems: list[str]
+) -> dict[str, _Setting]:
     models = list(dict.fromkeys(key.rpartition(".")[0] or key for key in settings))
     if model is None and len(models) == 1:
         model = models[0]
     if model not in models:
         asked = "no --model was given" if model is None else f"--model {model} is not among them"
         raise ConfigError(
-            problem_list(f"{path} holds settings for {len(models)} models, and {asked}. Fix: one of", [f"--model {m}" for m in models])
+            problem_list(
+                f"{path} holds settings for {len(models)} models, and {asked}. Fix: one of",
+                [f"--model {m}" for m in models],
+            )
         )
     layer = {"model.name_or_path": _Setting(model, str(path))}
     for key, setting in settings.items():

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from lora_core import chat, messages
 from lora_core.chat import ChatEncoder
+from lora_core.config import RunConfig
 from lora_core.errors import DataError, RowError, counted, problem_list
 from lora_core.messages import Conversation, parse_json_row
 
@@ -83,6 +84,35 @@ class EncodedFile:
     counts: RowCounts
 
 
+def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[EncodedFile, EncodedFile | None]:
+    """Training rows, and held-out rows if there are any."""
+
+    def encode(path: str) -> EncodedFile:
+        return encode_file(
+            path,
+            tokenizer,
+            max_seq_length=config.data.max_seq_length,
+            cache_dir=config.data.cache_dir,
+            on_bad_row=config.data.on_bad_row,
+            num_proc=config.data.num_proc,
+        )
+
+    train_data = encode(config.data.train_file)
+    if config.data.eval_file is not None:
+        return train_data, encode(config.data.eval_file)
+    if config.data.eval_fraction > 0:
+        return hold_out(train_data, config.data.eval_fraction, config.train.seed)
+    return train_data, None
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills short rows. Any id will do: the attention mask hides it and the loss mask leaves it out."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(candidate, int):
+            return candidate
+    return 0
+
+
 def encode_file(
     path: str | Path,
     tokenizer: PreTrainedTokenizerBase,
@@ -109,7 +139,17 @@ def encode_file(
         num_proc = min(os.cpu_count() or 1, max(1, len(starts) // _ROWS_WORTH_A_PROCESS))
     encoder = ChatEncoder(tokenizer)
     fingerprint = _fingerprint(path, tokenizer, max_seq_length)
-    encoded = _encode_lines(path, starts, sizes, lines, encoder, max_seq_length, Path(cache_dir).expanduser(), fingerprint, num_proc)
+    encoded = _encode_lines(
+        path,
+        starts,
+        sizes,
+        lines,
+        encoder,
+        max_seq_length,
+        Path(cache_dir).expanduser(),
+        fingerprint,
+        num_proc,
+    )
     problems = encoded.with_format("numpy")["problem"]
     return _account(path, encoded, np.asarray(problems[:]), on_bad_row, max_seq_length)
 
@@ -117,7 +157,9 @@ def encode_file(
 def _line_table(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Start, size in bytes and 1-based number of each line that is not blank."""
     if not path.is_file():
-        raise DataError(f"{path}: no such file (looked from {Path.cwd()}); fix: data.train_file=PATH or data.eval_file=PATH")
+        raise DataError(
+            f"{path}: no such file (looked from {Path.cwd()}); fix: data.train_file=PATH or data.eval_file=PATH"
+        )
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty; it must hold one JSON object a line")
     starts, sizes, numbers = [], [], []
@@ -135,7 +177,7 @@ def _line_table(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64
             start = end + 1
         if starts and content[starts[0] : starts[0] + 64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
             raise DataError(
-                f"{path}: holds a JSON array; one JSON object a line is needed; fix: python -c \"import json; "
+                f'{path}: holds a JSON array; one JSON object a line is needed; fix: python -c "import json; '
                 f"[print(json.dumps(row)) for row in json.load(open('{path}'))]\" > {path.stem}.jsonl"
             )
     if not starts:
@@ -199,7 +241,9 @@ def _encode_lines(
     )
 
 
-def _encode_batch(batch: dict[str, list[int]], path: str, encoder: ChatEncoder, max_seq_length: int) -> dict[str, list[Any]]:
+def _encode_batch(
+    batch: dict[str, list[int]], path: str, encoder: ChatEncoder, max_seq_length: int
+) -> dict[str, list[Any]]:
     parsed: list[Conversation | RowError] = []
     with Path(path).open("rb") as file:
         for start, size in zip(batch["start"], batch["size"], strict=True):
@@ -208,7 +252,14 @@ def _encode_batch(batch: dict[str, list[int]], path: str, encoder: ChatEncoder, 
     encoded = iter(encoder.encode_batch([item for item in parsed if isinstance(item, Conversation)]))
     columns: dict[str, list[Any]] = {
         name: []
-        for name in ("input_ids", "loss_mask", "problem", "num_supervised", "truncated_tokens", "truncated_supervised")
+        for name in (
+            "input_ids",
+            "loss_mask",
+            "problem",
+            "num_supervised",
+            "truncated_tokens",
+            "truncated_supervised",
+        )
     }
     for item in parsed:
         result = item if isinstance(item, RowError) else next(encoded)
@@ -220,7 +271,11 @@ def _encode_batch(batch: dict[str, list[int]], path: str, encoder: ChatEncoder, 
         else:
             # The first token has nothing before it to be predicted from, so it is never supervised.
             full_mask = [False, *result.loss_mask[1:]]
-            ids, mask, cut = result.input_ids[:max_seq_length], full_mask[:max_seq_length], full_mask[max_seq_length:]
+            ids, mask, cut = (
+                result.input_ids[:max_seq_length],
+                full_mask[:max_seq_length],
+                full_mask[max_seq_length:],
+            )
             problem = ""
         columns["input_ids"].append(ids)
         columns["loss_mask"].append(mask)
@@ -240,7 +295,9 @@ def _parse_line(raw: bytes) -> Conversation | RowError:
         return error
 
 
-def _account(path: Path, encoded: Dataset, problems: npt.NDArray[Any], on_bad_row: str, max_seq_length: int) -> EncodedFile:
+def _account(
+    path: Path, encoded: Dataset, problems: npt.NDArray[Any], on_bad_row: str, max_seq_length: int
+) -> EncodedFile:
     columns = encoded.with_format("numpy")
     lines, supervised, truncated, truncated_supervised = (
         np.asarray(columns[name][:]) for name in ("line", "num_supervised", "truncated_tokens", "truncated_supervised")
@@ -277,9 +334,12 @@ def _list_lengths(dataset: Dataset) -> npt.NDArray[np.int64]:
     import pyarrow.compute as pc
 
     lengths: Iterable[Any] = (
-        pc.list_value_length(batch.column("input_ids")) for batch in dataset.with_format("arrow").iter(batch_size=10_000)
+        pc.list_value_length(batch.column("input_ids"))
+        for batch in dataset.with_format("arrow").iter(batch_size=10_000)
     )
-    return np.concatenate([np.asarray(chunk.to_numpy(), dtype=np.int64) for chunk in lengths] or [np.zeros(0, np.int64)])
+    return np.concatenate(
+        [np.asarray(chunk.to_numpy(), dtype=np.int64) for chunk in lengths] or [np.zeros(0, np.int64)]
+    )
 
 
 def hold_out(encoded: EncodedFile, fraction: float, seed: int) -> tuple[EncodedFile, EncodedFile]:
@@ -290,7 +350,9 @@ def hold_out(encoded: EncodedFile, fraction: float, seed: int) -> tuple[EncodedF
     """
     num_rows = len(encoded.lengths)
     if num_rows < 2:
-        raise DataError(f"data.eval_fraction={fraction} needs at least 2 rows, there is {num_rows}; fix: data.eval_fraction=0")
+        raise DataError(
+            f"data.eval_fraction={fraction} needs at least 2 rows, there is {num_rows}; fix: data.eval_fraction=0"
+        )
     num_held_out = min(num_rows - 1, max(1, round(num_rows * fraction)))
     order = np.random.default_rng([seed, 0xE7A1]).permutation(num_rows)
     held_out, train = np.sort(order[:num_held_out]), np.sort(order[num_held_out:])

@@ -39,7 +39,9 @@ class CausalLMLoss(nn.Module):
 
         The prediction for position t is made at t - 1, so the loss mask is read one place to the right.
         """
-        hidden = _decoder(self.model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        hidden = _decoder(self.model)(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
         supervised = loss_mask[:, 1:]
         logits = project(self.model, hidden[:, :-1][supervised])  # (N, vocabulary)
         targets = input_ids[:, 1:][supervised]  # (N,)
@@ -55,7 +57,8 @@ class CausalLMLoss(nn.Module):
 
 def _causal_lm(model: nn.Module) -> Any:
     """The transformers model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap: Any = getattr(model, "get_base_model", None)
+    return model if unwrap is None else unwrap()
 
 
 def _decoder(model: nn.Module) -> Any:
@@ -95,5 +98,6 @@ def check_head(model: nn.Module) -> None:
     if not difference <= 1e-3 * max(1.0, own.abs().max().item()):
         raise TrainingError(
             f"{type(causal_lm).__name__} computes its logits in a way that lora_core does not know: they differ by "
-            f"{difference:.3g} from its output embedding's. Training would go wrong, so it stops here; please report the model"
+            f"{difference:.3g} from its output embedding's. Training would go wrong, so it stops here; "
+            "please report the model"
         )

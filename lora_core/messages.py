@@ -92,7 +92,9 @@ def _turns(row: Mapping[str, Any]) -> Sequence[Any]:
         return [_turn("user", row["prompt"]), _turn("assistant", row["completion"])]
     if "instruction" in row and "output" in row:
         extra = row.get("input") or ""
-        question = f"{_text(row['instruction'], 'instruction')}\n\n{_text(extra, 'input')}" if extra else row["instruction"]
+        question = (
+            f"{_text(row['instruction'], 'instruction')}\n\n{_text(extra, 'input')}" if extra else row["instruction"]
+        )
         return [_turn("user", question), _turn("assistant", row["output"])]
     raise RowError(
         f"has the keys {', '.join(map(repr, row)) or '(none)'}; needs 'messages', 'conversations', "
@@ -135,7 +137,9 @@ def _text(value: Any, what: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise RowError(f"{what} holds half of a surrogate pair at character {error.start}: not valid Unicode") from error
+        raise RowError(
+            f"{what} holds half of a surrogate pair at character {error.start}: not valid Unicode"
+        ) from error
     return value
 
 
@@ -200,5 +204,12 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "a truth value", int: "a number", float: "a number"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "text",
+        bool: "a truth value",
+        int: "a number",
+        float: "a number",
+    }
     return "null" if value is None else names.get(type(value), type(value).__name__)

@@ -69,7 +69,11 @@ def resolve_name(config: ModelConfig) -> str:
         return name
     path = Path(name).expanduser()
     if not path.is_dir():
-        hint = "; fix: make demo" if path.name == "SmolLM2-135M-Instruct" else "; fix: model.name_or_path=FOLDER or a hub id"
+        hint = (
+            "; fix: make demo"
+            if path.name == "SmolLM2-135M-Instruct"
+            else "; fix: model.name_or_path=FOLDER or a hub id"
+        )
         raise ConfigError(f"model.name_or_path={name}: no such folder{hint}")
     return str(path)
 
@@ -78,7 +82,7 @@ def _cannot_load(what: str, name: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()
     return (
         f"model.name_or_path={name}: the {what} cannot be loaded: {reason[0] if reason else type(error).__name__}. "
-        "Fix: a hub id or a local folder; `huggingface-cli login` for a gated model; unset HF_HUB_OFFLINE if it is not cached"
+        "Fix: a hub id or a local folder; `hf auth login` for a gated model; unset HF_HUB_OFFLINE if it is not cached"
     )
 
 
@@ -98,7 +102,9 @@ def _quantization(config: ModelConfig) -> Any:
     return None
 
 
-def add_adapter(base: PreTrainedModel, config: LoraConfig, seed: int, gradient_checkpointing: bool = False) -> PeftModel:
+def add_adapter(
+    base: PreTrainedModel, config: LoraConfig, seed: int, gradient_checkpointing: bool = False
+) -> PeftModel:
     """Put a LoRA adapter on the base model: float32, the only thing that trains, its start fixed by `seed`.
 
     Raises:
@@ -139,9 +145,10 @@ def check_target_modules(model: nn.Module, target_modules: list[str] | str) -> N
     missing = [target for target in target_modules if not any(n == target or n.endswith(f".{target}") for n in names)]
     if missing or not target_modules:
         linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        fix = f"lora.target_modules=[{','.join(sorted(linear - {'lm_head'}))}]"
         raise ConfigError(
             f"lora.target_modules: {', '.join(missing) or 'an empty list'} matches nothing in {type(model).__name__}; "
-            f"its linear layers: {', '.join(sorted(linear))}; fix: lora.target_modules=[{','.join(sorted(linear - {'lm_head'}))}]"
+            f"its linear layers: {', '.join(sorted(linear))}; fix: {fix}"
         )
 
 

@@ -72,8 +72,9 @@ def plan_schedule(
     `gradient_accumulation_steps` micro-batches. Neither crosses the end of an epoch: what is left over there is a
     smaller micro-batch and a smaller step, counted as one of each.
 
-    >>> plan_schedule(78, per_device_train_batch_size=2, gradient_accumulation_steps=4, num_train_epochs=5).total_optimizer_steps
-    50
+    >>> plan = plan_schedule(78, per_device_train_batch_size=2, gradient_accumulation_steps=4, num_train_epochs=5)
+    >>> plan.optimizer_steps_per_epoch, plan.total_optimizer_steps
+    (10, 50)
 
     Args:
         num_rows: conversations that are trained on, after any are dropped.

@@ -1,0 +1,78 @@
+"""What the commands in `launch/` share: one command line, quiet libraries, errors as sentences, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+from lora_core.config import RunConfig, config_keys, load_config
+from lora_core.errors import LoraCoreError
+
+
+def run_command(command: Callable[[], None]) -> int:
+    """Run a command; returns its exit code.
+
+    0 done, 1 a fault while running, 2 a configuration or data error, 130 interrupted.
+    """
+    try:
+        command()
+    except LoraCoreError as error:
+        if int(os.environ.get("RANK", "0")) == 0:  # every rank finds the same mistake; one says so
+            print(f"\nerror: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def config_parser(description: str) -> argparse.ArgumentParser:
+    """`--cfg NAME [--model ID] [key=value ...]`, with every key in the help."""
+    keys = "\n".join(f"  {key}\n      {text}" for key, text in config_keys().items())
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=f"keys, for key=value and for the YAML file:\n{keys}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--cfg", required=True, metavar="NAME", help="a name in configs/, such as qwen7b, or a YAML file"
+    )
+    parser.add_argument("--model", metavar="ID", help="which model of an old training_args.yaml, keyed by model id")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any key: train.num_train_epochs=3")
+    return parser
+
+
+def parse_config(description: str, argv: Sequence[str] | None = None) -> RunConfig:
+    """The configuration that a command line asks for.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    arguments = config_parser(description).parse_intermixed_args(argv)
+    return load_config(arguments.cfg, arguments.overrides, arguments.model)
+
+
+def quiet_libraries() -> None:
+    """Keep off the console what a user can do nothing about: loading bars, deprecations inside libraries, hints.
+
+    For commands; importing lora_core changes none of this.
+    """
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "false"
+    )  # worker processes encode rows; threads in each would fight
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    for name in ("bitsandbytes", "torch.distributed", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()

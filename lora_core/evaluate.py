@@ -1,0 +1,142 @@
+"""Held-out loss, perplexity and accuracy, weighted by token; and sample replies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lora_core.config import RunConfig
+from lora_core.data import load_data, pad_id
+from lora_core.devices import build_accelerator
+from lora_core.errors import ConfigError
+from lora_core.loss import CausalLMLoss
+from lora_core.messages import Message
+from lora_core.model import load_base_model, load_tokenizer
+from lora_core.packing import collate, micro_batches
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedTokenizerBase
+
+    from lora_core.data import EncodedFile
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Over all supervised tokens of the held-out rows."""
+
+    loss: float
+    """Mean cross-entropy, nats per supervised token."""
+    perplexity: float
+    """exp(loss)."""
+    token_accuracy: float
+    """Share of supervised tokens that were the model's first guess, 0 to 1."""
+    num_tokens: int
+    num_conversations: int
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f}, token accuracy {self.token_accuracy:.1%} "
+            f"({self.num_conversations} conversations, {self.num_tokens:,} supervised tokens)"
+        )
+
+
+@torch.no_grad()
+def evaluate(
+    accelerator: Accelerator, model: nn.Module, data: EncodedFile, batch_size: int, pad_token_id: int
+) -> EvalResult:
+    """Run the held-out rows through the model, shared out over the ranks. Leaves the model's mode as it was.
+
+    Args:
+        model: a `CausalLMLoss`, as `accelerator.prepare` returned it.
+        batch_size: conversations per batch and rank.
+    """
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float64)
+    rows = np.arange(len(data.lengths))
+    for batch in micro_batches(rows, data.lengths, batch_size, accelerator.num_processes, accelerator.process_index):
+        tensors = collate([data.dataset[int(row)] for row in batch.rows], pad_token_id, batch.is_filler)
+        result = model(**{name: tensor.to(accelerator.device) for name, tensor in tensors.items()})
+        sums += torch.stack([value.detach().double().cpu() for value in result])
+    sums = accelerator.reduce(sums.to(_reduce_device(accelerator)), "sum").cpu()
+    model.train(was_training)
+    loss_sum, num_tokens, num_correct = sums.tolist()
+    loss = loss_sum / num_tokens
+    return EvalResult(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),
+        token_accuracy=num_correct / num_tokens,
+        num_tokens=int(num_tokens),
+        num_conversations=len(rows),
+    )
+
+
+def _reduce_device(accelerator: Accelerator) -> torch.device:
+    # MPS has no float64; everything else reduces where the model is.
+    return torch.device("cpu") if accelerator.device.type == "mps" else accelerator.device
+
+
+def evaluate_adapter(config: RunConfig, adapter_dir: str | Path) -> EvalResult:
+    """Held-out loss of a saved adapter, the way `train` measures it.
+
+    Raises:
+        ConfigError: there is no adapter in the folder, or the configuration names no held-out rows.
+    """
+    import peft
+
+    if not (Path(adapter_dir) / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{adapter_dir}: holds no adapter_config.json; fix: --adapter FOLDER, such as outputs/demo/adapter"
+        )
+    accelerator = build_accelerator(config)
+    tokenizer = load_tokenizer(config.model, config.data.chat_template)
+    with accelerator.main_process_first():
+        _, eval_data = load_data(config, tokenizer)
+    if eval_data is None:
+        raise ConfigError("no held-out rows; fix: data.eval_file=PATH or data.eval_fraction=0.1")
+    base = load_base_model(config.model, accelerator.device)
+    adapted = peft.PeftModel.from_pretrained(base, str(adapter_dir))
+    model = accelerator.prepare_model(CausalLMLoss(adapted), evaluation_mode=True)
+    return evaluate(accelerator, model, eval_data, config.train.per_device_eval_batch_size, pad_id(tokenizer))
+
+
+@torch.no_grad()
+def sample_reply(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: Any,
+    max_new_tokens: int,
+) -> str:
+    """The model's greedy reply to a conversation that ends with a user's turn."""
+    was_training = model.training
+    model.eval()
+    prompt: Any = tokenizer.apply_chat_template(
+        list(messages), tools=tools, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    prompt = prompt.to(model.device)
+    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    output = model.generate(
+        **prompt,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        use_cache=True,
+        pad_token_id=pad_token_id,
+    )
+    model.train(was_training)
+    reply = str(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+    return reply.strip()

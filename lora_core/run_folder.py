@@ -1,0 +1,102 @@
+"""What a run leaves on disk: files appear whole or not at all, and nothing of an earlier run is mixed in."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lora_core.errors import ConfigError
+
+
+def prepare_run_folder(output_dir: str | Path, overwrite: bool) -> Path:
+    """Make the run folder, empty.
+
+    Raises:
+        ConfigError: it holds an earlier run, or other files, and may not be replaced.
+    """
+    folder = Path(output_dir).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir={output_dir}: is a file; fix: output_dir=ANOTHER_FOLDER")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / "config.yaml").is_file():
+            raise ConfigError(
+                f"output_dir={output_dir}: holds files that are not a run of lora_core; fix: output_dir=ANOTHER_FOLDER"
+            )
+        if not overwrite:
+            raise ConfigError(
+                f"output_dir={output_dir}: holds an earlier run; fix: output_dir=ANOTHER_FOLDER to keep it, or "
+                "overwrite_output_dir=true to replace it"
+            )
+        shutil.rmtree(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir={output_dir}: cannot be made ({error}); fix: output_dir=ANOTHER_FOLDER"
+        ) from error
+    return folder
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder to fill; once it is full and on disk it takes the name `path`, and its place."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _fsync(file)
+        _fsync(temporary)
+        old = path.with_name(f".{path.name}.old.{uuid.uuid4().hex}")
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        _fsync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)  # there is none most of the time
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone already if all went well
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object an event, flushed as it comes. Only the main process writes."""
+
+    def __init__(self, path: Path, is_main: bool) -> None:
+        self._file = path.open("a", encoding="utf-8") if is_main else None
+
+    def write(self, event: str, **values: Any) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps({"event": event, **values}, ensure_ascii=False, allow_nan=False) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()

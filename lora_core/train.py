@@ -1,0 +1,460 @@
+"""The training loop. Read `train` for the whole run, `train_step` for the maths of one optimizer step."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lora_core._version import __version__
+from lora_core.config import RunConfig
+from lora_core.data import EncodedFile, load_data, pad_id
+from lora_core.devices import build_accelerator, peak_memory_bytes, seed_everything
+from lora_core.errors import DataError, TrainingError
+from lora_core.evaluate import EvalResult, evaluate, sample_reply
+from lora_core.loss import CausalLMLoss, check_head
+from lora_core.messages import parse_json_row
+from lora_core.model import add_adapter, describe_parameters, load_base_model, load_tokenizer
+from lora_core.optimizer import build_optimizer, build_scheduler
+from lora_core.packing import MicroBatchRows, collate, micro_batches, step_rows
+from lora_core.run_folder import MetricsFile, prepare_run_folder, whole_folder, write_json, write_text
+from lora_core.schedule import SchedulePlan, plan_schedule
+
+if TYPE_CHECKING:
+    from torch.optim.lr_scheduler import LRScheduler
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, over all ranks."""
+
+    loss: float
+    """Mean cross-entropy over the step's supervised tokens, nats."""
+    grad_norm: float
+    """Global norm before clipping."""
+    learning_rate: float
+    """That this step used."""
+    num_supervised_tokens: int
+
+
+def train_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler,
+    batches: Sequence[dict[str, Tensor]],
+    max_grad_norm: float | None,
+) -> StepResult:
+    """One optimizer step over this rank's micro-batches.
+
+    loss = sum over all supervised tokens of all micro-batches and ranks / number of those tokens, so the gradient is
+    the same however the step's conversations are cut.
+
+    Raises:
+        TrainingError: loss or gradient is not finite; the parameters are left as they were.
+    """
+    local_tokens = sum(int(batch["loss_mask"][:, 1:].sum()) for batch in batches)
+    num_tokens = int(_sum_over_ranks(accelerator, torch.tensor(local_tokens)))
+    if num_tokens == 0:
+        raise TrainingError("an optimizer step holds no supervised token; rows without any must be dropped before")
+    learning_rate = optimizer.param_groups[0]["lr"]
+
+    loss_sum = torch.zeros((), dtype=torch.float32, device=accelerator.device)
+    for index, batch in enumerate(batches):
+        last = index == len(batches) - 1
+        with nullcontext() if last else accelerator.no_sync(model):
+            micro_loss_sum = model(**{name: tensor.to(accelerator.device) for name, tensor in batch.items()}).loss_sum
+            # DDP and FSDP average gradients over ranks; times their number, the average is the sum.
+            accelerator.backward(micro_loss_sum * (accelerator.num_processes / num_tokens))
+        loss_sum += micro_loss_sum.detach()
+    loss = float(_sum_over_ranks(accelerator, loss_sum)) / num_tokens
+
+    limit = math.inf if max_grad_norm is None else max_grad_norm
+    grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), limit))
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        optimizer.zero_grad()
+        raise TrainingError(f"loss {loss}, gradient norm {grad_norm}: not finite, so the step was not applied")
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    return StepResult(loss, grad_norm, learning_rate, num_tokens)
+
+
+def _sum_over_ranks(accelerator: Accelerator, value: Tensor) -> Tensor:
+    total = accelerator.reduce(value.detach().to(accelerator.device), "sum")
+    assert isinstance(total, Tensor)
+    return total
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Fine-tune as the configuration says; returns what is written to `summary.json`.
+
+    Call it in every process of the launch (`accelerate launch`, `torchrun`), or in one process for one device.
+
+    Raises:
+        LoraCoreError: and nothing else for a mistake in configuration or data; the message names value, limit and fix.
+    """
+    started = time.monotonic()
+    accelerator = build_accelerator(config)
+    say = accelerator.print
+
+    # Data first: it is cheap, and most of what can be wrong is wrong there.
+    tokenizer = load_tokenizer(config.model, config.data.chat_template)
+    with accelerator.main_process_first():
+        train_data, eval_data = load_data(config, tokenizer)
+    say(f"train: {config.data.train_file}: {train_data.counts}")
+    if eval_data is None:
+        say("eval:  none; held-out loss is not measured (data.eval_file=PATH or data.eval_fraction=0.1 would)")
+    else:
+        say(f"eval:  {config.data.eval_file or f'{config.data.eval_fraction:.0%} held out'}: {eval_data.counts}")
+    plan = plan_for(config, len(train_data.lengths), accelerator.num_processes)
+    say(describe_plan(plan, config))
+
+    folder = Path(config.output_dir).expanduser()
+    if accelerator.is_main_process:
+        prepare_run_folder(folder, config.overwrite_output_dir)
+        write_text(folder / "config.yaml", config.to_yaml())
+    accelerator.wait_for_everyone()
+    metrics = MetricsFile(folder / "metrics.jsonl", accelerator.is_main_process)
+
+    base = load_base_model(config.model, accelerator.device)
+    adapted = add_adapter(base, config.lora, config.train.seed, config.train.gradient_checkpointing)
+    check_head(adapted)
+    say(f"model: {config.model.name_or_path} on {accelerator.device}: {describe_parameters(adapted)}")
+    optimizer = build_optimizer(adapted, config.train, accelerator.device, say)
+    scheduler = build_scheduler(optimizer, plan)
+    model, optimizer = accelerator.prepare(CausalLMLoss(adapted), optimizer)
+    pad_token_id = pad_id(tokenizer)
+    seed_everything(config.train.seed, accelerator.process_index)
+
+    def measure(step: int) -> EvalResult | None:
+        if eval_data is None:
+            return None
+        result = evaluate(accelerator, model, eval_data, config.train.per_device_eval_batch_size, pad_token_id)
+        metrics.write("eval", step=step, **result.to_dict())
+        _log(accelerator, f"eval at step {step}: {result}")
+        return result
+
+    prompts = sample_prompts(config, eval_data)
+    before = measure(0)
+    replies_before = _reply_to_all(accelerator, model, tokenizer, prompts, config.train.sample_max_new_tokens)
+
+    train_started = time.monotonic()
+    evaluation_s = 0.0
+    tokens_trained = supervised_trained = 0
+    eval_every = config.train.eval_steps or plan.optimizer_steps_per_epoch
+    after = before
+    steps_taken = 0
+    model.train()
+    # disable=None: no bar where the output is not a terminal; the log lines say it all.
+    hidden = None if accelerator.is_main_process else True
+    bar = tqdm(total=plan.total_optimizer_steps, unit="step", disable=hidden, dynamic_ncols=True)
+    for step in range(plan.total_optimizer_steps):
+        step_started = time.monotonic()
+        rows = step_rows(plan.num_rows, plan.rows_per_optimizer_step, config.train.seed, step)
+        cuts = micro_batches(
+            rows,
+            train_data.lengths,
+            config.train.per_device_train_batch_size,
+            accelerator.num_processes,
+            accelerator.process_index,
+        )
+        batches = [_tensors(train_data, cut, pad_token_id) for cut in cuts]
+        try:
+            result = train_step(accelerator, model, optimizer, scheduler, batches, config.train.max_grad_norm)
+        except TrainingError as error:
+            lines = sorted(int(train_data.dataset[int(row)]["line"]) for row in rows)
+            raise TrainingError(
+                f"step {step + 1}: {error}; its rows: {config.data.train_file} lines {lines}"
+            ) from error
+        steps_taken += 1
+        step_s = time.monotonic() - step_started
+        num_tokens = int(train_data.lengths[rows].sum())
+        tokens_trained += num_tokens
+        supervised_trained += result.num_supervised_tokens
+        bar.set_postfix(
+            loss=f"{result.loss:.3f}",
+            lr=f"{result.learning_rate:.1e}",
+            tok_s=f"{num_tokens / step_s:.0f}",
+            refresh=False,
+        )
+        bar.update()
+        if steps_taken % config.train.logging_steps == 0 or steps_taken == plan.total_optimizer_steps:
+            _log_step(accelerator, metrics, plan, steps_taken, result, num_tokens / step_s)
+        if steps_taken % eval_every == 0 or steps_taken == plan.total_optimizer_steps:
+            eval_started = time.monotonic()
+            after = measure(steps_taken)
+            evaluation_s += time.monotonic() - eval_started
+        if config.train.save_steps and steps_taken % config.train.save_steps == 0:
+            save_adapter(accelerator, model, tokenizer, config, folder / "checkpoints" / f"step-{steps_taken:06d}")
+    bar.close()
+    train_time_s = time.monotonic() - train_started - evaluation_s
+
+    # The plan is the run. This can only fail by a fault in this file, which must not go unseen.
+    if steps_taken != plan.total_optimizer_steps or scheduler.last_epoch != plan.total_optimizer_steps:
+        raise TrainingError(
+            f"{plan.total_optimizer_steps} optimizer steps were planned, {steps_taken} were taken and the schedule "
+            f"stands at {scheduler.last_epoch}"
+        )
+
+    replies_after = _reply_to_all(accelerator, model, tokenizer, prompts, config.train.sample_max_new_tokens)
+    adapter_dir = folder / "adapter"
+    save_adapter(accelerator, model, tokenizer, config, adapter_dir)
+    summary = {
+        "total_optimizer_steps": plan.total_optimizer_steps,
+        "warmup_steps": plan.warmup_steps,
+        "peak_learning_rate": plan.peak_learning_rate,
+        "eval_loss_before": before.loss if before else None,
+        "eval_loss_after": after.loss if after else None,
+        "eval_perplexity_after": after.perplexity if after else None,
+        "eval_token_accuracy_after": after.token_accuracy if after else None,
+        "num_train_conversations": plan.num_rows,
+        "num_dropped_conversations": train_data.counts.dropped,
+        "train_rows": train_data.counts.to_dict(),
+        "eval_rows": eval_data.counts.to_dict() if eval_data else None,
+        "num_supervised_tokens": supervised_trained,
+        "world_size": accelerator.num_processes,
+        "train_time_s": round(train_time_s, 3),
+        "tokens_per_s": round(tokens_trained / train_time_s, 1),
+        "peak_memory_bytes": peak_memory_bytes(accelerator.device),
+        "adapter_dir": str(adapter_dir),
+        "versions": versions(),
+        "wall_time_s": round(time.monotonic() - started, 3),
+    }
+    samples = [
+        {"prompt": prompt["messages"][-1]["content"], "before": old, "after": new}
+        for prompt, old, new in zip(prompts, replies_before, replies_after, strict=True)
+    ]
+    for sample in samples:
+        metrics.write("sample", **sample)
+        say(f"\nuser:   {printable(sample['prompt'])}")
+        say(f"before: {printable(sample['before'])}\nafter:  {printable(sample['after'])}")
+    if before and after:
+        say(f"\nheld-out loss: {before.loss:.4f} before, {after.loss:.4f} after ({after.loss / before.loss - 1:+.1%})")
+    if accelerator.is_main_process:
+        write_json(folder / "summary.json", summary)
+    metrics.close()
+    say(
+        f"done: {plan.total_optimizer_steps} optimizer steps in {train_time_s:.0f} s, "
+        f"{summary['tokens_per_s']:.0f} tokens/s, peak memory "
+        f"{summary['peak_memory_bytes'] / 2**30:.1f} GiB; adapter in {adapter_dir}"
+    )
+    accelerator.wait_for_everyone()
+    return summary
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Setup
+
+
+def plan_for(config: RunConfig, num_rows: int, num_processes: int) -> SchedulePlan:
+    """The schedule of a configuration on so many rows and processes."""
+    return plan_schedule(
+        num_rows,
+        per_device_train_batch_size=config.train.per_device_train_batch_size,
+        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
+        num_train_epochs=config.train.num_train_epochs,
+        num_processes=num_processes,
+        learning_rate=config.train.learning_rate,
+        warmup_steps=config.train.warmup_steps,
+        warmup_ratio=config.train.warmup_ratio,
+        max_steps=config.train.max_steps,
+    )
+
+
+def describe_plan(plan: SchedulePlan, config: RunConfig) -> str:
+    """Two lines for the log."""
+    train = config.train
+    text = (
+        f"plan:  {plan.num_rows} conversations / ({train.per_device_train_batch_size} a device x "
+        f"{train.gradient_accumulation_steps} accumulated x {plan.num_processes} processes) = "
+        f"{plan.optimizer_steps_per_epoch} steps an epoch, {plan.total_optimizer_steps} optimizer steps in all\n"
+        f"       warmup {plan.warmup_steps} steps, peak learning rate {plan.peak_learning_rate:.3g} "
+        f"({plan.peak_fraction:.1%} of {train.learning_rate:g})"
+    )
+    if plan.warmup_steps >= plan.total_optimizer_steps:
+        text += (
+            f"\nwarning: warmup is as long as the run or longer: the learning rate never gets past "
+            f"{plan.peak_fraction:.1%} of what was asked for, and the model will learn next to nothing; "
+            f"fix: train.warmup_steps={max(1, plan.total_optimizer_steps // 10)}"
+        )
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+def sample_prompts(config: RunConfig, eval_data: EncodedFile | None) -> list[dict[str, Any]]:
+    """The first held-out conversations that ask something, up to their first assistant turn."""
+    if eval_data is None or config.train.num_sample_replies == 0:
+        return []
+    path = Path(config.data.eval_file or config.data.train_file)
+    wanted = [int(line) for line in eval_data.dataset[: 4 * config.train.num_sample_replies]["line"]]
+    by_line = _lines(path, set(wanted))
+    prompts: list[dict[str, Any]] = []
+    for line in wanted:
+        conversation = parse_json_row(by_line[line])
+        first = next(i for i, message in enumerate(conversation.messages) if message["role"] == "assistant")
+        messages = conversation.messages[:first]
+        if messages and messages[-1]["role"] == "user" and len(prompts) < config.train.num_sample_replies:
+            prompts.append({"messages": messages, "tools": conversation.tools})
+    return prompts
+
+
+def _lines(path: Path, wanted: set[int]) -> dict[int, str]:
+    """The lines with these 1-based numbers."""
+    found: dict[int, str] = {}
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if number in wanted:
+                found[number] = raw.decode("utf-8-sig")
+                if len(found) == len(wanted):
+                    break
+    if len(found) < len(wanted):
+        raise DataError(f"{path}: changed while the run was starting; start it again")
+    return found
+
+
+def _reply_to_all(
+    accelerator: Accelerator,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[dict[str, Any]],
+    max_new_tokens: int,
+) -> list[str]:
+    """Every rank answers its share; all get all answers, in order."""
+    if not prompts:
+        return []
+    adapted = accelerator.unwrap_model(model).model
+    mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
+    with accelerator.autocast():
+        replies = [
+            (i, sample_reply(adapted, tokenizer, prompts[i]["messages"], prompts[i]["tools"], max_new_tokens))
+            for i in mine
+        ]
+    return [reply for _, reply in sorted(gather_object(replies))]
+
+
+def printable(text: str) -> str:
+    """One line, control characters shown as escapes: what a model wrote must not steer the terminal."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Steps
+
+
+def _tensors(data: EncodedFile, cut: MicroBatchRows, pad_token_id: int) -> dict[str, Tensor]:
+    return collate([data.dataset[int(row)] for row in cut.rows], pad_token_id, cut.is_filler)
+
+
+def _log(accelerator: Accelerator, line: str) -> None:
+    if accelerator.is_main_process:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def _log_step(
+    accelerator: Accelerator,
+    metrics: MetricsFile,
+    plan: SchedulePlan,
+    step: int,
+    result: StepResult,
+    tokens_per_s: float,
+) -> None:
+    memory_bytes = peak_memory_bytes(accelerator.device)
+    epoch = step / plan.optimizer_steps_per_epoch
+    metrics.write(
+        "train",
+        step=step,
+        epoch=round(epoch, 4),
+        loss=result.loss,
+        learning_rate=result.learning_rate,
+        grad_norm=result.grad_norm,
+        num_supervised_tokens=result.num_supervised_tokens,
+        tokens_per_s=round(tokens_per_s, 1),
+        peak_memory_bytes=memory_bytes,
+    )
+    _log(
+        accelerator,
+        f"step {step:>{len(str(plan.total_optimizer_steps))}}/{plan.total_optimizer_steps}  epoch {epoch:.2f}  "
+        f"loss {result.loss:.4f}  lr {result.learning_rate:.2e}  grad_norm {result.grad_norm:.3f}  "
+        f"{result.num_supervised_tokens} supervised tokens  {tokens_per_s:.0f} tok/s  {memory_bytes / 2**30:.1f} GiB",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Results
+
+
+def save_adapter(
+    accelerator: Accelerator,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
+    path: Path,
+) -> None:
+    """Write the adapter as PEFT does, with tokenizer and model card; the folder appears whole or not at all."""
+    adapted = accelerator.unwrap_model(model).model
+    state = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        adapter_state = {name.removeprefix("model."): tensor for name, tensor in state.items() if "lora_" in name}
+        with whole_folder(path) as folder:
+            adapted.save_pretrained(folder, state_dict=adapter_state, save_embedding_layers=False)
+            tokenizer.save_pretrained(folder)
+            write_text(folder / "README.md", model_card(config))
+    accelerator.wait_for_everyone()
+
+
+def model_card(config: RunConfig) -> str:
+    """What someone who finds the adapter needs to know."""
+    targets = config.lora.target_modules
+    modules = targets if isinstance(targets, str) else ", ".join(targets)
+    train = config.train
+    length = f"{train.max_steps} steps" if train.max_steps else f"{train.num_train_epochs} epochs"
+    return f"""---
+base_model: {json.dumps(config.model.name_or_path)}
+library_name: peft
+pipeline_tag: text-generation
+tags: [lora, lora_core]
+---
+
+# LoRA adapter for {config.model.name_or_path}
+
+Rank {config.lora.rank}, alpha {config.lora.alpha}, on {modules}; learning rate {train.learning_rate:g}, {length};
+trained with lora_core {__version__}.
+
+```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")
+```
+"""
+
+
+def versions() -> dict[str, str]:
+    """Of what decides a run's numbers."""
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
+    return {
+        "lora_core": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+    }

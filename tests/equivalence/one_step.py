@@ -1,0 +1,64 @@
+"""One optimizer step of a tiny model over the same ten conversations, cut as asked; run alone or under torchrun.
+
+python -m tests.equivalence.one_step MODEL_DIR ROWS BATCH ACCUMULATION OUT
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from lora_core.config import LoraConfig, ModelConfig
+from lora_core.data import encode_file, pad_id
+from lora_core.loss import CausalLMLoss
+from lora_core.model import add_adapter, load_base_model, load_tokenizer
+from lora_core.packing import collate, micro_batches, step_rows
+from lora_core.train import train_step
+
+
+class KeepsGradients(torch.optim.SGD):
+    """Notes the gradients in place of a step."""
+
+    def step(self, closure: Any = None) -> None:
+        self.seen = [p.grad.clone() for group in self.param_groups for p in group["params"]]
+
+
+def one_step(model_dir: Path, rows_file: Path, batch_size: int, accumulation: int) -> dict[str, Any]:
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=1)
+    config = ModelConfig(name_or_path=str(model_dir), dtype="float32")
+    tokenizer = load_tokenizer(config)
+    with accelerator.main_process_first():
+        data = encode_file(rows_file, tokenizer, max_seq_length=512, cache_dir=rows_file.parent / "cache")
+    adapted = add_adapter(load_base_model(config, accelerator.device), LoraConfig(rank=4, alpha=8, dropout=0.0), seed=0)
+    torch.manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:  # zero at the start of training, which would leave A without a gradient
+            torch.nn.init.normal_(parameter, std=0.1)
+    optimizer = KeepsGradients([p for p in adapted.parameters() if p.requires_grad])
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    model = accelerator.prepare(CausalLMLoss(adapted))
+    model.train()
+    num_rows = len(data.lengths)
+    rows = step_rows(num_rows, batch_size * accumulation * accelerator.num_processes, 42, 0)
+    cuts = micro_batches(rows, data.lengths, batch_size, accelerator.num_processes, accelerator.process_index)
+    batches = [collate([data.dataset[int(r)] for r in cut.rows], pad_id(tokenizer), cut.is_filler) for cut in cuts]
+    result = train_step(accelerator, model, optimizer, scheduler, batches, max_grad_norm=None)
+    return {
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "num_tokens": result.num_supervised_tokens,
+        "gradients": optimizer.seen,
+        "micro_batches": len(cuts),
+        "world_size": accelerator.num_processes,
+        "is_main": accelerator.is_main_process,
+    }
+
+
+if __name__ == "__main__":
+    result = one_step(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    if result["is_main"]:
+        torch.save(result, sys.argv[5])

@@ -1,0 +1,76 @@
+"""Contract 1: same gradient however the work is cut."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ..conftest import ROOT, chat
+from .one_step import one_step
+
+# Lengths and shares of supervised tokens differ widely, so a mean of means would be far off.
+ROWS = [chat("q" * (7 * i % 40 + 1), "answer " * (i % 5 * 3 + 1), "and?", "no" * (i % 3)) for i in range(8)]
+
+
+def torchrun(arguments: list[str], processes: int = 2) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def assert_same_step(got: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert got["num_tokens"] == wanted["num_tokens"]
+    assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+    assert got["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-5)
+    scale = max(float(gradient.abs().max()) for gradient in wanted["gradients"])
+    for mine, theirs in zip(got["gradients"], wanted["gradients"], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6 * scale)
+
+
+@pytest.fixture
+def whole(tiny_model_dir: Path, write_rows: Any) -> tuple[Path, dict[str, Any]]:
+    """Batch 8, one micro-batch: what every other cut must equal."""
+    rows_file = write_rows(ROWS)
+    result = one_step(tiny_model_dir, rows_file, 8, 1)
+    assert result["micro_batches"] == 1
+    assert any(gradient.abs().max() > 1e-3 for gradient in result["gradients"])
+    return rows_file, result
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 2), (2, 4), (1, 8), (3, 3), (5, 2)])
+def test_accumulation(tiny_model_dir: Path, whole: Any, batch_size: int, accumulation: int) -> None:
+    rows_file, wanted = whole
+    assert_same_step(one_step(tiny_model_dir, rows_file, batch_size, accumulation), wanted)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation"),
+    [
+        (2, 2),
+        (1, 7),  # a rank runs out of rows before the other
+        (7, 1),  # and here after one row of the last micro-batch
+    ],
+)
+def test_two_ranks(tiny_model_dir: Path, whole: Any, tmp_path: Path, batch_size: int, accumulation: int) -> None:
+    rows_file, wanted = whole
+    out = tmp_path / "step.pt"
+    module = ["-m", "tests.equivalence.one_step"]
+    torchrun([*module, str(tiny_model_dir), str(rows_file), str(batch_size), str(accumulation), str(out)])
+    got = torch.load(out, weights_only=True)
+    assert got["world_size"] == 2
+    assert_same_step(got, wanted)
+
+
+def test_an_odd_number_of_rows_leaves_one_rank_a_filler(tiny_model_dir: Path, tmp_path: Path, write_rows: Any) -> None:
+    rows_file = write_rows(ROWS[:7])
+    wanted = one_step(tiny_model_dir, rows_file, 7, 1)
+    out = tmp_path / "step.pt"
+    torchrun(["-m", "tests.equivalence.one_step", str(tiny_model_dir), str(rows_file), "1", "4", str(out)])
+    assert_same_step(torch.load(out, weights_only=True), wanted)

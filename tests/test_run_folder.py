@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lora_core.errors import ConfigError
+from lora_core.run_folder import MetricsFile, prepare_run_folder, whole_folder, write_json
+
+
+def test_an_earlier_run_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    folder = prepare_run_folder(tmp_path / "a/b", overwrite=False)
+    (folder / "config.yaml").write_text("x")
+    with pytest.raises(ConfigError, match="holds an earlier run; fix: output_dir="):
+        prepare_run_folder(folder, overwrite=False)
+    assert list(prepare_run_folder(folder, overwrite=True).iterdir()) == []
+
+
+def test_files_that_are_no_run_are_never_removed(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("x")
+    with pytest.raises(ConfigError, match="not a run of lora_core"):
+        prepare_run_folder(tmp_path, overwrite=True)
+    with pytest.raises(ConfigError, match="is a file"):
+        prepare_run_folder(tmp_path / "thesis.txt", overwrite=True)
+    with pytest.raises(ConfigError, match="cannot be made"):
+        prepare_run_folder(tmp_path / "thesis.txt" / "run", overwrite=False)
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "adapter"
+
+    def fill(content: str, fail: bool) -> None:
+        with whole_folder(target) as folder:
+            (folder / "file").write_text(content)
+            if fail:
+                raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fill("half", fail=True)
+    assert list(tmp_path.iterdir()) == []
+    fill("first", fail=False)
+    fill("second", fail=False)
+    with pytest.raises(OSError, match="disk full"):
+        fill("third", fail=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert (target / "file").read_text() == "second"
+
+
+def test_numbers_that_json_does_not_have_are_never_written(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", is_main=True)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        metrics.write("train", loss=float("nan"))
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "summary.json", {"loss": float("inf")})
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    metrics.close()

@@ -1,0 +1,130 @@
+"""Contract 2: the plan is the run."""
+
+from __future__ import annotations
+
+import doctest
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import get_linear_schedule_with_warmup
+
+from lora_core import schedule
+from lora_core.config import load_config
+from lora_core.schedule import SchedulePlan, plan_schedule
+
+
+def planned(config_name: str, num_processes: int = 1) -> SchedulePlan:
+    train = load_config(config_name).train
+    return plan_schedule(
+        78,
+        per_device_train_batch_size=train.per_device_train_batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        num_train_epochs=train.num_train_epochs,
+        num_processes=num_processes,
+        learning_rate=train.learning_rate,
+        warmup_steps=train.warmup_steps,
+        warmup_ratio=train.warmup_ratio,
+    )
+
+
+def test_the_failure_this_project_was_born_from() -> None:
+    plan = plan_schedule(78, per_device_train_batch_size=8, gradient_accumulation_steps=1, warmup_steps=100)
+    assert plan.total_optimizer_steps == 10
+    # The ten updates use 0/100 to 9/100 of the learning rate. The scheduler would show 10/100 after the last one.
+    assert plan.learning_rates() == pytest.approx([5e-5 * step / 100 for step in range(10)])
+    assert plan.peak_fraction == pytest.approx(0.09)
+
+
+@pytest.mark.parametrize(
+    ("config_name", "steps"),
+    [
+        ("qwen0.5b", {1: 50, 2: 25, 4: 15, 8: 10}),
+        ("qwen1.5b", {1: 80, 2: 40, 4: 20, 8: 12}),
+        ("qwen7b", {1: 60, 2: 30, 4: 15, 8: 9}),
+    ],
+)
+def test_the_shipped_remedies(config_name: str, steps: dict[int, int]) -> None:
+    assert {n: planned(config_name, n).total_optimizer_steps for n in steps} == steps
+    assert planned(config_name).peak_fraction == 1.0
+    assert planned(config_name).warmup_steps == steps[1] // 10
+
+
+counts = st.integers(1, 40)
+
+
+@given(
+    rows=st.integers(1, 300), batch=counts, accumulation=counts, processes=st.integers(1, 9), epochs=st.integers(1, 5)
+)
+def test_equals_a_brute_force_loop(rows: int, batch: int, accumulation: int, processes: int, epochs: int) -> None:
+    micro_batches = steps = 0
+    for _ in range(epochs):
+        left, in_window = rows, 0
+        while left > 0:
+            for _ in range(processes):
+                last_taken = min(batch, left)
+                left -= last_taken
+            micro_batches += 1
+            in_window += 1
+            if in_window == accumulation or left == 0:
+                steps, in_window = steps + 1, 0
+    plan = plan_schedule(
+        rows,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        num_processes=processes,
+        num_train_epochs=epochs,
+    )
+    assert (plan.micro_batches_per_epoch * epochs, plan.total_optimizer_steps) == (micro_batches, steps)
+    assert plan.optimizer_steps_per_epoch * epochs == steps
+    assert 1 <= plan.last_step_rows <= plan.rows_per_optimizer_step
+    assert (plan.optimizer_steps_per_epoch - 1) * plan.rows_per_optimizer_step + plan.last_step_rows == rows
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    total=st.integers(1, 60),
+    warmup=st.one_of(st.integers(0, 120), st.floats(0, 0.99)),
+    learning_rate=st.sampled_from([5e-5, 1e-4, 3e-3]),
+)
+def test_learning_rates_are_the_real_schedulers(total: int, warmup: float, learning_rate: float) -> None:
+    plan = plan_schedule(
+        1,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+        max_steps=total,
+        learning_rate=learning_rate,
+        warmup_steps=warmup if isinstance(warmup, int) else None,
+        warmup_ratio=warmup if isinstance(warmup, float) else None,
+    )
+    if isinstance(warmup, float):
+        assert plan.warmup_steps == math.ceil(total * warmup)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=learning_rate)
+    scheduler = get_linear_schedule_with_warmup(optimizer, plan.warmup_steps, plan.total_optimizer_steps)
+    real = []
+    for _ in range(total):
+        real.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert plan.learning_rates() == pytest.approx(real, rel=1e-12)
+    assert plan.peak_learning_rate == pytest.approx(max(real), rel=1e-12)
+
+
+def test_max_steps_replaces_epochs() -> None:
+    plan = plan_schedule(
+        78, per_device_train_batch_size=2, gradient_accumulation_steps=4, num_train_epochs=5, max_steps=7
+    )
+    assert (plan.total_optimizer_steps, plan.optimizer_steps_per_epoch) == (7, 10)
+
+
+def test_refuses_counts_below_one_all_at_once() -> None:
+    with pytest.raises(ValueError, match=r"num_rows=0, gradient_accumulation_steps=-1: must be at least 1"):
+        plan_schedule(0, per_device_train_batch_size=1, gradient_accumulation_steps=-1)
+    with pytest.raises(ValueError, match="warmup_steps=-1"):
+        plan_schedule(1, per_device_train_batch_size=1, gradient_accumulation_steps=1, warmup_steps=-1)
+
+
+def test_the_example_in_the_docstring() -> None:
+    assert doctest.testmod(schedule).failed == 0
