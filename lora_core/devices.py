@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 import sys
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from lora_core.config import RunConfig
 from lora_core.errors import ConfigError
@@ -23,8 +25,21 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         raise ConfigError(f"train.bf16=true: {torch.cuda.get_device_name()} has no bfloat16; fix: train.bf16=false")
     if platform.system() == "Linux" and not torch.cuda.is_available():
         reuse_freed_memory()
+    # A second run in one process may ask for another precision; the process group stays.
+    AcceleratorState._reset_state()
     # Accumulation is ours: a value above 1 here would make Accelerate divide the loss once more.
-    accelerator = Accelerator(mixed_precision="bf16" if config.train.bf16 else "no", gradient_accumulation_steps=1)
+    accelerator = Accelerator(
+        mixed_precision="bf16" if config.train.bf16 else "no",
+        gradient_accumulation_steps=1,
+        # Not said, Accelerate runs each rank of a CPU launch as if it were alone.
+        cpu=not torch.accelerator.is_available(),
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise ConfigError(
+            f"the launcher started {launched} processes, but they run as {accelerator.num_processes}: each would train "
+            f"on its own and overwrite the others; fix: torchrun --nproc_per_node {launched} launch/train.py ..."
+        )
     if accelerator.distributed_type.value in ("DEEPSPEED", "MEGATRON_LM", "TP"):
         raise ConfigError(
             f"distributed_type {accelerator.distributed_type.value}: not supported, its engine counts optimizer steps "

@@ -59,7 +59,21 @@ def load_base_model(config: ModelConfig, device: torch.device) -> PreTrainedMode
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(_cannot_load("model", name, error)) from error
     model.config.use_cache = False
+    if device.type == "cpu":
+        _keep_4bit_weights_trainable(model)
     return model.requires_grad_(False)
+
+
+def _keep_4bit_weights_trainable(model: nn.Module) -> None:
+    """Keep bitsandbytes from re-packing 4-bit weights for inference on a CPU with AVX512-BF16.
+
+    It does so, for good, in the first forward without gradients; after that its matmul has no backward, and an
+    adapter below gets no gradient through the layer: one evaluation, and training goes on with nothing to say so.
+    """
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def resolve_name(config: ModelConfig) -> str:

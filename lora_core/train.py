@@ -290,7 +290,7 @@ def describe_plan(plan: SchedulePlan, config: RunConfig) -> str:
         text += (
             f"\nwarning: warmup is as long as the run or longer: the learning rate never gets past "
             f"{plan.peak_fraction:.1%} of what was asked for, and the model will learn next to nothing; "
-            f"fix: train.warmup_steps={max(1, plan.total_optimizer_steps // 10)}"
+            f"fix: train.warmup_steps={plan.total_optimizer_steps // 10}"
         )
     return text
 

@@ -149,7 +149,8 @@ def test_a_frame_that_depends_on_the_turn_falls_back_to_the_generation_prompt() 
     # The header says how long the answer is, so no other text can stand in the same frame.
     tokenizer = make_tokenizer(
         "{% for m in messages %}<turn>{{ m.role }}{{ m.content | length if m.role == 'user' }}\n{{ m.content }}"
-        "{{ '!' if 'Marker' in m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
+        "{{ '!' if 'Marker' in m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
     )
     encoded = encode_chat(tokenizer, chat("q", "a b", "q", "c")["messages"])
     assert supervised(tokenizer, encoded) == "a b<|im_end|>c<|im_end|>"

@@ -1,0 +1,271 @@
+"""The whole run, on a tiny random Qwen2 and on the demo's real model."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+
+from lora_core.config import LoraConfig, ModelConfig, load_config
+from lora_core.errors import ConfigError, TrainingError
+from lora_core.evaluate import evaluate_adapter
+from lora_core.loss import CausalLMLoss
+from lora_core.model import add_adapter, check_target_modules, count_parameters, load_base_model
+from lora_core.run_folder import write_json
+from lora_core.schedule import plan_schedule
+from lora_core.train import train
+
+from .conftest import ROOT, chat, make_model
+
+SUMMARY_KEYS = {
+    "total_optimizer_steps",
+    "warmup_steps",
+    "peak_learning_rate",
+    "eval_loss_before",
+    "eval_loss_after",
+    "num_train_conversations",
+    "num_dropped_conversations",
+    "num_supervised_tokens",
+    "world_size",
+    "wall_time_s",
+    "train_time_s",
+    "tokens_per_s",
+    "peak_memory_bytes",
+    "adapter_dir",
+}
+
+
+@pytest.fixture
+def tiny_run(tmp_path: Path, tiny_model_dir: Path, write_rows: Any) -> Any:
+    """Train on 78 short rows under a shipped config; returns (summary, run folder)."""
+    rows = write_rows([chat(f"q{i}", f"a{i % 7}", "and?", "no") for i in range(78)])
+    held_out = write_rows([chat(f"Q{i}", f"a{i}") for i in range(5)], "heldout.jsonl")
+
+    def run(config_name: str, *overrides: str, folder: str = "run") -> tuple[dict[str, Any], Path]:
+        config = load_config(
+            config_name,
+            [
+                f"model.name_or_path={tiny_model_dir}",
+                f"data.train_file={rows}",
+                f"data.eval_file={held_out}",
+                f"data.cache_dir={tmp_path / 'cache'}",
+                f"output_dir={tmp_path / folder}",
+                "train.sample_max_new_tokens=4",
+                *overrides,
+            ],
+        )
+        return train(config), tmp_path / folder
+
+    return run
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+@pytest.mark.parametrize(("config_name", "steps"), [("qwen0.5b", 50), ("qwen1.5b", 80), ("qwen7b", 60), ("demo", 50)])
+def test_every_shipped_config_runs_as_planned(tiny_run: Any, config_name: str, steps: int) -> None:
+    summary, folder = tiny_run(config_name)
+    assert set(summary) >= SUMMARY_KEYS
+    assert summary == json.loads((folder / "summary.json").read_text())
+    assert (summary["total_optimizer_steps"], summary["num_train_conversations"]) == (steps, 78)
+    config = load_config(folder / "config.yaml")
+    plan = plan_schedule(
+        78,
+        per_device_train_batch_size=config.train.per_device_train_batch_size,
+        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
+        num_train_epochs=config.train.num_train_epochs,
+        learning_rate=config.train.learning_rate,
+        warmup_ratio=config.train.warmup_ratio,
+    )
+    logged = events(folder, "train")
+    assert [event["step"] for event in logged] == list(range(1, steps + 1))
+    assert [event["learning_rate"] for event in logged] == pytest.approx(plan.learning_rates(), rel=1e-12)
+    keys = ["epoch", "loss", "grad_norm", "num_supervised_tokens", "tokens_per_s", "peak_memory_bytes"]
+    assert all(set(keys) <= set(event) for event in logged)
+    # before, at the end of each epoch, and the last of those is the result
+    assert [event["step"] for event in events(folder, "eval")] == list(
+        range(0, steps + 1, plan.optimizer_steps_per_epoch)
+    )
+    assert summary["eval_loss_after"] == events(folder, "eval")[-1]["loss"] < summary["eval_loss_before"]
+    assert len(events(folder, "sample")) == 3
+    assert {path.name for path in folder.iterdir()} == {"adapter", "config.yaml", "metrics.jsonl", "summary.json"}
+
+
+def test_two_runs_give_the_same_adapter_and_another_seed_does_not(tiny_run: Any) -> None:
+    adapters = []
+    for name, seed in (("one", 1), ("two", 1), ("three", 2)):
+        _, folder = tiny_run("demo", f"train.seed={seed}", "train.max_steps=6", folder=name)
+        adapters.append(folder / "adapter/adapter_model.safetensors")
+    assert filecmp.cmp(adapters[0], adapters[1], shallow=False)
+    assert not filecmp.cmp(adapters[0], adapters[2], shallow=False)
+
+
+def test_checkpointing_changes_nothing_but_memory_and_really_is_on(
+    tiny_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.utils import checkpoint
+
+    recomputed: list[bool] = []
+    real = checkpoint.checkpoint
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        recomputed.append(kwargs["use_reentrant"])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr("transformers.modeling_utils.checkpoint", counting)
+    losses = []
+    for on in ("false", "true"):
+        _, folder = tiny_run(
+            "demo", "train.max_steps=3", "train.bf16=false", f"train.gradient_checkpointing={on}", folder=on
+        )
+        losses.append([event["loss"] for event in events(folder, "train")])
+        assert len(recomputed) == (0 if on == "false" else 3 * 4 * 2)  # steps x micro-batches x layers
+    assert not any(recomputed), "the reentrant kind gives a frozen embedding's successors no gradient"
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_intervals_checkpoints_and_a_held_out_fraction(tiny_run: Any) -> None:
+    summary, folder = tiny_run(
+        "demo",
+        "data.eval_file=null",
+        "data.eval_fraction=0.1",
+        "train.max_steps=7",
+        "train.logging_steps=3",
+        "train.eval_steps=4",
+        "train.save_steps=5",
+    )
+    assert summary["num_train_conversations"] == 70
+    assert [event["step"] for event in events(folder, "train")] == [3, 6, 7]
+    assert [event["step"] for event in events(folder, "eval")] == [0, 4, 7]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000005"]
+    assert (folder / "checkpoints/step-000005/adapter_model.safetensors").is_file()
+
+
+def test_without_held_out_rows_the_run_says_so(tiny_run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    summary, _ = tiny_run("demo", "data.eval_file=null", "train.max_steps=1")
+    assert summary["eval_loss_before"] is None
+    assert (
+        "held-out loss is not measured (data.eval_file=PATH or data.eval_fraction=0.1 would)" in capsys.readouterr().out
+    )
+
+
+def test_warmup_longer_than_the_run_is_said_before_the_first_step(
+    tiny_run: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_run("demo", "train.num_train_epochs=1", "train.warmup_steps=100")
+    printed = capsys.readouterr().out
+    assert "never gets past 9.0% of what was asked for" in printed
+    assert "fix: train.warmup_steps=1" in printed
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows(tiny_run: Any) -> None:
+    with pytest.raises(
+        TrainingError, match=r"step 1: loss .* gradient norm inf: .*not applied; its rows: .*rows\.jsonl lines \[\d+, "
+    ):
+        tiny_run(
+            "demo",
+            "train.learning_rate=1.0",
+            "train.warmup_ratio=0",
+            "train.max_grad_norm=null",
+            "lora.alpha=1" + 30 * "0",
+        )
+
+
+def test_a_module_that_matches_nothing_is_an_error_that_lists_what_there_is() -> None:
+    model = make_model(300)
+    check_target_modules(model, ["q_proj", "model.layers.0.mlp.up_proj"])
+    with pytest.raises(
+        ConfigError, match=r"query, c_attn matches nothing in Qwen2ForCausalLM; its linear layers: down_proj"
+    ):
+        check_target_modules(model, ["q_proj", "query", "c_attn"])
+
+
+def test_only_the_adapter_trains_and_it_is_float32(tiny_model_dir: Path) -> None:
+    base = load_base_model(ModelConfig(name_or_path=str(tiny_model_dir)), torch.device("cpu"))
+    model = add_adapter(base, LoraConfig(rank=4), seed=0)
+    trains = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name and p.dtype == torch.float32 for name, p in trains.items())
+    assert {p.dtype for name, p in model.named_parameters() if name not in trains} == {torch.bfloat16}
+    per_layer = 4 * ((32 + 32) * 2 + (32 + 16) * 2 + (32 + 64) * 3)  # rank x (in + out), over the seven
+    assert count_parameters(model)[0] == 2 * per_layer
+
+
+def test_models_that_cannot_be_loaded_are_said_so_without_a_traceback(tiny_run: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such folder"):
+        tiny_run("demo", f"model.name_or_path={tmp_path / 'nowhere'}")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="the tokenizer cannot be loaded"):
+        tiny_run("demo", f"model.name_or_path={tmp_path / 'empty'}")
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        tiny_run("demo", "model.name_or_path=no-such-user/no-such-model")
+
+
+def test_evaluating_nf4_leaves_its_gradients_as_they_were(tiny_model_dir: Path) -> None:
+    base = load_base_model(ModelConfig(name_or_path=str(tiny_model_dir), quantization="nf4"), torch.device("cpu"))
+    model = CausalLMLoss(add_adapter(base, LoraConfig(rank=4, dropout=0.0), seed=0))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    input_ids = torch.arange(10, 30)[None]
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "loss_mask": input_ids > 15}
+
+    def gradients() -> list[torch.Tensor]:
+        model.train()
+        with torch.autocast("cpu", torch.bfloat16):
+            model(**inputs).loss_sum.backward()
+        seen = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        return seen
+
+    before = gradients()
+    model.eval()
+    with torch.no_grad():
+        model(**inputs)
+    after = gradients()
+    assert len(before) == 2 * 2 * 7
+    for old, new in zip(before, after, strict=True):
+        assert torch.equal(old, new)
+
+
+def test_nf4_learns_on_the_demo_model_and_its_adapter_gives_the_same_loss_again(
+    demo_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    overrides = [
+        "model.quantization=nf4",
+        f"output_dir={tmp_path / 'run'}",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        "train.max_steps=8",
+        "train.learning_rate=5e-4",
+        "train.num_sample_replies=0",
+    ]
+    config = load_config("demo", overrides)
+    assert config.train.optim == "paged_adamw_8bit"
+    summary = train(config)
+    assert summary["eval_loss_after"] < summary["eval_loss_before"] - 0.2
+    again = evaluate_adapter(config, summary["adapter_dir"])
+    assert again.loss == pytest.approx(summary["eval_loss_after"], abs=1e-5)
+
+
+def test_the_adapter_loads_with_plain_peft(demo_model_dir: Path, tiny_run: Any) -> None:
+    _, folder = tiny_run("demo", f"model.name_or_path={demo_model_dir}", "train.max_steps=1")
+    model = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter", dtype=torch.bfloat16)
+    assert isinstance(model, peft.PeftModel)
+    assert model.peft_config["default"].r == 16
+    card = (folder / "adapter/README.md").read_text()
+    assert str(demo_model_dir) in card
+
+
+def test_evaluating_without_an_adapter_or_held_out_rows_says_what_is_missing(tmp_path: Path) -> None:
+    config = load_config("qwen0.5b")
+    with pytest.raises(ConfigError, match=r"holds no adapter_config\.json; fix: --adapter FOLDER"):
+        evaluate_adapter(config, tmp_path)
+    write_json(tmp_path / "adapter_config.json", {})
