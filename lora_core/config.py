@@ -68,6 +68,9 @@ class DataConfig(_Section):
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="a row that cannot be read: stop with file:line, or skip and count it"
     )
+    packing: bool = Field(
+        True, description="lay conversations end to end in place of padding; same gradient, no token wasted"
+    )
     chat_template: str | None = Field(None, description="a Jinja file to use in place of the tokenizer's own template")
     num_proc: PositiveInt | None = Field(
         None, description="processes that encode rows; null is one per core, for large files"
@@ -91,6 +94,9 @@ class TrainConfig(_Section):
     max_steps: PositiveInt | None = Field(None, description="optimizer steps; in place of num_train_epochs when set")
     per_device_train_batch_size: PositiveInt = Field(2, description="conversations per micro-batch and device")
     per_device_eval_batch_size: PositiveInt = Field(8, description="conversations per evaluation batch and device")
+    max_tokens_per_device_batch: PositiveInt | None = Field(
+        None, description="of a packed micro-batch; null is per_device_train_batch_size x max_seq_length"
+    )
     gradient_accumulation_steps: PositiveInt = Field(4, description="micro-batches per optimizer step")
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(5e-5, description="at the end of warmup")
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(

@@ -19,7 +19,7 @@ from lora_core.errors import ConfigError
 from lora_core.loss import CausalLMLoss
 from lora_core.messages import Message
 from lora_core.model import load_base_model, load_tokenizer
-from lora_core.packing import collate, micro_batches
+from lora_core.packing import Batching, to_device
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -52,22 +52,19 @@ class EvalResult:
 
 
 @torch.no_grad()
-def evaluate(
-    accelerator: Accelerator, model: nn.Module, data: EncodedFile, batch_size: int, pad_token_id: int
-) -> EvalResult:
+def evaluate(accelerator: Accelerator, model: nn.Module, data: EncodedFile, batching: Batching) -> EvalResult:
     """Run the held-out rows through the model, shared out over the ranks. Leaves the model's mode as it was.
 
     Args:
         model: a `CausalLMLoss`, as `accelerator.prepare` returned it.
-        batch_size: conversations per batch and rank.
+        batching: how the rows are cut.
     """
     was_training = model.training
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64)
     rows = np.arange(len(data.lengths))
-    for batch in micro_batches(rows, data.lengths, batch_size, accelerator.num_processes, accelerator.process_index):
-        tensors = collate([data.dataset[int(row)] for row in batch.rows], pad_token_id, batch.is_filler)
-        result = model(**{name: tensor.to(accelerator.device) for name, tensor in tensors.items()})
+    for cut in batching.cut(rows, data.lengths, accelerator.num_processes, accelerator.process_index):
+        result = model(**to_device(batching.tensors(data.dataset, cut), accelerator.device))
         sums += torch.stack([value.detach().double().cpu() for value in result])
     sums = accelerator.reduce(sums.to(_reduce_device(accelerator)), "sum").cpu()
     model.train(was_training)
@@ -105,10 +102,16 @@ def evaluate_adapter(config: RunConfig, adapter_dir: str | Path) -> EvalResult:
         _, eval_data = load_data(config, tokenizer)
     if eval_data is None:
         raise ConfigError("no held-out rows; fix: data.eval_file=PATH or data.eval_fraction=0.1")
-    base = load_base_model(config.model, accelerator.device)
+    base = load_base_model(config.model, accelerator.device, config.data.packing)
     adapted = peft.PeftModel.from_pretrained(base, str(adapter_dir))
     model = accelerator.prepare_model(CausalLMLoss(adapted), evaluation_mode=True)
-    return evaluate(accelerator, model, eval_data, config.train.per_device_eval_batch_size, pad_id(tokenizer))
+    batching = Batching(config.train.per_device_eval_batch_size, pad_id(tokenizer), eval_tokens(config))
+    return evaluate(accelerator, model, eval_data, batching)
+
+
+def eval_tokens(config: RunConfig) -> int | None:
+    """Tokens of a packed evaluation batch; None if packing is off."""
+    return config.train.per_device_eval_batch_size * config.data.max_seq_length if config.data.packing else None
 
 
 @torch.no_grad()

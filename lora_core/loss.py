@@ -11,7 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_core.attention import causal_lm_of
 from lora_core.errors import TrainingError
+
+_POSITIONS_PER_CHUNK = 256
 
 
 class LossSums(NamedTuple):
@@ -34,40 +37,74 @@ class CausalLMLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor) -> LossSums:
-        """(B, T) ids, attention mask (1 is a real token) and loss mask (True is supervised) -> sums.
+    def forward(self, input_ids: Tensor, loss_mask: Tensor, **inputs: Any) -> LossSums:
+        """One micro-batch, as `packing` makes them -> sums.
 
-        The prediction for position t is made at t - 1, so the loss mask is read one place to the right.
+        Args:
+            input_ids: (B, T).
+            loss_mask: (B, T), True is supervised. The prediction for position t is made at t - 1, so the mask is read
+                one place to the right.
+            inputs: for the decoder: attention_mask for padded rows; position_ids and segment_lengths for packed ones.
         """
-        hidden = _decoder(self.model)(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
+        decoder = causal_lm_of(self.model).get_decoder()
+        hidden = decoder(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
         supervised = loss_mask[:, 1:]
-        logits = project(self.model, hidden[:, :-1][supervised])  # (N, vocabulary)
         targets = input_ids[:, 1:][supervised]  # (N,)
         if targets.numel() == 0:
             # A filler micro-batch: still a function of the parameters, so that ranks can synchronise.
             zero = torch.zeros((), dtype=torch.long, device=targets.device)
             return LossSums(hidden.float().sum() * 0.0, zero, zero)
-        loss_sum = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
-        with torch.no_grad():
-            num_correct = (logits.argmax(dim=-1) == targets).sum()
+        states = hidden[:, :-1][supervised]  # (N, H)
+        head = causal_lm_of(self.model).get_output_embeddings()
+        if any(parameter.requires_grad for parameter in head.parameters()):
+            # A head that trains needs its own gradient, so all logits are kept.
+            logits = project(self.model, states).float()
+            loss_sum = nn.functional.cross_entropy(logits, targets, reduction="sum")
+            num_correct = (logits.detach().argmax(dim=-1) == targets).sum()
+        else:
+            apply: Any = _HeadLoss.apply
+            loss_sum, num_correct = apply(states, targets, self.model)
         return LossSums(loss_sum, torch.tensor(targets.numel(), device=targets.device), num_correct)
 
 
-def _causal_lm(model: nn.Module) -> Any:
-    """The transformers model inside a PEFT wrapper, or the model itself."""
-    unwrap: Any = getattr(model, "get_base_model", None)
-    return model if unwrap is None else unwrap()
+class _HeadLoss(torch.autograd.Function):
+    """Projection and cross-entropy in chunks of positions, whose logits are gone before the next chunk.
 
+    The head is frozen, so all that the backward needs is the gradient to the hidden states, and that is known as soon
+    as the chunk's loss is: it is computed in the forward and scaled in the backward. Memory: one chunk of logits,
+    whatever the number of tokens.
+    """
 
-def _decoder(model: nn.Module) -> Any:
-    return _causal_lm(model).get_decoder()
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """(N, H) hidden states, (N,) targets -> (summed loss, number of right first guesses)."""
+        needs_gradient = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if needs_gradient else None
+        loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        num_correct = torch.zeros((), dtype=torch.long, device=hidden.device)
+        for start in range(0, len(hidden), _POSITIONS_PER_CHUNK):
+            part = slice(start, start + _POSITIONS_PER_CHUNK)
+            with torch.set_grad_enabled(needs_gradient):
+                chunk = hidden[part].detach().requires_grad_(needs_gradient)
+                logits = project(model, chunk).float()
+                loss = nn.functional.cross_entropy(logits, targets[part], reduction="sum")
+            if gradient is not None:
+                (gradient[part],) = torch.autograd.grad(loss, chunk)
+            loss_sum += loss.detach()
+            num_correct += (logits.detach().argmax(dim=-1) == targets[part]).sum()
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(num_correct)
+        return loss_sum, num_correct
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outputs[0].to(gradient.dtype), None, None
 
 
 def project(model: nn.Module, hidden: Tensor) -> Tensor:
     """Hidden states (N, H) -> logits (N, vocabulary), with the scaling that some families apply to logits."""
-    causal_lm = _causal_lm(model)
+    causal_lm = causal_lm_of(model)
     logits: Tensor = causal_lm.get_output_embeddings()(hidden)
     config = causal_lm.config
     if scale := getattr(config, "logit_scale", None):  # Cohere multiplies
@@ -86,13 +123,14 @@ def check_head(model: nn.Module) -> None:
     Raises:
         TrainingError: it does not; training would minimise the loss of another model.
     """
-    causal_lm = _causal_lm(model)
+    causal_lm = causal_lm_of(model)
     was_training = model.training
     model.eval()
     device = causal_lm.get_input_embeddings().weight.device
     input_ids = torch.arange(1, 9, device=device)[None]
     own = causal_lm(input_ids=input_ids, use_cache=False).logits[0].float()
-    ours = project(model, _decoder(model)(input_ids=input_ids, use_cache=False).last_hidden_state[0]).float()
+    hidden = causal_lm.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+    ours = project(model, hidden[0]).float()
     model.train(was_training)
     difference = (own - ours).abs().max().item()
     if not difference <= 1e-3 * max(1.0, own.abs().max().item()):

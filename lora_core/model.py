@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lora_core.attention import check_packing, use_segment_attention
 from lora_core.config import LoraConfig, ModelConfig
 from lora_core.errors import ConfigError, counted
 
@@ -37,11 +38,14 @@ def load_tokenizer(config: ModelConfig, chat_template: str | None = None) -> Pre
     return tokenizer
 
 
-def load_base_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
+def load_base_model(config: ModelConfig, device: torch.device, packing: bool = False) -> PreTrainedModel:
     """The base model on one device, frozen.
 
+    Args:
+        packing: attend within packed segments (in place of SDPA; other implementations find the segments themselves).
+
     Raises:
-        ConfigError: it cannot be found or read.
+        ConfigError: it cannot be found or read, or cannot keep packed conversations apart.
     """
     from transformers import AutoModelForCausalLM
 
@@ -61,6 +65,10 @@ def load_base_model(config: ModelConfig, device: torch.device) -> PreTrainedMode
     model.config.use_cache = False
     if device.type == "cpu":
         _keep_4bit_weights_trainable(model)
+    if packing:
+        if config.attn_implementation == "sdpa":
+            use_segment_attention(model)
+        check_packing(model)
     return model.requires_grad_(False)
 
 

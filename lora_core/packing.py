@@ -6,6 +6,7 @@ a run can be picked up at any step.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -42,10 +43,39 @@ class MicroBatchRows:
     the loss: ranks that synchronise gradients must all run the same number of micro-batches."""
 
 
+@dataclass(frozen=True)
+class Batching:
+    """How rows become micro-batches: packed into flat rows, or padded."""
+
+    per_device_batch_size: int
+    """Rows in a padded micro-batch."""
+    pad_token_id: int
+    max_tokens: int | None = None
+    """Tokens in a packed micro-batch; None pads instead. A longer row gets a micro-batch of its own."""
+
+    def cut(self, rows: RowIndices, lengths: RowIndices, num_processes: int = 1, rank: int = 0) -> list[MicroBatchRows]:
+        """Cut one step's rows into this rank's micro-batches; every rank gets the same number of them.
+
+        Args:
+            rows: (R,) the step's row indices, over all ranks.
+            lengths: (num_rows,) tokens of every row in the dataset.
+        """
+        if self.max_tokens is None:
+            return micro_batches(rows, lengths, self.per_device_batch_size, num_processes, rank)
+        return packed_micro_batches(rows, lengths, self.max_tokens, num_processes, rank)
+
+    def tensors(self, dataset: Any, cut: MicroBatchRows) -> dict[str, Any]:
+        """One micro-batch, as `CausalLMLoss` takes it."""
+        rows = [dataset[int(row)] for row in cut.rows]
+        if self.max_tokens is None:
+            return collate(rows, self.pad_token_id, cut.is_filler)
+        return collate_packed(rows, cut.is_filler)
+
+
 def micro_batches(
     rows: RowIndices, lengths: RowIndices, per_device_batch_size: int, num_processes: int = 1, rank: int = 0
 ) -> list[MicroBatchRows]:
-    """Cut one step's rows into this rank's micro-batches; every rank gets the same number of them.
+    """Padded micro-batches: at most `per_device_batch_size` rows each.
 
     Rows of like length go together, which changes how much padding is computed and nothing else (the step's loss is
     one sum over all of its tokens). With 10 rows sorted by length, 2 ranks and 2 rows a micro-batch:
@@ -53,18 +83,50 @@ def micro_batches(
         micro-batch      0        1        2
         rank 0         0  2     4  6       8
         rank 1         1  3     5  7       9
-
-    Args:
-        rows: (R,) the step's row indices, over all ranks.
-        lengths: (num_rows,) tokens of every row in the dataset.
     """
-    by_length = rows[np.argsort(-lengths[rows], kind="stable")]
+    by_length = _longest_first(rows, lengths)
     size = per_device_batch_size * num_processes
     batches = []
     for start in range(0, len(by_length), size):
         mine = by_length[start : start + size][rank::num_processes]
         batches.append(MicroBatchRows(mine) if len(mine) else MicroBatchRows(by_length[-1:], is_filler=True))
     return batches
+
+
+def packed_micro_batches(
+    rows: RowIndices, lengths: RowIndices, max_tokens: int, num_processes: int = 1, rank: int = 0
+) -> list[MicroBatchRows]:
+    """Packed micro-batches: as few as hold the step at `max_tokens` each, and as even as they can be.
+
+    Longest first, each row goes to the bin that holds least (Graham 1969, LPT); if that overfills one, there is one
+    more micro-batch. Even bins keep ranks in step, and no token is padding.
+    """
+    by_length = _longest_first(rows, lengths)
+    to_hold_all_tokens = -(-int(lengths[rows].sum()) // (max_tokens * num_processes))
+    per_rank = min(to_hold_all_tokens, -(-len(rows) // num_processes))
+    while True:
+        bins = _spread(by_length, lengths, per_rank * num_processes)
+        if all(len(rows_) <= 1 or lengths[rows_].sum() <= max_tokens for rows_ in bins):
+            break
+        per_rank += 1
+    batches = []
+    for mine in bins[rank::num_processes]:
+        batches.append(MicroBatchRows(mine) if len(mine) else MicroBatchRows(by_length[-1:], is_filler=True))
+    return batches
+
+
+def _spread(by_length: RowIndices, lengths: RowIndices, num_bins: int) -> list[RowIndices]:
+    heap = [(0, index) for index in range(num_bins)]
+    bins: list[list[int]] = [[] for _ in heap]
+    for row in by_length:
+        tokens, index = heapq.heappop(heap)
+        bins[index].append(int(row))
+        heapq.heappush(heap, (tokens + int(lengths[row]), index))
+    return [np.array(rows, dtype=np.int64) for rows in bins]
+
+
+def _longest_first(rows: RowIndices, lengths: RowIndices) -> RowIndices:
+    return rows[np.argsort(-lengths[rows], kind="stable")]
 
 
 def collate(rows: Sequence[dict[str, Any]], pad_token_id: int, is_filler: bool = False) -> dict[str, torch.Tensor]:
@@ -87,3 +149,33 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int, is_filler: bool =
             loss_mask[index, :length] = torch.as_tensor(row["loss_mask"])
     loss_mask[:, 0] = False  # nothing comes before the first token to predict it from
     return {"input_ids": input_ids, "attention_mask": attention_mask, "loss_mask": loss_mask}
+
+
+def collate_packed(rows: Sequence[dict[str, Any]], is_filler: bool = False) -> dict[str, Any]:
+    """Rows -> one flat row of (1, T) tensors, whole conversations end to end.
+
+        input_ids         a0 a1 a2 b0 b1 c0 c1 c2
+        position_ids       0  1  2  0  1  0  1  2
+        segment_lengths   (3, 2, 3)
+
+    The first token of a conversation is never supervised: what stands before it belongs to another.
+    """
+    import torch
+
+    lengths = tuple(len(row["input_ids"]) for row in rows)
+    input_ids = torch.cat([torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows])
+    loss_mask = torch.cat([torch.as_tensor(row["loss_mask"], dtype=torch.bool) for row in rows])
+    loss_mask[np.cumsum((0, *lengths[:-1]))] = False
+    if is_filler:
+        loss_mask[:] = False
+    return {
+        "input_ids": input_ids[None],
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "loss_mask": loss_mask[None],
+        "segment_lengths": lengths,
+    }
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The tensors of a micro-batch on a device; segment lengths stay plain numbers."""
+    return {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}

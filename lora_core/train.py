@@ -24,12 +24,12 @@ from lora_core.config import RunConfig
 from lora_core.data import EncodedFile, load_data, pad_id
 from lora_core.devices import build_accelerator, peak_memory_bytes, seed_everything
 from lora_core.errors import DataError, TrainingError
-from lora_core.evaluate import EvalResult, evaluate, sample_reply
+from lora_core.evaluate import EvalResult, eval_tokens, evaluate, sample_reply
 from lora_core.loss import CausalLMLoss, check_head
 from lora_core.messages import parse_json_row
 from lora_core.model import add_adapter, describe_parameters, load_base_model, load_tokenizer
 from lora_core.optimizer import build_optimizer, build_scheduler
-from lora_core.packing import MicroBatchRows, collate, micro_batches, step_rows
+from lora_core.packing import Batching, step_rows, to_device
 from lora_core.run_folder import MetricsFile, prepare_run_folder, whole_folder, write_json, write_text
 from lora_core.schedule import SchedulePlan, plan_schedule
 
@@ -56,7 +56,7 @@ def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: LRScheduler,
-    batches: Sequence[dict[str, Tensor]],
+    batches: Sequence[dict[str, Any]],
     max_grad_norm: float | None,
 ) -> StepResult:
     """One optimizer step over this rank's micro-batches.
@@ -77,7 +77,7 @@ def train_step(
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
-            micro_loss_sum = model(**{name: tensor.to(accelerator.device) for name, tensor in batch.items()}).loss_sum
+            micro_loss_sum = model(**to_device(batch, accelerator.device)).loss_sum
             # DDP and FSDP average gradients over ranks; times their number, the average is the sum.
             accelerator.backward(micro_loss_sum * (accelerator.num_processes / num_tokens))
         loss_sum += micro_loss_sum.detach()
@@ -131,20 +131,21 @@ def train(config: RunConfig) -> dict[str, Any]:
     accelerator.wait_for_everyone()
     metrics = MetricsFile(folder / "metrics.jsonl", accelerator.is_main_process)
 
-    base = load_base_model(config.model, accelerator.device)
+    base = load_base_model(config.model, accelerator.device, config.data.packing)
     adapted = add_adapter(base, config.lora, config.train.seed, config.train.gradient_checkpointing)
     check_head(adapted)
     say(f"model: {config.model.name_or_path} on {accelerator.device}: {describe_parameters(adapted)}")
     optimizer = build_optimizer(adapted, config.train, accelerator.device, say)
     scheduler = build_scheduler(optimizer, plan)
     model, optimizer = accelerator.prepare(CausalLMLoss(adapted), optimizer)
-    pad_token_id = pad_id(tokenizer)
+    batching = Batching(config.train.per_device_train_batch_size, pad_id(tokenizer), train_tokens(config))
+    eval_batching = Batching(config.train.per_device_eval_batch_size, pad_id(tokenizer), eval_tokens(config))
     seed_everything(config.train.seed, accelerator.process_index)
 
     def measure(step: int) -> EvalResult | None:
         if eval_data is None:
             return None
-        result = evaluate(accelerator, model, eval_data, config.train.per_device_eval_batch_size, pad_token_id)
+        result = evaluate(accelerator, model, eval_data, eval_batching)
         metrics.write("eval", step=step, **result.to_dict())
         _log(accelerator, f"eval at step {step}: {result}")
         return result
@@ -166,14 +167,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     for step in range(plan.total_optimizer_steps):
         step_started = time.monotonic()
         rows = step_rows(plan.num_rows, plan.rows_per_optimizer_step, config.train.seed, step)
-        cuts = micro_batches(
-            rows,
-            train_data.lengths,
-            config.train.per_device_train_batch_size,
-            accelerator.num_processes,
-            accelerator.process_index,
-        )
-        batches = [_tensors(train_data, cut, pad_token_id) for cut in cuts]
+        cuts = batching.cut(rows, train_data.lengths, accelerator.num_processes, accelerator.process_index)
+        batches = [batching.tensors(train_data.dataset, cut) for cut in cuts]
         try:
             result = train_step(accelerator, model, optimizer, scheduler, batches, config.train.max_grad_norm)
         except TrainingError as error:
@@ -276,6 +271,12 @@ def plan_for(config: RunConfig, num_rows: int, num_processes: int) -> SchedulePl
     )
 
 
+def train_tokens(config: RunConfig) -> int | None:
+    """Tokens of a packed micro-batch; None if packing is off."""
+    default = config.train.per_device_train_batch_size * config.data.max_seq_length
+    return (config.train.max_tokens_per_device_batch or default) if config.data.packing else None
+
+
 def describe_plan(plan: SchedulePlan, config: RunConfig) -> str:
     """Two lines for the log."""
     train = config.train
@@ -357,10 +358,6 @@ def printable(text: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Steps
-
-
-def _tensors(data: EncodedFile, cut: MicroBatchRows, pad_token_id: int) -> dict[str, Tensor]:
-    return collate([data.dataset[int(row)] for row in cut.rows], pad_token_id, cut.is_filler)
 
 
 def _log(accelerator: Accelerator, line: str) -> None:

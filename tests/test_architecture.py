@@ -20,6 +20,7 @@ ORDER = [
     "chat",
     "packing",
     "data",
+    "attention",
     "model",
     "loss",
     "optimizer",

@@ -73,6 +73,18 @@ def test_the_vocabulary_projection_runs_for_supervised_positions_only() -> None:
     assert seen == [int(inputs["loss_mask"].sum())]
 
 
+def test_a_head_that_trains_gets_its_gradient_and_a_frozen_one_gives_the_same_to_the_rest() -> None:
+    model = make_model(300)
+    inputs = batch()
+    CausalLMLoss(model)(**inputs).loss_sum.backward()
+    wanted = model.model.layers[0].mlp.up_proj.weight.grad.clone()
+    assert model.lm_head.weight.grad.abs().sum() > 0
+    model.zero_grad()
+    model.lm_head.weight.requires_grad_(False)
+    (CausalLMLoss(model)(**inputs).loss_sum * 2).backward()
+    torch.testing.assert_close(model.model.layers[0].mlp.up_proj.weight.grad / 2, wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_a_filler_adds_nothing_and_still_reaches_the_parameters() -> None:
     model = make_model(300)
     inputs = batch()

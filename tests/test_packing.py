@@ -7,7 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_core.packing import collate, epoch_order, micro_batches, step_rows
+from lora_core.packing import (
+    collate,
+    collate_packed,
+    epoch_order,
+    micro_batches,
+    packed_micro_batches,
+    step_rows,
+)
 from lora_core.schedule import plan_schedule
 
 
@@ -43,6 +50,46 @@ def test_an_epoch_takes_every_row_once_over_all_ranks(
                 taken[step // plan.optimizer_steps_per_epoch] += cut.rows.tolist()
     assert micro_steps == 2 * plan.micro_batches_per_epoch
     assert sorted(taken[0]) == sorted(taken[1]) == list(range(rows))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=60),
+    max_tokens=st.integers(1, 300),
+    processes=st.integers(1, 4),
+)
+def test_packed_micro_batches_hold_every_row_once_within_the_budget(
+    lengths: list[int], max_tokens: int, processes: int
+) -> None:
+    sizes = np.array(lengths)
+    rows = np.random.default_rng(0).permutation(len(sizes))
+    per_rank = [packed_micro_batches(rows, sizes, max_tokens, processes, rank) for rank in range(processes)]
+    assert len({len(cuts) for cuts in per_rank}) == 1
+    cuts = [cut for cuts in per_rank for cut in cuts]
+    assert sorted(row for cut in cuts if not cut.is_filler for row in cut.rows.tolist()) == list(range(len(sizes)))
+    assert all(len(cut.rows) == 1 or sizes[cut.rows].sum() <= max_tokens for cut in cuts)
+
+
+def test_packed_micro_batches_are_few_and_even() -> None:
+    lengths = np.random.default_rng(0).integers(20, 400, 256)
+    cuts = packed_micro_batches(np.arange(256), lengths, 2048, 2, 0) + packed_micro_batches(
+        np.arange(256), lengths, 2048, 2, 1
+    )
+    tokens = [int(lengths[cut.rows].sum()) for cut in cuts]
+    assert len(cuts) == 2 * -(-int(lengths.sum()) // 4096)
+    assert min(tokens) > 0.97 * max(tokens)
+
+
+def test_collate_packed_restarts_positions_and_supervises_no_first_token() -> None:
+    rows = [
+        {"input_ids": [1, 2, 9], "loss_mask": [False, True, True]},
+        {"input_ids": [3, 4], "loss_mask": [True, True]},
+    ]
+    batch = collate_packed(rows)
+    assert batch["input_ids"].tolist() == [[1, 2, 9, 3, 4]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert batch["loss_mask"].tolist() == [[False, True, True, False, True]]
+    assert batch["segment_lengths"] == (3, 2)
+    assert not collate_packed(rows, is_filler=True)["loss_mask"].any()
 
 
 def test_order_differs_by_epoch_and_by_seed_and_is_the_same_everywhere() -> None:

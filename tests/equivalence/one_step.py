@@ -1,6 +1,8 @@
 """One optimizer step of a tiny model over the same ten conversations, cut as asked; run alone or under torchrun.
 
-python -m tests.equivalence.one_step MODEL_DIR ROWS BATCH ACCUMULATION OUT
+python -m tests.equivalence.one_step MODEL_DIR ROWS BATCH ACCUMULATION MAX_TOKENS OUT
+
+MAX_TOKENS 0 pads; otherwise micro-batches are packed up to so many tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from lora_core.config import LoraConfig, ModelConfig
 from lora_core.data import encode_file, pad_id
 from lora_core.loss import CausalLMLoss
 from lora_core.model import add_adapter, load_base_model, load_tokenizer
-from lora_core.packing import collate, micro_batches, step_rows
+from lora_core.packing import Batching, step_rows
 from lora_core.train import train_step
 
 
@@ -27,13 +29,16 @@ class KeepsGradients(torch.optim.SGD):
         self.seen = [p.grad.clone() for group in self.param_groups for p in group["params"]]
 
 
-def one_step(model_dir: Path, rows_file: Path, batch_size: int, accumulation: int) -> dict[str, Any]:
+def one_step(
+    model_dir: Path, rows_file: Path, batch_size: int, accumulation: int, max_tokens: int = 0
+) -> dict[str, Any]:
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=1)
     config = ModelConfig(name_or_path=str(model_dir), dtype="float32")
     tokenizer = load_tokenizer(config)
     with accelerator.main_process_first():
         data = encode_file(rows_file, tokenizer, max_seq_length=512, cache_dir=rows_file.parent / "cache")
-    adapted = add_adapter(load_base_model(config, accelerator.device), LoraConfig(rank=4, alpha=8, dropout=0.0), seed=0)
+    base = load_base_model(config, accelerator.device, packing=max_tokens > 0)
+    adapted = add_adapter(base, LoraConfig(rank=4, alpha=8, dropout=0.0), seed=0)
     torch.manual_seed(1)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:  # zero at the start of training, which would leave A without a gradient
@@ -44,8 +49,9 @@ def one_step(model_dir: Path, rows_file: Path, batch_size: int, accumulation: in
     model.train()
     num_rows = len(data.lengths)
     rows = step_rows(num_rows, batch_size * accumulation * accelerator.num_processes, 42, 0)
-    cuts = micro_batches(rows, data.lengths, batch_size, accelerator.num_processes, accelerator.process_index)
-    batches = [collate([data.dataset[int(r)] for r in cut.rows], pad_id(tokenizer), cut.is_filler) for cut in cuts]
+    batching = Batching(batch_size, pad_id(tokenizer), max_tokens or None)
+    cuts = batching.cut(rows, data.lengths, accelerator.num_processes, accelerator.process_index)
+    batches = [batching.tensors(data.dataset, cut) for cut in cuts]
     result = train_step(accelerator, model, optimizer, scheduler, batches, max_grad_norm=None)
     return {
         "loss": result.loss,
@@ -59,6 +65,6 @@ def one_step(model_dir: Path, rows_file: Path, batch_size: int, accumulation: in
 
 
 if __name__ == "__main__":
-    result = one_step(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    result = one_step(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:6]))
     if result["is_main"]:
-        torch.save(result, sys.argv[5])
+        torch.save(result, sys.argv[6])

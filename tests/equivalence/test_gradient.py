@@ -50,19 +50,30 @@ def test_accumulation(tiny_model_dir: Path, whole: Any, batch_size: int, accumul
     assert_same_step(one_step(tiny_model_dir, rows_file, batch_size, accumulation), wanted)
 
 
+@pytest.mark.parametrize(("max_tokens", "micro_batches"), [(4096, 1), (150, 4), (1, 8)])
+def test_packed_rows(tiny_model_dir: Path, whole: Any, max_tokens: int, micro_batches: int) -> None:
+    rows_file, wanted = whole
+    got = one_step(tiny_model_dir, rows_file, 8, 1, max_tokens)
+    assert got["micro_batches"] == micro_batches
+    assert_same_step(got, wanted)
+
+
 @pytest.mark.parametrize(
-    ("batch_size", "accumulation"),
+    ("batch_size", "accumulation", "max_tokens"),
     [
-        (2, 2),
-        (1, 7),  # a rank runs out of rows before the other
-        (7, 1),  # and here after one row of the last micro-batch
+        (2, 2, 0),
+        (7, 1, 0),  # one rank has a row more than the other
+        (4, 1, 150),
     ],
 )
-def test_two_ranks(tiny_model_dir: Path, whole: Any, tmp_path: Path, batch_size: int, accumulation: int) -> None:
+def test_two_ranks(
+    tiny_model_dir: Path, whole: Any, tmp_path: Path, batch_size: int, accumulation: int, max_tokens: int
+) -> None:
     rows_file, wanted = whole
     out = tmp_path / "step.pt"
     module = ["-m", "tests.equivalence.one_step"]
-    torchrun([*module, str(tiny_model_dir), str(rows_file), str(batch_size), str(accumulation), str(out)])
+    cut = [str(batch_size), str(accumulation), str(max_tokens)]
+    torchrun([*module, str(tiny_model_dir), str(rows_file), *cut, str(out)])
     got = torch.load(out, weights_only=True)
     assert got["world_size"] == 2
     assert_same_step(got, wanted)
@@ -72,5 +83,5 @@ def test_an_odd_number_of_rows_leaves_one_rank_a_filler(tiny_model_dir: Path, tm
     rows_file = write_rows(ROWS[:7])
     wanted = one_step(tiny_model_dir, rows_file, 7, 1)
     out = tmp_path / "step.pt"
-    torchrun(["-m", "tests.equivalence.one_step", str(tiny_model_dir), str(rows_file), "1", "4", str(out)])
+    torchrun(["-m", "tests.equivalence.one_step", str(tiny_model_dir), str(rows_file), "1", "4", "0", str(out)])
     assert_same_step(torch.load(out, weights_only=True), wanted)
