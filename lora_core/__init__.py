@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         ConfigError,
         DataError,
         LoraCoreError,
+        PreflightError,
         RowError,
         TrainingError,
     )
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from lora_core.loss import CausalLMLoss, LossSums
     from lora_core.messages import Conversation, parse_row
     from lora_core.model import add_adapter, load_base_model, load_tokenizer
+    from lora_core.preflight import Facts, Finding, run_checks
     from lora_core.schedule import SchedulePlan, plan_schedule
     from lora_core.train import StepResult, train, train_step
 
@@ -39,11 +41,20 @@ _HOME = {
     "chat": ("ChatEncoder", "EncodedChat", "encode_chat", "show_chat"),
     "config": ("RunConfig", "load_config"),
     "data": ("EncodedFile", "RowCounts", "encode_file"),
-    "errors": ("ChatTemplateError", "ConfigError", "DataError", "LoraCoreError", "RowError", "TrainingError"),
+    "errors": (
+        "ChatTemplateError",
+        "ConfigError",
+        "DataError",
+        "LoraCoreError",
+        "PreflightError",
+        "RowError",
+        "TrainingError",
+    ),
     "evaluate": ("EvalResult", "evaluate"),
     "loss": ("CausalLMLoss", "LossSums"),
     "messages": ("Conversation", "parse_row"),
     "model": ("add_adapter", "load_base_model", "load_tokenizer"),
+    "preflight": ("Facts", "Finding", "run_checks"),
     "schedule": ("SchedulePlan", "plan_schedule"),
     "train": ("StepResult", "train", "train_step"),
 }
@@ -59,8 +70,11 @@ __all__ = [
     "EncodedChat",
     "EncodedFile",
     "EvalResult",
+    "Facts",
+    "Finding",
     "LoraCoreError",
     "LossSums",
+    "PreflightError",
     "RowCounts",
     "RowError",
     "RunConfig",
@@ -77,6 +91,7 @@ __all__ = [
     "load_tokenizer",
     "parse_row",
     "plan_schedule",
+    "run_checks",
     "show_chat",
     "train",
     "train_step",

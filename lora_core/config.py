@@ -137,6 +137,12 @@ class TrainConfig(_Section):
         return self
 
 
+class PreflightConfig(_Section):
+    """The checks before the first step."""
+
+    allow: list[str] = Field([], description="ids of errors to run in spite of, such as warmup_past_end")
+
+
 class RunConfig(_Section):
     """Everything that decides a run. `load_config` builds it; `to_yaml` writes it."""
 
@@ -144,6 +150,7 @@ class RunConfig(_Section):
     lora: LoraConfig = Field(default_factory=LoraConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    preflight: PreflightConfig = Field(default_factory=PreflightConfig)
     output_dir: str = Field("outputs/run", description="the run folder; outputs/<cfg name> unless set")
     overwrite_output_dir: bool = Field(False, description="replace an earlier run in output_dir")
 
@@ -275,6 +282,7 @@ _SECTIONS: dict[str, type[_Section]] = {
     "lora": LoraConfig,
     "data": DataConfig,
     "train": TrainConfig,
+    "preflight": PreflightConfig,
 }
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,8 @@ class RowCounts:
     tokens: int
     """In kept rows, after cutting."""
     supervised_tokens: int
+    longest: int
+    """Tokens of the longest row before cutting."""
 
     @property
     def dropped(self) -> int:
@@ -320,6 +322,7 @@ def _account(
         truncated_supervised_tokens=int(truncated_supervised.sum()),
         tokens=int(lengths.sum()),
         supervised_tokens=int(supervised[kept].sum()),
+        longest=int((_list_lengths(encoded) + truncated).max()),
     )
     if counts.kept == 0:
         raise DataError(
@@ -340,6 +343,22 @@ def _list_lengths(dataset: Dataset) -> npt.NDArray[np.int64]:
     return np.concatenate(
         [np.asarray(chunk.to_numpy(), dtype=np.int64) for chunk in lengths] or [np.zeros(0, np.int64)]
     )
+
+
+def shared_lines(train_data: EncodedFile, eval_data: EncodedFile) -> list[int]:
+    """Lines of the training file whose tokens also stand, exactly, among the held-out rows."""
+    held_out = {_digest(row) for row in _iterate_ids(eval_data)}
+    lines = train_data.dataset["line"]
+    return [int(lines[i]) for i, row in enumerate(_iterate_ids(train_data)) if _digest(row) in held_out]
+
+
+def _iterate_ids(data: EncodedFile) -> Iterator[npt.NDArray[np.int32]]:
+    for batch in data.dataset.with_format("numpy").iter(batch_size=1_000):
+        yield from batch["input_ids"]
+
+
+def _digest(ids: npt.NDArray[np.int32]) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(ids, dtype=np.int32).tobytes(), digest_size=16).digest()
 
 
 def hold_out(encoded: EncodedFile, fraction: float, seed: int) -> tuple[EncodedFile, EncodedFile]:
@@ -364,5 +383,16 @@ def _subset(encoded: EncodedFile, rows: npt.NDArray[np.int64]) -> EncodedFile:
     lengths = encoded.lengths[rows]
     supervised = sum(sum(mask) for mask in dataset["loss_mask"])
     # The whole file's reading is accounted for by its own counts; these are the part's.
-    counts = RowCounts(len(rows), len(rows), 0, 0, 0, 0, 0, int(lengths.sum()), supervised)
+    counts = RowCounts(
+        read=len(rows),
+        kept=len(rows),
+        dropped_bad=0,
+        dropped_unsupervised=0,
+        truncated=0,
+        truncated_tokens=0,
+        truncated_supervised_tokens=0,
+        tokens=int(lengths.sum()),
+        supervised_tokens=supervised,
+        longest=int(lengths.max()),
+    )
     return EncodedFile(dataset, lengths, counts)

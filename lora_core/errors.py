@@ -37,6 +37,12 @@ class ChatTemplateError(RowError):
     """The chat template cannot show this conversation, or its mask would not be exact."""
 
 
+class PreflightError(LoraCoreError):
+    """A run that would not learn; lists every error found, each with its fix. Exit code 2."""
+
+    exit_code = 2
+
+
 class TrainingError(LoraCoreError):
     """The run could not go on, such as for a loss that is not finite. Exit code 1."""
 

@@ -8,7 +8,7 @@ used is 9.0% of the one asked for. (The scheduler object then shows 10%, for a s
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,14 @@ class SchedulePlan:
             return self.learning_rate * (optimizer_step / max(1, self.warmup_steps))
         steps_left = self.total_optimizer_steps - optimizer_step
         return self.learning_rate * max(0.0, steps_left / max(1, self.total_optimizer_steps - self.warmup_steps))
+
+    def learning_rate_integral(self) -> float:
+        """Sum of all planned learning rates: what the run has to learn with."""
+        return sum(self.learning_rates())
+
+    def with_warmup(self, warmup_steps: int) -> SchedulePlan:
+        """The same plan with another warmup."""
+        return replace(self, warmup_steps=warmup_steps)
 
     def learning_rates(self) -> list[float]:
         """One learning rate per planned step."""

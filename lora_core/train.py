@@ -30,8 +30,9 @@ from lora_core.messages import parse_json_row
 from lora_core.model import add_adapter, describe_parameters, load_base_model, load_tokenizer
 from lora_core.optimizer import build_optimizer, build_scheduler
 from lora_core.packing import Batching, step_rows, to_device
+from lora_core.preflight import Facts, plan_for, refuse_errors, run_checks
 from lora_core.run_folder import MetricsFile, prepare_run_folder, whole_folder, write_json, write_text
-from lora_core.schedule import SchedulePlan, plan_schedule
+from lora_core.schedule import SchedulePlan
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
@@ -117,17 +118,20 @@ def train(config: RunConfig) -> dict[str, Any]:
     with accelerator.main_process_first():
         train_data, eval_data = load_data(config, tokenizer)
     say(f"train: {config.data.train_file}: {train_data.counts}")
-    if eval_data is None:
-        say("eval:  none; held-out loss is not measured (data.eval_file=PATH or data.eval_fraction=0.1 would)")
-    else:
+    if eval_data is not None:
         say(f"eval:  {config.data.eval_file or f'{config.data.eval_fraction:.0%} held out'}: {eval_data.counts}")
     plan = plan_for(config, len(train_data.lengths), accelerator.num_processes)
     say(describe_plan(plan, config))
+    findings = run_checks(Facts(config, plan, train_data, eval_data))
+    refuse_errors(findings, config.preflight.allow)
+    for finding in findings:
+        say(str(finding))
 
     folder = Path(config.output_dir).expanduser()
     if accelerator.is_main_process:
         prepare_run_folder(folder, config.overwrite_output_dir)
         write_text(folder / "config.yaml", config.to_yaml())
+        write_json(folder / "preflight.json", [finding.to_dict() for finding in findings])
     accelerator.wait_for_everyone()
     metrics = MetricsFile(folder / "metrics.jsonl", accelerator.is_main_process)
 
@@ -256,21 +260,6 @@ def train(config: RunConfig) -> dict[str, Any]:
 # Setup
 
 
-def plan_for(config: RunConfig, num_rows: int, num_processes: int) -> SchedulePlan:
-    """The schedule of a configuration on so many rows and processes."""
-    return plan_schedule(
-        num_rows,
-        per_device_train_batch_size=config.train.per_device_train_batch_size,
-        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
-        num_train_epochs=config.train.num_train_epochs,
-        num_processes=num_processes,
-        learning_rate=config.train.learning_rate,
-        warmup_steps=config.train.warmup_steps,
-        warmup_ratio=config.train.warmup_ratio,
-        max_steps=config.train.max_steps,
-    )
-
-
 def train_tokens(config: RunConfig) -> int | None:
     """Tokens of a packed micro-batch; None if packing is off."""
     default = config.train.per_device_train_batch_size * config.data.max_seq_length
@@ -280,20 +269,13 @@ def train_tokens(config: RunConfig) -> int | None:
 def describe_plan(plan: SchedulePlan, config: RunConfig) -> str:
     """Two lines for the log."""
     train = config.train
-    text = (
+    return (
         f"plan:  {plan.num_rows} conversations / ({train.per_device_train_batch_size} a device x "
         f"{train.gradient_accumulation_steps} accumulated x {plan.num_processes} processes) = "
         f"{plan.optimizer_steps_per_epoch} steps an epoch, {plan.total_optimizer_steps} optimizer steps in all\n"
         f"       warmup {plan.warmup_steps} steps, peak learning rate {plan.peak_learning_rate:.3g} "
         f"({plan.peak_fraction:.1%} of {train.learning_rate:g})"
     )
-    if plan.warmup_steps >= plan.total_optimizer_steps:
-        text += (
-            f"\nwarning: warmup is as long as the run or longer: the learning rate never gets past "
-            f"{plan.peak_fraction:.1%} of what was asked for, and the model will learn next to nothing; "
-            f"fix: train.warmup_steps={plan.total_optimizer_steps // 10}"
-        )
-    return text
 
 
 # ---------------------------------------------------------------------------------------------------------------

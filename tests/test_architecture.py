@@ -27,10 +27,22 @@ ORDER = [
     "devices",
     "run_folder",
     "evaluate",
+    "preflight",
     "train",
     "cli",
 ]
-NO_TORCH_AT_IMPORT = ["errors", "config", "schedule", "messages", "chat", "packing", "data", "run_folder", "cli"]
+NO_TORCH_AT_IMPORT = [
+    "errors",
+    "config",
+    "schedule",
+    "messages",
+    "chat",
+    "packing",
+    "data",
+    "run_folder",
+    "preflight",
+    "cli",
+]
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -48,6 +48,8 @@ def test_train_then_evaluate_and_all_that_is_printed_is_ours(settings: list[str]
     ours = (
         "train:",
         "eval:",
+        "warning:",
+        "note:",
         "eval at",
         "plan:",
         "  ",

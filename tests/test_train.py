@@ -13,7 +13,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 
 from lora_core.config import LoraConfig, ModelConfig, load_config
-from lora_core.errors import ConfigError, TrainingError
+from lora_core.errors import ConfigError, PreflightError, TrainingError
 from lora_core.evaluate import evaluate_adapter
 from lora_core.loss import CausalLMLoss
 from lora_core.model import CpuDropout, add_adapter, check_target_modules, count_parameters, load_base_model
@@ -96,7 +96,13 @@ def test_every_shipped_config_runs_as_planned(tiny_run: Any, config_name: str, s
     )
     assert summary["eval_loss_after"] == events(folder, "eval")[-1]["loss"] < summary["eval_loss_before"]
     assert len(events(folder, "sample")) == 3
-    assert {path.name for path in folder.iterdir()} == {"adapter", "config.yaml", "metrics.jsonl", "summary.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter",
+        "config.yaml",
+        "metrics.jsonl",
+        "preflight.json",
+        "summary.json",
+    }
 
 
 def test_two_runs_give_the_same_adapter_and_another_seed_does_not(tiny_run: Any) -> None:
@@ -150,20 +156,22 @@ def test_intervals_checkpoints_and_a_held_out_fraction(tiny_run: Any) -> None:
 
 
 def test_without_held_out_rows_the_run_says_so(tiny_run: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    summary, _ = tiny_run("demo", "data.eval_file=null", "train.max_steps=1")
+    summary, _ = tiny_run("demo", "data.eval_file=null", "train.max_steps=2")
     assert summary["eval_loss_before"] is None
-    assert (
-        "held-out loss is not measured (data.eval_file=PATH or data.eval_fraction=0.1 would)" in capsys.readouterr().out
-    )
+    assert "held-out loss is not measured; fix: data.eval_fraction=0.1" in capsys.readouterr().out
 
 
-def test_warmup_longer_than_the_run_is_said_before_the_first_step(
-    tiny_run: Any, capsys: pytest.CaptureFixture[str]
+def test_a_run_that_would_not_learn_is_refused_before_it_starts_unless_told_to(
+    tiny_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny_run("demo", "train.num_train_epochs=1", "train.warmup_steps=100")
-    printed = capsys.readouterr().out
-    assert "never gets past 9.0% of what was asked for" in printed
-    assert "fix: train.warmup_steps=1" in printed
+    old = ("train.num_train_epochs=1", "train.warmup_steps=100", "train.per_device_train_batch_size=8")
+    with pytest.raises(PreflightError, match=r"9\.0% of the 0\.0001 asked for.*fix: train\.warmup_steps=1"):
+        tiny_run("demo", *old, "train.gradient_accumulation_steps=1")
+    assert not (tmp_path / "run").exists()
+    summary, folder = tiny_run("demo", *old, "train.gradient_accumulation_steps=1", "preflight.allow=[warmup_past_end]")
+    assert summary["peak_learning_rate"] == pytest.approx(9e-6)
+    assert "error: the model would learn next to nothing" in capsys.readouterr().out
+    assert "warmup_past_end" in [finding["id"] for finding in json.loads((folder / "preflight.json").read_text())]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows(tiny_run: Any) -> None:
@@ -274,7 +282,7 @@ def test_nf4_learns_on_the_demo_model_and_its_adapter_gives_the_same_loss_again(
 
 
 def test_the_adapter_loads_with_plain_peft(demo_model_dir: Path, tiny_run: Any) -> None:
-    _, folder = tiny_run("demo", f"model.name_or_path={demo_model_dir}", "train.max_steps=1")
+    _, folder = tiny_run("demo", f"model.name_or_path={demo_model_dir}", "train.max_steps=2")
     model = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter", dtype=torch.bfloat16)
     assert isinstance(model, peft.PeftModel)
     assert model.peft_config["default"].r == 16
