@@ -13,19 +13,17 @@ import torch
 from torch import nn
 
 from lora_core.config import RunConfig
-from lora_core.data import load_data, pad_id
+from lora_core.data import EncodedFile, load_data, pad_id
 from lora_core.devices import build_accelerator
-from lora_core.errors import ConfigError
+from lora_core.errors import ConfigError, DataError
 from lora_core.loss import CausalLMLoss
-from lora_core.messages import Message
+from lora_core.messages import Message, parse_json_row
 from lora_core.model import load_base_model, load_tokenizer
 from lora_core.packing import Batching, to_device
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase
-
-    from lora_core.data import EncodedFile
 
 
 @dataclass(frozen=True)
@@ -143,3 +141,61 @@ def sample_reply(
     model.train(was_training)
     reply = str(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
     return reply.strip()
+
+
+def sample_prompts(config: RunConfig, eval_data: EncodedFile | None) -> list[dict[str, Any]]:
+    """The first held-out conversations that ask something, up to their first assistant turn."""
+    if eval_data is None or config.train.num_sample_replies == 0:
+        return []
+    path = Path(config.data.eval_file or config.data.train_file)
+    wanted = [int(line) for line in eval_data.dataset[: 4 * config.train.num_sample_replies]["line"]]
+    by_line = _lines(path, set(wanted))
+    prompts: list[dict[str, Any]] = []
+    for line in wanted:
+        conversation = parse_json_row(by_line[line])
+        first = next(i for i, message in enumerate(conversation.messages) if message["role"] == "assistant")
+        messages = conversation.messages[:first]
+        if messages and messages[-1]["role"] == "user" and len(prompts) < config.train.num_sample_replies:
+            prompts.append({"messages": messages, "tools": conversation.tools})
+    return prompts
+
+
+def _lines(path: Path, wanted: set[int]) -> dict[int, str]:
+    """The lines with these 1-based numbers."""
+    found: dict[int, str] = {}
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if number in wanted:
+                found[number] = raw.decode("utf-8-sig")
+                if len(found) == len(wanted):
+                    break
+    if len(found) < len(wanted):
+        raise DataError(f"{path}: changed while the run was starting; start it again")
+    return found
+
+
+def reply_to_all(
+    accelerator: Accelerator,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[dict[str, Any]],
+    max_new_tokens: int,
+) -> list[str]:
+    """Every rank answers its share; all get all answers, in order."""
+    from accelerate.utils import gather_object
+
+    if not prompts:
+        return []
+    adapted = accelerator.unwrap_model(model).model
+    mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
+    with accelerator.autocast():
+        replies = [
+            (i, sample_reply(adapted, tokenizer, prompts[i]["messages"], prompts[i]["tools"], max_new_tokens))
+            for i in mine
+        ]
+    return [reply for _, reply in sorted(gather_object(replies))]
+
+
+def printable(text: str) -> str:
+    """One line, control characters shown as escapes: what a model wrote must not steer the terminal."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

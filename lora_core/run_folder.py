@@ -14,15 +14,18 @@ from typing import Any
 from lora_core.errors import ConfigError
 
 
-def prepare_run_folder(output_dir: str | Path, overwrite: bool) -> Path:
-    """Make the run folder, empty.
+def check_run_folder(output_dir: str | Path, overwrite: bool) -> Path:
+    """The run folder's path, if a run may have it. Changes nothing.
 
     Raises:
-        ConfigError: it holds an earlier run, or other files, and may not be replaced.
+        ConfigError: it holds an earlier run that may not be replaced, or other files, or cannot be made.
     """
     folder = Path(output_dir).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output_dir={output_dir}: is a file; fix: output_dir=ANOTHER_FOLDER")
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not parent.is_dir():
+        raise ConfigError(f"output_dir={output_dir}: {parent} is a file; fix: output_dir=ANOTHER_FOLDER")
+    if not os.access(parent, os.W_OK):
+        raise ConfigError(f"output_dir={output_dir}: {parent} is not writable; fix: output_dir=ANOTHER_FOLDER")
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / "config.yaml").is_file():
             raise ConfigError(
@@ -33,14 +36,14 @@ def prepare_run_folder(output_dir: str | Path, overwrite: bool) -> Path:
                 f"output_dir={output_dir}: holds an earlier run; fix: output_dir=ANOTHER_FOLDER to keep it, or "
                 "overwrite_output_dir=true to replace it"
             )
-        shutil.rmtree(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"output_dir={output_dir}: cannot be made ({error}); fix: output_dir=ANOTHER_FOLDER"
-        ) from error
     return folder
+
+
+def clear_run_folder(folder: Path) -> None:
+    """Make the folder, or empty it of an earlier run. Call `check_run_folder` first."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -15,23 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from lora_core._version import __version__
 from lora_core.config import RunConfig
-from lora_core.data import EncodedFile, load_data, pad_id
+from lora_core.data import load_data, pad_id
 from lora_core.devices import build_accelerator, peak_memory_bytes, seed_everything
-from lora_core.errors import DataError, TrainingError
-from lora_core.evaluate import EvalResult, eval_tokens, evaluate, sample_reply
+from lora_core.errors import TrainingError
+from lora_core.evaluate import EvalResult, eval_tokens, evaluate, printable, reply_to_all, sample_prompts
 from lora_core.loss import CausalLMLoss, check_head
-from lora_core.messages import parse_json_row
 from lora_core.model import add_adapter, describe_parameters, load_base_model, load_tokenizer
 from lora_core.optimizer import build_optimizer, build_scheduler
 from lora_core.packing import Batching, step_rows, to_device
 from lora_core.preflight import Facts, plan_for, refuse_errors, run_checks
-from lora_core.run_folder import MetricsFile, prepare_run_folder, whole_folder, write_json, write_text
+from lora_core.run_folder import MetricsFile, check_run_folder, clear_run_folder, whole_folder, write_json, write_text
 from lora_core.schedule import SchedulePlan
 
 if TYPE_CHECKING:
@@ -127,17 +125,18 @@ def train(config: RunConfig) -> dict[str, Any]:
     for finding in findings:
         say(str(finding))
 
-    folder = Path(config.output_dir).expanduser()
-    if accelerator.is_main_process:
-        prepare_run_folder(folder, config.overwrite_output_dir)
-        write_text(folder / "config.yaml", config.to_yaml())
-        write_json(folder / "preflight.json", [finding.to_dict() for finding in findings])
-    accelerator.wait_for_everyone()
-    metrics = MetricsFile(folder / "metrics.jsonl", accelerator.is_main_process)
+    folder = check_run_folder(config.output_dir, config.overwrite_output_dir)
+    accelerator.wait_for_everyone()  # all have looked before one writes
 
     base = load_base_model(config.model, accelerator.device, config.data.packing)
     adapted = add_adapter(base, config.lora, config.train.seed, config.train.gradient_checkpointing)
     check_head(adapted)
+    if accelerator.is_main_process:  # only now, so that a model that cannot be loaded costs nobody an earlier run
+        clear_run_folder(folder)
+        write_text(folder / "config.yaml", config.to_yaml())
+        write_json(folder / "preflight.json", [finding.to_dict() for finding in findings])
+    accelerator.wait_for_everyone()
+    metrics = MetricsFile(folder / "metrics.jsonl", accelerator.is_main_process)
     say(f"model: {config.model.name_or_path} on {accelerator.device}: {describe_parameters(adapted)}")
     optimizer = build_optimizer(adapted, config.train, accelerator.device, say)
     scheduler = build_scheduler(optimizer, plan)
@@ -156,7 +155,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 
     prompts = sample_prompts(config, eval_data)
     before = measure(0)
-    replies_before = _reply_to_all(accelerator, model, tokenizer, prompts, config.train.sample_max_new_tokens)
+    replies_before = reply_to_all(accelerator, model, tokenizer, prompts, config.train.sample_max_new_tokens)
 
     train_started = time.monotonic()
     evaluation_s = 0.0
@@ -210,7 +209,7 @@ def train(config: RunConfig) -> dict[str, Any]:
             f"stands at {scheduler.last_epoch}"
         )
 
-    replies_after = _reply_to_all(accelerator, model, tokenizer, prompts, config.train.sample_max_new_tokens)
+    replies_after = reply_to_all(accelerator, model, tokenizer, prompts, config.train.sample_max_new_tokens)
     adapter_dir = folder / "adapter"
     save_adapter(accelerator, model, tokenizer, config, adapter_dir)
     summary = {
@@ -276,66 +275,6 @@ def describe_plan(plan: SchedulePlan, config: RunConfig) -> str:
         f"       warmup {plan.warmup_steps} steps, peak learning rate {plan.peak_learning_rate:.3g} "
         f"({plan.peak_fraction:.1%} of {train.learning_rate:g})"
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Samples
-
-
-def sample_prompts(config: RunConfig, eval_data: EncodedFile | None) -> list[dict[str, Any]]:
-    """The first held-out conversations that ask something, up to their first assistant turn."""
-    if eval_data is None or config.train.num_sample_replies == 0:
-        return []
-    path = Path(config.data.eval_file or config.data.train_file)
-    wanted = [int(line) for line in eval_data.dataset[: 4 * config.train.num_sample_replies]["line"]]
-    by_line = _lines(path, set(wanted))
-    prompts: list[dict[str, Any]] = []
-    for line in wanted:
-        conversation = parse_json_row(by_line[line])
-        first = next(i for i, message in enumerate(conversation.messages) if message["role"] == "assistant")
-        messages = conversation.messages[:first]
-        if messages and messages[-1]["role"] == "user" and len(prompts) < config.train.num_sample_replies:
-            prompts.append({"messages": messages, "tools": conversation.tools})
-    return prompts
-
-
-def _lines(path: Path, wanted: set[int]) -> dict[int, str]:
-    """The lines with these 1-based numbers."""
-    found: dict[int, str] = {}
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            if number in wanted:
-                found[number] = raw.decode("utf-8-sig")
-                if len(found) == len(wanted):
-                    break
-    if len(found) < len(wanted):
-        raise DataError(f"{path}: changed while the run was starting; start it again")
-    return found
-
-
-def _reply_to_all(
-    accelerator: Accelerator,
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[dict[str, Any]],
-    max_new_tokens: int,
-) -> list[str]:
-    """Every rank answers its share; all get all answers, in order."""
-    if not prompts:
-        return []
-    adapted = accelerator.unwrap_model(model).model
-    mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
-    with accelerator.autocast():
-        replies = [
-            (i, sample_reply(adapted, tokenizer, prompts[i]["messages"], prompts[i]["tools"], max_new_tokens))
-            for i in mine
-        ]
-    return [reply for _, reply in sorted(gather_object(replies))]
-
-
-def printable(text: str) -> str:
-    """One line, control characters shown as escapes: what a model wrote must not steer the terminal."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -5,25 +5,29 @@ from pathlib import Path
 import pytest
 
 from lora_core.errors import ConfigError
-from lora_core.run_folder import MetricsFile, prepare_run_folder, whole_folder, write_json
+from lora_core.run_folder import MetricsFile, check_run_folder, clear_run_folder, whole_folder, write_json
 
 
 def test_an_earlier_run_is_replaced_only_when_asked(tmp_path: Path) -> None:
-    folder = prepare_run_folder(tmp_path / "a/b", overwrite=False)
+    folder = check_run_folder(tmp_path / "a/b", overwrite=False)
+    assert not folder.exists()
+    clear_run_folder(folder)
     (folder / "config.yaml").write_text("x")
     with pytest.raises(ConfigError, match="holds an earlier run; fix: output_dir="):
-        prepare_run_folder(folder, overwrite=False)
-    assert list(prepare_run_folder(folder, overwrite=True).iterdir()) == []
+        check_run_folder(folder, overwrite=False)
+    assert check_run_folder(folder, overwrite=True) == folder
+    assert (folder / "config.yaml").is_file()
+    clear_run_folder(folder)
+    assert list(folder.iterdir()) == []
 
 
-def test_files_that_are_no_run_are_never_removed(tmp_path: Path) -> None:
+def test_folders_that_a_run_cannot_have(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("x")
     with pytest.raises(ConfigError, match="not a run of lora_core"):
-        prepare_run_folder(tmp_path, overwrite=True)
-    with pytest.raises(ConfigError, match="is a file"):
-        prepare_run_folder(tmp_path / "thesis.txt", overwrite=True)
-    with pytest.raises(ConfigError, match="cannot be made"):
-        prepare_run_folder(tmp_path / "thesis.txt" / "run", overwrite=False)
+        check_run_folder(tmp_path, overwrite=True)
+    for path in (tmp_path / "thesis.txt", tmp_path / "thesis.txt" / "run"):
+        with pytest.raises(ConfigError, match=r"thesis\.txt is a file; fix: output_dir="):
+            check_run_folder(path, overwrite=True)
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
