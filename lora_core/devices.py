@@ -23,8 +23,10 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     """
     if config.train.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise ConfigError(f"train.bf16=true: {torch.cuda.get_device_name()} has no bfloat16; fix: train.bf16=false")
-    if platform.system() == "Linux" and not torch.cuda.is_available():
-        reuse_freed_memory()
+    if not torch.accelerator.is_available():
+        use_all_cores()
+        if platform.system() == "Linux":
+            reuse_freed_memory()
     # A second run in one process may ask for another precision; the process group stays.
     AcceleratorState._reset_state()
     # Accumulation is ours: a value above 1 here would make Accelerate divide the loss once more.
@@ -46,6 +48,18 @@ def build_accelerator(config: RunConfig) -> Accelerator:
             "on its own; fix: MULTI_GPU (DDP) or FSDP in the accelerate config"
         )
     return accelerator
+
+
+def use_all_cores() -> None:
+    """Share the cores that this process may use among the ranks of this machine.
+
+    `accelerate launch` and `torchrun` set OMP_NUM_THREADS=1, which leaves all cores but one idle.
+    """
+    import psutil  # comes with Accelerate
+
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = min(allowed, psutil.cpu_count(logical=False) or allowed)  # two threads of one core share its arithmetic
+    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def reuse_freed_memory() -> None:
