@@ -109,6 +109,7 @@ def check_batch_larger_than_data(facts: Facts) -> Iterator[Finding]:
     """One optimizer step would take more rows than there are, so every epoch is one step."""
     plan, train = facts.plan, facts.config.train
     if plan.rows_per_optimizer_step > plan.num_rows:
+        # A quarter of the rows a step: four steps an epoch, if accumulation alone can bring that about.
         accumulation = max(1, plan.num_rows // (train.per_device_train_batch_size * plan.num_processes) // 4)
         fix = f"train.gradient_accumulation_steps={accumulation}"
         if accumulation == train.gradient_accumulation_steps:

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AttentionInterface,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GemmaConfig,
-    GemmaForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-)
+from transformers import AttentionInterface
 
 from lora_core import attention
 from lora_core.attention import check_packing, segment_attention, use_segment_attention
@@ -26,24 +15,7 @@ from lora_core.loss import CausalLMLoss
 from lora_core.packing import collate, collate_packed
 
 from .conftest import make_model
-
-SMALL = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-FAMILIES: dict[str, Callable[[], Any]] = {
-    "qwen2": lambda: make_model(300),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
-    "mistral, sliding window": lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=5)),
-    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**SMALL, head_dim=8)),
-    "gemma2, sliding window and capped scores": lambda: Gemma2ForCausalLM(
-        Gemma2Config(**SMALL, head_dim=8, sliding_window=5, attn_logit_softcapping=0.5)
-    ),
-}
+from .families import FAMILIES
 
 
 def make_rows() -> list[dict[str, Any]]:

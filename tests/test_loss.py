@@ -3,40 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GemmaConfig,
-    GemmaForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2ForCausalLM,
-)
+from transformers import Qwen2ForCausalLM
 
 from lora_core.errors import TrainingError
 from lora_core.loss import CausalLMLoss, check_head
 
 from .conftest import make_model
-
-SMALL = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-FAMILIES = {
-    "qwen2": lambda: make_model(300),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SMALL)),
-    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**SMALL, head_dim=8)),
-    "gemma2, caps its logits": lambda: Gemma2ForCausalLM(
-        Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=0.5)
-    ),
-}
+from .families import FAMILIES
 
 
 def batch() -> dict[str, torch.Tensor]:
