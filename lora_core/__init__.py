@@ -18,6 +18,7 @@ from lora_core._version import __version__
 
 if TYPE_CHECKING:
     from lora_core.chat import ChatEncoder, EncodedChat, encode_chat, show_chat
+    from lora_core.checks import Facts, Finding
     from lora_core.config import RunConfig, load_config
     from lora_core.data import EncodedFile, RowCounts, encode_file
     from lora_core.errors import (
@@ -31,15 +32,18 @@ if TYPE_CHECKING:
     )
     from lora_core.evaluate import EvalResult, evaluate
     from lora_core.loss import CausalLMLoss, LossSums
+    from lora_core.memory import MemoryPlan, predict_memory
     from lora_core.messages import Conversation, parse_row
     from lora_core.model import add_adapter, load_base_model, load_tokenizer
-    from lora_core.preflight import Facts, Finding, run_checks
+    from lora_core.preflight import look_at_run, run_checks
     from lora_core.schedule import SchedulePlan, plan_schedule
     from lora_core.train import StepResult, train, train_step
 
 _HOME = {
     "chat": ("ChatEncoder", "EncodedChat", "encode_chat", "show_chat"),
+    "checks": ("Facts", "Finding"),
     "config": ("RunConfig", "load_config"),
+    "memory": ("MemoryPlan", "predict_memory"),
     "data": ("EncodedFile", "RowCounts", "encode_file"),
     "errors": (
         "ChatTemplateError",
@@ -54,7 +58,7 @@ _HOME = {
     "loss": ("CausalLMLoss", "LossSums"),
     "messages": ("Conversation", "parse_row"),
     "model": ("add_adapter", "load_base_model", "load_tokenizer"),
-    "preflight": ("Facts", "Finding", "run_checks"),
+    "preflight": ("look_at_run", "run_checks"),
     "schedule": ("SchedulePlan", "plan_schedule"),
     "train": ("StepResult", "train", "train_step"),
 }
@@ -74,6 +78,7 @@ __all__ = [
     "Finding",
     "LoraCoreError",
     "LossSums",
+    "MemoryPlan",
     "PreflightError",
     "RowCounts",
     "RowError",
@@ -89,8 +94,10 @@ __all__ = [
     "load_base_model",
     "load_config",
     "load_tokenizer",
+    "look_at_run",
     "parse_row",
     "plan_schedule",
+    "predict_memory",
     "run_checks",
     "show_chat",
     "train",

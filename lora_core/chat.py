@@ -37,6 +37,10 @@ class EncodedChat:
     """(T,) token ids."""
     loss_mask: list[bool]
     """(T,) True where the token is supervised: the model is to learn to produce it."""
+    holds_special_text: bool = False
+    """The row's own text looks like a special token somewhere; it was encoded as the characters it is."""
+    cut_at_border: bool = False
+    """A token would have reached across the start of an assistant turn; the text was cut there."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ class ChatEncoder:
         encodings = self._encode([text for _, text, _, _ in whole])
         for (index, text, spans, _), (ids, offsets) in zip(whole, encodings, strict=True):
             mask = _mask_tokens(offsets, spans)
-            results[index] = self._encode_cut(text, spans, {}) if mask is None else EncodedChat(ids, mask)
+            results[index] = self._encode_cut(text, spans, {}, True) if mask is None else EncodedChat(ids, mask)
         for index, text, spans, hidden in plans:
             if hidden:
                 results[index] = self._encode_cut(text, spans, hidden)
@@ -276,7 +280,9 @@ class ChatEncoder:
         batch = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return zip(batch["input_ids"], batch["offset_mapping"], strict=True)
 
-    def _encode_cut(self, text: str, spans: list[_Span], hidden: dict[str, str]) -> EncodedChat | RowError:
+    def _encode_cut(
+        self, text: str, spans: list[_Span], hidden: dict[str, str], cut_at_border: bool = False
+    ) -> EncodedChat | RowError:
         """Encode piece by piece: cut where a turn starts, so that no token straddles it, and at hidden specials."""
         if self._adds_prefix_space:
             return ChatTemplateError(
@@ -297,7 +303,7 @@ class ChatEncoder:
             supervised = any(span.start <= start and end <= span.end for span in spans)
             ids += piece_ids
             mask += [supervised] * len(piece_ids)
-        return EncodedChat(ids, mask)
+        return EncodedChat(ids, mask, bool(hidden), cut_at_border)
 
 
 def _last_flags(items: Sequence[Any]) -> list[bool]:

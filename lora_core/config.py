@@ -42,6 +42,9 @@ class ModelConfig(_Section):
     quantization: Literal["none", "nf4", "int8"] = Field(
         "none", description="nf4 is QLoRA: 4 bits, double quantization, bfloat16 compute"
     )
+    quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = Field(
+        "uint8", description="what nf4 weights are stored as; under FSDP it must be the same as dtype"
+    )
     attn_implementation: str = Field("sdpa", description="what transformers calls it: sdpa, eager, flash_attention_2")
 
 
@@ -470,3 +473,22 @@ def load_config(cfg: str | Path, overrides: Sequence[str] = (), model: str | Non
     if problems or config is None:
         raise ConfigError(problem_list(f"The configuration has {len(problems)} problem(s):", problems))
     return config
+
+
+def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """The configuration with some keys changed; `overrides` as in `load_config`.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    problems: list[str] = []
+    settings = {
+        f"{section}.{name}" if section else name: _Setting(value, "configuration")
+        for section in ("", *_SECTIONS)
+        for name, value in (config if not section else getattr(config, section)).__dict__.items()
+        if name not in _SECTIONS
+    }
+    changed = _check(_merge([settings, _parse_overrides(overrides, problems)]), problems)
+    if problems or changed is None:
+        raise ConfigError(problem_list(f"The configuration has {len(problems)} problem(s):", problems))
+    return changed

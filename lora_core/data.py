@@ -11,7 +11,8 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_core import chat, messages
-from lora_core.chat import ChatEncoder
+from lora_core.chat import ChatEncoder, EncodedChat
 from lora_core.config import RunConfig
 from lora_core.errors import DataError, RowError, counted, problem_list
 from lora_core.messages import Conversation, parse_json_row
@@ -76,6 +77,36 @@ class RowCounts:
 
 
 @dataclass(frozen=True)
+class RowFacts:
+    """What is known of every row that was read, kept or not: arrays of (num_rows_read,)."""
+
+    line: npt.NDArray[np.int64]
+    """1-based line in the file."""
+    length: npt.NDArray[np.int64]
+    """Tokens before cutting; 0 for an unreadable row."""
+    is_bad: npt.NDArray[np.bool_]
+    is_unsupervised: npt.NDArray[np.bool_]
+    lost_supervised: npt.NDArray[np.int64]
+    """Supervised tokens past max_seq_length."""
+    has_empty_reply: npt.NDArray[np.bool_]
+    """An assistant turn without text and without tool calls."""
+    holds_special_text: npt.NDArray[np.bool_]
+    cut_at_border: npt.NDArray[np.bool_]
+    has_doubled_bos: npt.NDArray[np.bool_]
+    exact_key: npt.NDArray[np.int64]
+    """Hash of the row's tokens before cutting."""
+    text_key: npt.NDArray[np.int64]
+    """Hash of the row's words: case, white space and punctuation left out."""
+
+    def lines(self, chosen: npt.NDArray[np.bool_]) -> list[int]:
+        """The line numbers of the chosen rows."""
+        return [int(line) for line in self.line[chosen]]
+
+    def select(self, rows: npt.NDArray[Any]) -> RowFacts:
+        return RowFacts(**{name: values[rows] for name, values in vars(self).items()})
+
+
+@dataclass(frozen=True)
 class EncodedFile:
     """The kept rows of a file, encoded."""
 
@@ -84,6 +115,8 @@ class EncodedFile:
     lengths: npt.NDArray[np.int64]
     """(num_rows,) tokens of each row."""
     counts: RowCounts
+    rows: RowFacts
+    """Of all rows that were read."""
 
 
 def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[EncodedFile, EncodedFile | None]:
@@ -160,10 +193,11 @@ def _line_table(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64
     """Start, size in bytes and 1-based number of each line that is not blank."""
     if not path.is_file():
         raise DataError(
-            f"{path}: no such file (looked from {Path.cwd()}); fix: data.train_file=PATH or data.eval_file=PATH"
+            f"{path}: no such file (looked from {Path.cwd()}); fix: data.train_file=PATH or data.eval_file=PATH",
+            "data_file_missing",
         )
     if path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty; it must hold one JSON object a line")
+        raise DataError(f"{path}: the file is empty; it must hold one JSON object a line", "data_file_empty")
     starts, sizes, numbers = [], [], []
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         start, number = 0, 0
@@ -180,10 +214,11 @@ def _line_table(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64
         if starts and content[starts[0] : starts[0] + 64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
             raise DataError(
                 f'{path}: holds a JSON array; one JSON object a line is needed; fix: python -c "import json; '
-                f"[print(json.dumps(row)) for row in json.load(open('{path}'))]\" > {path.stem}.jsonl"
+                f"[print(json.dumps(row)) for row in json.load(open('{path}'))]\" > {path.stem}.jsonl",
+                "data_not_jsonl",
             )
     if not starts:
-        raise DataError(f"{path}: every line is blank; the file must hold one JSON object a line")
+        raise DataError(f"{path}: every line is blank; the file must hold one JSON object a line", "data_file_empty")
     return np.array(starts), np.array(sizes), np.array(numbers)
 
 
@@ -227,6 +262,12 @@ def _encode_lines(
             "num_supervised": Value("int64"),
             "truncated_tokens": Value("int64"),
             "truncated_supervised": Value("int64"),
+            "has_empty_reply": Value("bool"),
+            "holds_special_text": Value("bool"),
+            "cut_at_border": Value("bool"),
+            "has_doubled_bos": Value("bool"),
+            "exact_key": Value("int64"),
+            "text_key": Value("int64"),
         }
     )
     return table.map(
@@ -252,40 +293,58 @@ def _encode_batch(
             file.seek(start)
             parsed.append(_parse_line(file.read(size)))
     encoded = iter(encoder.encode_batch([item for item in parsed if isinstance(item, Conversation)]))
-    columns: dict[str, list[Any]] = {
-        name: []
-        for name in (
-            "input_ids",
-            "loss_mask",
-            "problem",
-            "num_supervised",
-            "truncated_tokens",
-            "truncated_supervised",
-        )
-    }
-    for item in parsed:
-        result = item if isinstance(item, RowError) else next(encoded)
-        if isinstance(result, RowError):
-            ids: list[int] = []
-            mask: list[bool] = []
-            cut: list[bool] = []
-            problem = str(result)
-        else:
-            # The first token has nothing before it to be predicted from, so it is never supervised.
-            full_mask = [False, *result.loss_mask[1:]]
-            ids, mask, cut = (
-                result.input_ids[:max_seq_length],
-                full_mask[:max_seq_length],
-                full_mask[max_seq_length:],
-            )
-            problem = ""
-        columns["input_ids"].append(ids)
-        columns["loss_mask"].append(mask)
-        columns["problem"].append(problem)
-        columns["num_supervised"].append(sum(mask))
-        columns["truncated_tokens"].append(len(cut))
-        columns["truncated_supervised"].append(sum(cut))
+    rows = [
+        _row_columns(item, item if isinstance(item, RowError) else next(encoded), encoder, max_seq_length)
+        for item in parsed
+    ]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
     return columns | {"line": batch["line"]}
+
+
+def _row_columns(
+    parsed: Conversation | RowError, encoded: EncodedChat | RowError, encoder: ChatEncoder, max_seq_length: int
+) -> dict[str, Any]:
+    if isinstance(encoded, RowError) or isinstance(parsed, RowError):
+        ids: list[int] = []
+        mask: list[bool] = []
+        encoded_or_not = EncodedChat([], [])
+    else:
+        # The first token has nothing before it to be predicted from, so it is never supervised.
+        ids, mask = encoded.input_ids, [False, *encoded.loss_mask[1:]]
+        encoded_or_not = encoded
+    bos = encoder.tokenizer.bos_token_id
+    return {
+        "input_ids": ids[:max_seq_length],
+        "loss_mask": mask[:max_seq_length],
+        "problem": str(encoded) if isinstance(encoded, RowError) else "",
+        "num_supervised": sum(mask[:max_seq_length]),
+        "truncated_tokens": len(ids[max_seq_length:]),
+        "truncated_supervised": sum(mask[max_seq_length:]),
+        "has_empty_reply": isinstance(parsed, Conversation) and _has_empty_reply(parsed),
+        "holds_special_text": encoded_or_not.holds_special_text,
+        "cut_at_border": encoded_or_not.cut_at_border,
+        "has_doubled_bos": bos is not None and ids[:2] == [bos, bos],
+        "exact_key": _key(np.array(ids, dtype=np.int32).tobytes()),
+        "text_key": _key(_words(parsed).encode()) if isinstance(parsed, Conversation) else 0,
+    }
+
+
+def _has_empty_reply(conversation: Conversation) -> bool:
+    return any(
+        message["role"] == "assistant" and not message["content"].strip() and "tool_calls" not in message
+        for message in conversation.messages
+    )
+
+
+def _words(conversation: Conversation) -> str:
+    """A conversation with case, white space and punctuation left out: what two copies of a row have in common."""
+    turns = (f"{message['role']} {message['content']}" for message in conversation.messages)
+    return " ".join(re.findall(r"\w+", " ".join(turns).casefold()))
+
+
+def _key(content: bytes) -> int:
+    """A 64-bit hash, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
 def _parse_line(raw: bytes) -> Conversation | RowError:
@@ -301,35 +360,54 @@ def _account(
     path: Path, encoded: Dataset, problems: npt.NDArray[Any], on_bad_row: str, max_seq_length: int
 ) -> EncodedFile:
     columns = encoded.with_format("numpy")
-    lines, supervised, truncated, truncated_supervised = (
-        np.asarray(columns[name][:]) for name in ("line", "num_supervised", "truncated_tokens", "truncated_supervised")
-    )
+
+    def column(name: str) -> npt.NDArray[Any]:
+        return np.asarray(columns[name][:])
+
     bad = problems != ""
+    supervised, truncated = column("num_supervised"), column("truncated_tokens")
+    rows = RowFacts(
+        line=column("line"),
+        length=_list_lengths(encoded) + truncated,
+        is_bad=bad,
+        is_unsupervised=~bad & (supervised == 0),
+        lost_supervised=column("truncated_supervised"),
+        has_empty_reply=column("has_empty_reply"),
+        holds_special_text=column("holds_special_text"),
+        cut_at_border=column("cut_at_border"),
+        has_doubled_bos=column("has_doubled_bos"),
+        exact_key=column("exact_key"),
+        text_key=column("text_key"),
+    )
     if bad.any() and on_bad_row == "error":
-        listed = [f"{path}:{line}: {problem}" for line, problem in zip(lines[bad], problems[bad], strict=True)]
-        title = f"{path}: {counted(len(listed), 'row')} of {len(lines):,} cannot be used:"
-        raise DataError(problem_list(title, listed) + "\nFix them, or drop and count them with data.on_bad_row=skip")
-    kept = ~bad & (supervised > 0)
+        listed = [f"{path}:{line}: {problem}" for line, problem in zip(rows.line[bad], problems[bad], strict=True)]
+        title = f"{path}: {counted(len(listed), 'row')} of {len(bad):,} cannot be used:"
+        raise DataError(
+            problem_list(title, listed) + "\nFix them, or drop and count them with data.on_bad_row=skip",
+            "rows_unreadable",
+        )
+    kept = ~bad & ~rows.is_unsupervised
     dataset = encoded.select(np.flatnonzero(kept)) if not kept.all() else encoded
     lengths = _list_lengths(dataset)
     counts = RowCounts(
-        read=len(lines),
+        read=len(bad),
         kept=int(kept.sum()),
         dropped_bad=int(bad.sum()),
-        dropped_unsupervised=int((~bad & (supervised == 0)).sum()),
+        dropped_unsupervised=int(rows.is_unsupervised.sum()),
         truncated=int((truncated > 0).sum()),
         truncated_tokens=int(truncated.sum()),
-        truncated_supervised_tokens=int(truncated_supervised.sum()),
+        truncated_supervised_tokens=int(rows.lost_supervised.sum()),
         tokens=int(lengths.sum()),
         supervised_tokens=int(supervised[kept].sum()),
-        longest=int((_list_lengths(encoded) + truncated).max()),
+        longest=int(rows.length.max()),
     )
     if counts.kept == 0:
         raise DataError(
             f"{path}: no row is left to train on ({counts}); max_seq_length is {max_seq_length}"
-            + ("; fix: a larger data.max_seq_length" if counts.truncated_supervised_tokens else "")
+            + ("; fix: a larger data.max_seq_length" if counts.truncated_supervised_tokens else ""),
+            "no_rows_left",
         )
-    return EncodedFile(dataset.select_columns(["input_ids", "loss_mask", "line"]), lengths, counts)
+    return EncodedFile(dataset.select_columns(["input_ids", "loss_mask", "line"]), lengths, counts, rows)
 
 
 def _list_lengths(dataset: Dataset) -> npt.NDArray[np.int64]:
@@ -343,22 +421,6 @@ def _list_lengths(dataset: Dataset) -> npt.NDArray[np.int64]:
     return np.concatenate(
         [np.asarray(chunk.to_numpy(), dtype=np.int64) for chunk in lengths] or [np.zeros(0, np.int64)]
     )
-
-
-def shared_lines(train_data: EncodedFile, eval_data: EncodedFile) -> list[int]:
-    """Lines of the training file whose tokens also stand, exactly, among the held-out rows."""
-    held_out = {_digest(row) for row in _iterate_ids(eval_data)}
-    lines = train_data.dataset["line"]
-    return [int(lines[i]) for i, row in enumerate(_iterate_ids(train_data)) if _digest(row) in held_out]
-
-
-def _iterate_ids(data: EncodedFile) -> Iterator[npt.NDArray[np.int32]]:
-    for batch in data.dataset.with_format("numpy").iter(batch_size=1_000):
-        yield from batch["input_ids"]
-
-
-def _digest(ids: npt.NDArray[np.int32]) -> bytes:
-    return hashlib.blake2b(np.ascontiguousarray(ids, dtype=np.int32).tobytes(), digest_size=16).digest()
 
 
 def hold_out(encoded: EncodedFile, fraction: float, seed: int) -> tuple[EncodedFile, EncodedFile]:
@@ -382,17 +444,19 @@ def _subset(encoded: EncodedFile, rows: npt.NDArray[np.int64]) -> EncodedFile:
     dataset = encoded.dataset.select(rows)
     lengths = encoded.lengths[rows]
     supervised = sum(sum(mask) for mask in dataset["loss_mask"])
+    kept = np.flatnonzero(~encoded.rows.is_bad & ~encoded.rows.is_unsupervised)
+    facts = encoded.rows.select(kept[rows])
     # The whole file's reading is accounted for by its own counts; these are the part's.
     counts = RowCounts(
         read=len(rows),
         kept=len(rows),
         dropped_bad=0,
         dropped_unsupervised=0,
-        truncated=0,
-        truncated_tokens=0,
-        truncated_supervised_tokens=0,
+        truncated=int((facts.length > lengths).sum()),
+        truncated_tokens=int((facts.length - lengths).sum()),
+        truncated_supervised_tokens=int(facts.lost_supervised.sum()),
         tokens=int(lengths.sum()),
         supervised_tokens=supervised,
-        longest=int(lengths.max()),
+        longest=int(facts.length.max()),
     )
-    return EncodedFile(dataset, lengths, counts)
+    return EncodedFile(dataset, lengths, counts, facts)

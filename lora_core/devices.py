@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import resource
+import shutil
 import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from lora_core.config import RunConfig
 from lora_core.errors import ConfigError
+from lora_core.run_folder import check_run_folder
 
 
 def build_accelerator(config: RunConfig) -> Accelerator:
@@ -22,7 +31,10 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         ConfigError: bf16 was asked for and the device has none, or the launcher's backend is not supported.
     """
     if config.train.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-        raise ConfigError(f"train.bf16=true: {torch.cuda.get_device_name()} has no bfloat16; fix: train.bf16=false")
+        raise ConfigError(
+            f"train.bf16=true: {torch.cuda.get_device_name()} has no bfloat16; fix: train.bf16=false",
+            "bf16_unsupported",
+        )
     if not torch.accelerator.is_available():
         use_all_cores()
         if platform.system() == "Linux":
@@ -40,7 +52,8 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     if accelerator.num_processes != launched:
         raise ConfigError(
             f"the launcher started {launched} processes, but they run as {accelerator.num_processes}: each would train "
-            f"on its own and overwrite the others; fix: torchrun --nproc_per_node {launched} launch/train.py ..."
+            f"on its own and overwrite the others; fix: torchrun --nproc_per_node {launched} launch/train.py ...",
+            "world_size_differs",
         )
     if accelerator.distributed_type.value in ("DEEPSPEED", "MEGATRON_LM", "TP"):
         raise ConfigError(
@@ -76,6 +89,117 @@ def reuse_freed_memory() -> None:
         mallopt(m_mmap_max, 0)
         mallopt(m_trim_threshold, -1)
         mallopt(m_top_pad, 256 * 2**20)
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """What one process of a run may use, in bytes."""
+
+    kind: Literal["cpu", "cuda", "mps"]
+    limit_bytes: int
+    process_bytes: int = 0
+    """On a CPU: what this process holds already (Python, the libraries), which counts against the limit."""
+    keeps_freed_memory: bool = False
+    """`reuse_freed_memory` applies."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What a run finds where it runs."""
+
+    device: DeviceMemory
+    num_processes: int
+    asked_processes: int | None
+    """What `accelerate launch` was told to start; None if it did not start this."""
+    sharding: Literal["ddp", "fsdp"]
+    bf16: Literal["native", "emulated", "none"]
+    has_bitsandbytes: bool
+    free_disk_bytes: int
+    """On the disk of output_dir."""
+    output_dir_problem: str | None
+    free_output_dir: str | None
+    """A name beside output_dir that is not taken, where output_dir is."""
+
+
+def look_around(config: RunConfig, num_processes: int, gpu_memory_gib: float | None = None) -> Environment:
+    """See what there is.
+
+    Args:
+        num_processes: of the run.
+        gpu_memory_gib: plan for a GPU of this size in place of this machine's device.
+    """
+    folder = Path(config.output_dir).expanduser().absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    problem = None
+    try:
+        check_run_folder(config.output_dir, config.overwrite_output_dir)
+    except ConfigError as error:
+        problem = str(error)
+    free_names = (f"{config.output_dir.rstrip('/')}-{n}" for n in range(2, 1000))
+    return Environment(
+        device=device_memory(num_processes)
+        if gpu_memory_gib is None
+        else DeviceMemory("cuda", round(gpu_memory_gib * 2**30)),
+        num_processes=num_processes,
+        asked_processes=_asked_processes(),
+        sharding="fsdp" if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") else "ddp",
+        bf16="native" if gpu_memory_gib is not None else _bf16(),
+        has_bitsandbytes=find_spec("bitsandbytes") is not None,
+        free_disk_bytes=shutil.disk_usage(existing).free,
+        output_dir_problem=problem,
+        free_output_dir=next((name for name in free_names if not Path(name).expanduser().exists()), None),
+    )
+
+
+def device_memory(num_local_processes: int = 1) -> DeviceMemory:
+    """The memory of this machine's device for each of so many processes on it (of a GPU, each has its own)."""
+    import psutil
+
+    if torch.cuda.is_available():
+        free_bytes, _ = torch.cuda.mem_get_info()
+        return DeviceMemory("cuda", free_bytes)
+    if torch.backends.mps.is_available():
+        return DeviceMemory("mps", torch.mps.recommended_max_memory())
+    process_bytes = psutil.Process().memory_info().rss
+    limit = psutil.virtual_memory().available + process_bytes
+    with suppress(OSError, ValueError):  # there is no such file outside a container; it may say "max"
+        limit = min(limit, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return DeviceMemory("cpu", limit // num_local_processes, process_bytes, platform.system() == "Linux")
+
+
+def _bf16() -> Literal["native", "emulated", "none"]:
+    if torch.cuda.is_available():
+        return "native" if torch.cuda.is_bf16_supported(including_emulation=False) else "none"
+    if torch.backends.mps.is_available():
+        return "native"
+    return (
+        "native"
+        if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        else "emulated"
+    )
+
+
+def _asked_processes() -> int | None:
+    """What the `accelerate launch` above this process was told; it passes the number on only where it obeys it."""
+    import psutil
+
+    for parent in psutil.Process().parents()[:2]:
+        try:
+            command = parent.cmdline()
+        except psutil.Error:
+            continue
+        if not any("accelerate" in part for part in command[:4]):
+            continue
+        options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        options.add_argument("--num_processes", "--num-processes", type=int)
+        options.add_argument("--config_file", "--config-file")
+        known, _ = options.parse_known_args(command)
+        if known.num_processes is not None:
+            return int(known.num_processes)
+        if known.config_file is not None and Path(known.config_file).is_file():
+            asked = yaml.safe_load(Path(known.config_file).read_text(encoding="utf-8")).get("num_processes")
+            return asked if isinstance(asked, int) else None
+    return None
 
 
 def seed_everything(seed: int, rank: int) -> None:

@@ -13,18 +13,27 @@ class LoraCoreError(Exception):
     """Base of every error that lora_core raises on purpose. Exit code 1: a fault while running."""
 
     exit_code = 1
+    finding_id = "run_failed"
+    """What preflight calls it in its list of findings."""
+
+    def __init__(self, message: str, finding_id: str | None = None) -> None:
+        super().__init__(message)
+        if finding_id is not None:
+            self.finding_id = finding_id
 
 
 class ConfigError(LoraCoreError):
     """A configuration that cannot be used; lists every problem found. Exit code 2."""
 
     exit_code = 2
+    finding_id = "config_invalid"
 
 
 class DataError(LoraCoreError):
     """Rows or files that cannot be used; lists them as file:line. Exit code 2."""
 
     exit_code = 2
+    finding_id = "data_invalid"
 
 
 class RowError(LoraCoreError):

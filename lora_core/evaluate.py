@@ -19,7 +19,7 @@ from lora_core.errors import ConfigError, DataError
 from lora_core.loss import CausalLMLoss
 from lora_core.messages import Message, parse_json_row
 from lora_core.model import load_base_model, load_tokenizer
-from lora_core.packing import Batching, to_device
+from lora_core.packing import Batching, eval_batching, to_device
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -103,13 +103,7 @@ def evaluate_adapter(config: RunConfig, adapter_dir: str | Path) -> EvalResult:
     base = load_base_model(config.model, accelerator.device, config.data.packing)
     adapted = peft.PeftModel.from_pretrained(base, str(adapter_dir))
     model = accelerator.prepare_model(CausalLMLoss(adapted), evaluation_mode=True)
-    batching = Batching(config.train.per_device_eval_batch_size, pad_id(tokenizer), eval_tokens(config))
-    return evaluate(accelerator, model, eval_data, batching)
-
-
-def eval_tokens(config: RunConfig) -> int | None:
-    """Tokens of a packed evaluation batch; None if packing is off."""
-    return config.train.per_device_eval_batch_size * config.data.max_seq_length if config.data.packing else None
+    return evaluate(accelerator, model, eval_data, eval_batching(config, pad_id(tokenizer)))
 
 
 @torch.no_grad()

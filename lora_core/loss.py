@@ -48,13 +48,14 @@ class CausalLMLoss(nn.Module):
         """
         decoder = causal_lm_of(self.model).get_decoder()
         hidden = decoder(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
-        supervised = loss_mask[:, 1:]
-        targets = input_ids[:, 1:][supervised]  # (N,)
+        # One look at the mask: on a GPU each costs a wait for the device.
+        row, position = loss_mask[:, 1:].nonzero(as_tuple=True)  # (N,) each
+        targets = input_ids[row, position + 1]  # (N,)
         if targets.numel() == 0:
             # A filler micro-batch: still a function of the parameters, so that ranks can synchronise.
             zero = torch.zeros((), dtype=torch.long, device=targets.device)
             return LossSums(hidden.float().sum() * 0.0, zero, zero)
-        states = hidden[:, :-1][supervised]  # (N, H)
+        states = hidden[row, position]  # (N, H)
         head = causal_lm_of(self.model).get_output_embeddings()
         if any(parameter.requires_grad for parameter in head.parameters()):
             # A head that trains needs its own gradient, so all logits are kept.

@@ -30,13 +30,30 @@ def load_tokenizer(config: ModelConfig, chat_template: str | None = None) -> Pre
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, revision=config.revision)
     except (OSError, ValueError) as error:
-        raise ConfigError(_cannot_load("tokenizer", name, error)) from error
+        raise _cannot_load("tokenizer", name, error) from error
     if chat_template is not None:
         try:
             tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"data.chat_template={chat_template}: cannot be read as a text file ({error})") from error
+            raise ConfigError(
+                f"data.chat_template={chat_template}: cannot be read as a text file ({error})", "template_unreadable"
+            ) from error
     return tokenizer
+
+
+def load_model_config(config: ModelConfig) -> Any:
+    """The model's `PretrainedConfig`: shapes, and no weights.
+
+    Raises:
+        ConfigError: the model cannot be read.
+    """
+    from transformers import AutoConfig
+
+    name = resolve_name(config)
+    try:
+        return AutoConfig.from_pretrained(name, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise _cannot_load("config", name, error) from error
 
 
 def load_base_model(config: ModelConfig, device: torch.device, packing: bool = False) -> PreTrainedModel:
@@ -57,12 +74,12 @@ def load_base_model(config: ModelConfig, device: torch.device, packing: bool = F
             revision=config.revision,
             dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
             attn_implementation=config.attn_implementation,
-            quantization_config=_quantization(config),
+            quantization_config=quantization_config(config),
             device_map={"": device},
             use_safetensors=True,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(_cannot_load("model", name, error)) from error
+        raise _cannot_load("model", name, error) from error
     model.config.use_cache = False
     if device.type == "cpu":
         _keep_4bit_weights_trainable(model)
@@ -97,19 +114,27 @@ def resolve_name(config: ModelConfig) -> str:
             if path.name == "SmolLM2-135M-Instruct"
             else "; fix: model.name_or_path=FOLDER or a hub id"
         )
-        raise ConfigError(f"model.name_or_path={name}: no such folder{hint}")
+        raise ConfigError(f"model.name_or_path={name}: no such folder{hint}", "model_unreadable")
     return str(path)
 
 
-def _cannot_load(what: str, name: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()
-    return (
-        f"model.name_or_path={name}: the {what} cannot be loaded: {reason[0] if reason else type(error).__name__}. "
-        "Fix: a hub id or a local folder; `hf auth login` for a gated model; unset HF_HUB_OFFLINE if it is not cached"
+def _cannot_load(what: str, name: str, error: Exception) -> ConfigError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "gated repo" in str(error) or "awaiting a review" in str(error):
+        return ConfigError(
+            f"model.name_or_path={name}: the model is gated, and there is no token with access to it. Fix: ask for "
+            f"access at https://huggingface.co/{name}, then `hf auth login`",
+            "model_gated",
+        )
+    return ConfigError(
+        f"model.name_or_path={name}: the {what} cannot be loaded: {reason}. Fix: a hub id or a local folder; "
+        "`hf auth login` for a gated model; unset HF_HUB_OFFLINE if it is not cached",
+        "model_unreadable",
     )
 
 
-def _quantization(config: ModelConfig) -> Any:
+def quantization_config(config: ModelConfig) -> Any:
+    """What transformers takes to quantize while loading; None for none."""
     from transformers import BitsAndBytesConfig
 
     if config.quantization == "nf4":
@@ -119,6 +144,7 @@ def _quantization(config: ModelConfig) -> Any:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_quant_storage=getattr(torch, config.quant_storage),
         )
     if config.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)

@@ -9,10 +9,13 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+from lora_core.config import RunConfig
 
 if TYPE_CHECKING:
     import torch
@@ -20,9 +23,12 @@ if TYPE_CHECKING:
 RowIndices = npt.NDArray[np.int64]
 
 
+@lru_cache(maxsize=2)  # every step of an epoch asks for it, and a million rows take 20 ms
 def epoch_order(num_rows: int, seed: int, epoch: int) -> RowIndices:
-    """(num_rows,) a permutation of the rows that depends on seed and epoch alone."""
-    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+    """(num_rows,) a permutation of the rows that depends on seed and epoch alone; read-only."""
+    order = np.random.default_rng([seed, epoch]).permutation(num_rows)
+    order.flags.writeable = False
+    return order
 
 
 def step_rows(num_rows: int, rows_per_optimizer_step: int, seed: int, optimizer_step: int) -> RowIndices:
@@ -70,6 +76,19 @@ class Batching:
         if self.max_tokens is None:
             return collate(rows, self.pad_token_id, cut.is_filler)
         return collate_packed(rows, cut.is_filler)
+
+
+def train_batching(config: RunConfig, pad_token_id: int) -> Batching:
+    """How a run cuts its training steps."""
+    train, data = config.train, config.data
+    budget = train.max_tokens_per_device_batch or train.per_device_train_batch_size * data.max_seq_length
+    return Batching(train.per_device_train_batch_size, pad_token_id, budget if data.packing else None)
+
+
+def eval_batching(config: RunConfig, pad_token_id: int) -> Batching:
+    """How a run cuts its held-out rows."""
+    size = config.train.per_device_eval_batch_size
+    return Batching(size, pad_token_id, size * config.data.max_seq_length if config.data.packing else None)
 
 
 def micro_batches(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -15,20 +17,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from lora_core._version import __version__
 from lora_core.config import RunConfig
-from lora_core.data import load_data, pad_id
-from lora_core.devices import build_accelerator, peak_memory_bytes, seed_everything
-from lora_core.errors import TrainingError
-from lora_core.evaluate import EvalResult, eval_tokens, evaluate, printable, reply_to_all, sample_prompts
+from lora_core.data import EncodedFile, load_data, pad_id
+from lora_core.devices import build_accelerator, look_around, peak_memory_bytes, seed_everything
+from lora_core.errors import ConfigError, TrainingError
+from lora_core.evaluate import EvalResult, evaluate, printable, reply_to_all, sample_prompts
 from lora_core.loss import CausalLMLoss, check_head
 from lora_core.model import add_adapter, describe_parameters, load_base_model, load_tokenizer
 from lora_core.optimizer import build_optimizer, build_scheduler
-from lora_core.packing import Batching, step_rows, to_device
-from lora_core.preflight import Facts, plan_for, refuse_errors, run_checks
+from lora_core.packing import eval_batching, step_rows, to_device, train_batching
+from lora_core.preflight import gather_facts, refuse_errors, report, run_checks
+from lora_core.report import write_report
 from lora_core.run_folder import MetricsFile, check_run_folder, clear_run_folder, whole_folder, write_json, write_text
 from lora_core.schedule import SchedulePlan
 
@@ -118,9 +122,13 @@ def train(config: RunConfig) -> dict[str, Any]:
     say(f"train: {config.data.train_file}: {train_data.counts}")
     if eval_data is not None:
         say(f"eval:  {config.data.eval_file or f'{config.data.eval_fraction:.0%} held out'}: {eval_data.counts}")
-    plan = plan_for(config, len(train_data.lengths), accelerator.num_processes)
+    # What the main process sees decides for all: free memory and disk differ from moment to moment.
+    environment = broadcast_object_list([look_around(config, accelerator.num_processes)])[0]
+    facts = gather_facts(config, environment, tokenizer, train_data, eval_data)
+    plan = facts.plan
     say(describe_plan(plan, config))
-    findings = run_checks(Facts(config, plan, train_data, eval_data))
+    say(f"memory: {facts.memory}" if facts.memory else "memory: not predicted")
+    findings = run_checks(facts)
     refuse_errors(findings, config.preflight.allow)
     for finding in findings:
         say(str(finding))
@@ -134,21 +142,21 @@ def train(config: RunConfig) -> dict[str, Any]:
     if accelerator.is_main_process:  # only now, so that a model that cannot be loaded costs nobody an earlier run
         clear_run_folder(folder)
         write_text(folder / "config.yaml", config.to_yaml())
-        write_json(folder / "preflight.json", [finding.to_dict() for finding in findings])
+        write_json(folder / "preflight.json", report(facts, findings))
+        write_json(folder / "rows.json", rows_as_seen(tokenizer, train_data))
     accelerator.wait_for_everyone()
     metrics = MetricsFile(folder / "metrics.jsonl", accelerator.is_main_process)
     say(f"model: {config.model.name_or_path} on {accelerator.device}: {describe_parameters(adapted)}")
     optimizer = build_optimizer(adapted, config.train, accelerator.device, say)
     scheduler = build_scheduler(optimizer, plan)
     model, optimizer = accelerator.prepare(CausalLMLoss(adapted), optimizer)
-    batching = Batching(config.train.per_device_train_batch_size, pad_id(tokenizer), train_tokens(config))
-    eval_batching = Batching(config.train.per_device_eval_batch_size, pad_id(tokenizer), eval_tokens(config))
+    batching = train_batching(config, pad_id(tokenizer))
     seed_everything(config.train.seed, accelerator.process_index)
 
     def measure(step: int) -> EvalResult | None:
         if eval_data is None:
             return None
-        result = evaluate(accelerator, model, eval_data, eval_batching)
+        result = evaluate(accelerator, model, eval_data, eval_batching(config, pad_id(tokenizer)))
         metrics.write("eval", step=step, **result.to_dict())
         _log(accelerator, f"eval at step {step}: {result}")
         return result
@@ -230,6 +238,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         "tokens_per_s": round(tokens_trained / train_time_s, 1),
         "peak_memory_bytes": peak_memory_bytes(accelerator.device),
         "adapter_dir": str(adapter_dir),
+        "command": shlex.join([Path(sys.argv[0]).name if sys.argv[0] == "-c" else sys.argv[0], *sys.argv[1:]]),
         "versions": versions(),
         "wall_time_s": round(time.monotonic() - started, 3),
     }
@@ -243,9 +252,13 @@ def train(config: RunConfig) -> dict[str, Any]:
         say(f"before: {printable(sample['before'])}\nafter:  {printable(sample['after'])}")
     if before and after:
         say(f"\nheld-out loss: {before.loss:.4f} before, {after.loss:.4f} after ({after.loss / before.loss - 1:+.1%})")
+    metrics.close()
     if accelerator.is_main_process:
         write_json(folder / "summary.json", summary)
-    metrics.close()
+        try:
+            say(f"report: {write_report(folder)}")
+        except ConfigError as error:  # a page that cannot be drawn costs nobody the run
+            say(f"report: not written: {error}")
     say(
         f"done: {plan.total_optimizer_steps} optimizer steps in {train_time_s:.0f} s, "
         f"{summary['tokens_per_s']:.0f} tokens/s, peak memory "
@@ -257,12 +270,6 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Setup
-
-
-def train_tokens(config: RunConfig) -> int | None:
-    """Tokens of a packed micro-batch; None if packing is off."""
-    default = config.train.per_device_train_batch_size * config.data.max_seq_length
-    return (config.train.max_tokens_per_device_batch or default) if config.data.packing else None
 
 
 def describe_plan(plan: SchedulePlan, config: RunConfig) -> str:
@@ -364,6 +371,26 @@ from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")
 ```
 """
+
+
+def rows_as_seen(tokenizer: PreTrainedTokenizerBase, data: EncodedFile, num_rows: int = 12) -> list[dict[str, Any]]:
+    """The first rows as the model sees them: their line, and pieces of text with whether they are supervised.
+
+    A piece is all neighbouring tokens that are, or are not: token by token, characters of several tokens would be lost.
+    """
+    rows = (data.dataset[index] for index in range(min(num_rows, len(data.lengths))))
+    return [
+        {
+            "line": row["line"],
+            "tokens": [
+                [tokenizer.decode([token for token, _ in piece]), supervised]
+                for supervised, piece in itertools.groupby(
+                    zip(row["input_ids"], row["loss_mask"], strict=True), key=lambda pair: bool(pair[1])
+                )
+            ],
+        }
+        for row in rows
+    ]
 
 
 def versions() -> dict[str, str]:

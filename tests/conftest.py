@@ -52,8 +52,8 @@ def make_model(vocab_size: int, seed: int = 0) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=vocab_size,
-            hidden_size=32,
-            intermediate_size=64,
+            hidden_size=64,  # NF4 packs blocks of 64
+            intermediate_size=128,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,

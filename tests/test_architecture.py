@@ -24,14 +24,17 @@ ORDER = [
     "model",
     "loss",
     "optimizer",
-    "devices",
     "run_folder",
+    "devices",
     "evaluate",
+    "memory",
+    "checks",
     "preflight",
+    "report",
     "train",
     "cli",
 ]
-NEEDS_TORCH = {"attention", "model", "loss", "optimizer", "devices", "evaluate", "train"}
+NEEDS_TORCH = {"attention", "model", "loss", "optimizer", "devices", "evaluate", "memory", "train"}
 
 
 def imported_modules(path: Path) -> set[str]:
