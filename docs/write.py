@@ -1,9 +1,67 @@
-"""Writes docs/preflight.md from the checks' docstrings: python docs/write.py"""
+"""Writes what the docs take from the code: python docs/write.py [--memory]
 
+docs/preflight.md comes from the checks' docstrings. With --memory, docs/memory.md is predicted anew from the configs of
+the three Qwen2.5 models, which must be in the hub cache; some minutes.
+"""
+
+import argparse
+import itertools
 from pathlib import Path
 
 from lora_core.checks import documentation
 from lora_core.run_folder import write_text
 
+HERE = Path(__file__).parent
+HEADER = """# Memory
+
+Predicted peak in GiB on each GPU, by `lora_core/memory.py`: the loop's own step on tensors without storage, LoRA and
+optimizer as shipped, every token of the rows supervised, packed rows, no evaluation. Each cell: without / with
+`train.gradient_checkpointing`. 0.75 GiB of each figure stand for the CUDA context, which is assumed. FSDP figures are
+worked out from the same counts. No figure here was measured on a GPU; on the CPU, predictions are tested to be within
+15% of a measured step.
+
+`python launch/preflight.py --cfg qwen7b --gpu-memory-gib 24` answers for your rows and settings.
+
+| model | weights | batch x length | 1 GPU | DDP, 2 to 8 | FSDP, 2 | FSDP, 4 | FSDP, 8 |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def memory_page() -> str:
+    """docs/memory.md."""
+    from lora_core.cli import quiet_libraries
+    from lora_core.config import load_config
+    from lora_core.devices import DeviceMemory
+    from lora_core.memory import MicroBatch, Sharding, predict_memory
+
+    quiet_libraries()
+    gpu = DeviceMemory("cuda", 80 * 2**30)
+    spreads: list[tuple[int, Sharding]] = [(1, "ddp"), (8, "ddp"), (2, "fsdp"), (4, "fsdp"), (8, "fsdp")]
+    rows = []
+    for cfg, quantization, batch, length in itertools.product(
+        ("qwen0.5b", "qwen1.5b", "qwen7b"), ("none", "nf4"), (1, 4), (1024, 4096)
+    ):
+        cells = []
+        for num_processes, sharding in spreads:
+            gib = []
+            for checkpointing in ("false", "true"):
+                overrides = [f"model.quantization={quantization}", f"train.gradient_checkpointing={checkpointing}"]
+                config = load_config(cfg, overrides)
+                micro_batch = MicroBatch((length,) * batch, batch * length - batch, packed=True)
+                plan = predict_memory(config, micro_batch, gpu, num_processes, sharding)
+                gib.append(f"{plan.total_bytes / 2**30:.1f}")
+            cells.append(" / ".join(gib))
+        weights = "bf16" if quantization == "none" else "NF4"
+        name = config.model.name_or_path.removeprefix("Qwen/")
+        rows.append(f"| {' | '.join([name, weights, f'{batch} x {length}', *cells])} |\n")
+        print(rows[-1], end="", flush=True)
+    return HEADER + "".join(rows)
+
+
 if __name__ == "__main__":
-    write_text(Path(__file__).with_name("preflight.md"), documentation())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--memory", action="store_true", help="docs/memory.md too")
+    arguments = parser.parse_args()
+    write_text(HERE / "preflight.md", documentation())
+    if arguments.memory:
+        write_text(HERE / "memory.md", memory_page())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,16 +44,20 @@ def load_tokenizer(config: ModelConfig, chat_template: str | None = None) -> Pre
 
 
 def load_model_config(config: ModelConfig) -> Any:
-    """The model's `PretrainedConfig`: shapes, and no weights.
+    """The model's `PretrainedConfig`: shapes, and no weights. Read once; each call gives a copy that may be changed.
 
     Raises:
         ConfigError: the model cannot be read.
     """
+    return copy.deepcopy(_read_model_config(resolve_name(config), config.revision))
+
+
+@lru_cache(maxsize=8)
+def _read_model_config(name: str, revision: str | None) -> Any:
     from transformers import AutoConfig
 
-    name = resolve_name(config)
     try:
-        return AutoConfig.from_pretrained(name, revision=config.revision)
+        return AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise _cannot_load("config", name, error) from error
 

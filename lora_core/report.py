@@ -8,7 +8,6 @@ that is missing or broken leaves its part of the page empty and is named on the 
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import re
 import unicodedata
@@ -563,15 +562,11 @@ def _findings(run: Run) -> list[dict[str, Any]] | None:
 
 def _row(row: dict[str, Any]) -> dict[str, Any]:
     """A row as spans of text, supervised or not; a newline gets a mark, for it is a token like others."""
-    tokens = [(str(text), bool(supervised)) for text, supervised in row.get("tokens") or []]
-    spans = [
-        ("".join(text for text, _ in group).replace("\n", "↵\n"), supervised)
-        for supervised, group in itertools.groupby(tokens, key=lambda token: token[1])
-    ]
+    spans = [(str(text).replace("\n", "↵\n"), bool(supervised)) for text, supervised in row.get("spans") or []]
     return {
         "line": row.get("line", "?"),
-        "num_tokens": len(tokens),
-        "num_supervised": sum(supervised for _, supervised in tokens),
+        "num_tokens": row.get("num_tokens", "?"),
+        "num_supervised": row.get("num_supervised", "?"),
         "spans": spans,
         "open": sum(len(text) for text, _ in spans) <= _LONG_TEXT,
     }

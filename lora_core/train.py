@@ -374,22 +374,22 @@ model = AutoPeftModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")
 
 
 def rows_as_seen(tokenizer: PreTrainedTokenizerBase, data: EncodedFile, num_rows: int = 12) -> list[dict[str, Any]]:
-    """The first rows as the model sees them: their line, and pieces of text with whether they are supervised.
+    """The first rows as the model sees them: line, numbers of tokens, and spans of text, supervised or not."""
 
-    A piece is all neighbouring tokens that are, or are not: token by token, characters of several tokens would be lost.
-    """
-    rows = (data.dataset[index] for index in range(min(num_rows, len(data.lengths))))
+    def spans(row: dict[str, Any]) -> list[tuple[str, bool]]:
+        # Decoded in one piece: a character of several tokens has no text of its own in any of them.
+        pairs = zip(row["input_ids"], row["loss_mask"], strict=True)
+        groups = itertools.groupby(pairs, key=lambda pair: bool(pair[1]))
+        return [(str(tokenizer.decode([token for token, _ in group])), supervised) for supervised, group in groups]
+
     return [
         {
             "line": row["line"],
-            "tokens": [
-                [tokenizer.decode([token for token, _ in piece]), supervised]
-                for supervised, piece in itertools.groupby(
-                    zip(row["input_ids"], row["loss_mask"], strict=True), key=lambda pair: bool(pair[1])
-                )
-            ],
+            "num_tokens": len(row["input_ids"]),
+            "num_supervised": sum(row["loss_mask"]),
+            "spans": spans(row),
         }
-        for row in rows
+        for row in (data.dataset[index] for index in range(min(num_rows, len(data.lengths))))
     ]
 
 

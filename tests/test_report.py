@@ -40,7 +40,14 @@ def make_run(folder: Path, **config: Any) -> Path:
             "memory": {"components": {"weights": 2**30, "logits": 2**29}, "total_bytes": 3 * 2**29},
             "findings": [{"id": "few_steps", "severity": HOSTILE, "message": text, "fix": "train.max_steps=30"}],
         },
-        "rows.json": [{"line": 3, "tokens": [["<|user|>\n", False], [text, True], ["long " * 500, False]]}],
+        "rows.json": [
+            {
+                "line": 3,
+                "num_tokens": 503,
+                "num_supervised": 2,
+                "spans": [["<|user|>\n", False], [text, True], ["long " * 500, False]],
+            }
+        ],
         "summary.json": {
             "total_optimizer_steps": 4,
             "num_train_conversations": 78,
@@ -115,7 +122,7 @@ def test_the_numbers_that_matter_are_on_the_page(tmp_path: Path) -> None:
         "row length p50, tokens 61 row length p90, tokens 83 row length p99, tokens 95 row length max, tokens 96",
         "cut at 96",
         "train.max_steps=30 [few_steps]",
-        "line 3 3 tokens, 1 supervised",
+        "line 3 503 tokens, 2 supervised",
     ):
         assert expected in words
     assert "metrics.jsonl" not in words  # every line of it was read
