@@ -1,16 +1,26 @@
-"""Fine-tune: accelerate launch launch/train.py --cfg NAME [key=value ...]"""
+"""Fine-tune: accelerate launch launch/train.py --cfg NAME [--resume [CHECKPOINT]] [key=value ...]"""
 
 import sys
 
-from lora_core.cli import parse_config, quiet_libraries, run_command
+from lora_core.cli import config_parser, quiet_libraries, run_command
+from lora_core.config import load_config
 
 
 def main() -> None:
-    config = parse_config(__doc__ or "")
+    parser = config_parser(__doc__ or "")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="newest",
+        metavar="CHECKPOINT",
+        help="go on with the run in output_dir, from its newest whole checkpoint or from the one named",
+    )
+    arguments = parser.parse_intermixed_args()
+    config = load_config(arguments.cfg, arguments.overrides, arguments.model)
     quiet_libraries()
     from lora_core.train import train
 
-    train(config)
+    train(config, arguments.resume)
 
 
 if __name__ == "__main__":

@@ -840,20 +840,21 @@ def check_disk(facts: Facts) -> Iterator[Finding]:
     """
     if facts.memory is None:
         return
-    save_steps, total = facts.config.train.save_steps, facts.plan.total_optimizer_steps
-    # Each time the adapter with its tokenizer (15 MB is a large one), and once more while it replaces another.
-    saves = 2 + (total // save_steps if save_steps else 0)
-    needed = saves * (facts.memory.adapter_file_bytes + 15 * 10**6)
+    # The checkpoints that are kept, one more while the oldest goes, and the adapter at the end; each adapter comes with
+    # its tokenizer, of which 15 MB is a large one.
+    limit = facts.config.train.save_total_limit
+    adapter = facts.memory.adapter_file_bytes
+    needed = (limit + 1) * (adapter + facts.memory.components["optimizer"]) + adapter + 15 * 10**6
     free = facts.environment.free_disk_bytes
     if needed > free:
         yield Finding(
             "disk_too_small",
             "error",
-            f"{saves} adapters need {_gib(needed)}, and the disk of output_dir={facts.config.output_dir} has "
-            f"{_gib(free)}",
+            f"{limit + 1} checkpoints and the adapter need {_gib(needed)}, and the disk of "
+            f"output_dir={facts.config.output_dir} has {_gib(free)}",
             free,
             needed,
-            "train.save_steps=null" if save_steps and needed / saves * 2 <= free else None,
+            "train.save_total_limit=1" if limit > 1 and needed - (limit - 1) * adapter <= free else None,
         )
 
 

@@ -7,16 +7,17 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from lora_core.config import RunConfig, config_keys, load_config
+from lora_core.config import config_keys
 from lora_core.errors import LoraCoreError
 
 
 def run_command(command: Callable[[], None]) -> int:
     """Run a command; returns its exit code.
 
-    0 done, 1 a fault while running, 2 a configuration or data error, 130 interrupted.
+    0 done, 1 a fault while running, 2 a configuration or data error, 75 stopped by a signal with a checkpoint written,
+    130 interrupted at once.
     """
     try:
         command()
@@ -44,16 +45,6 @@ def config_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--model", metavar="ID", help="which model of an old training_args.yaml, keyed by model id")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any key: train.num_train_epochs=3")
     return parser
-
-
-def parse_config(description: str, argv: Sequence[str] | None = None) -> RunConfig:
-    """The configuration that a command line asks for.
-
-    Raises:
-        ConfigError: as `load_config`.
-    """
-    arguments = config_parser(description).parse_intermixed_args(argv)
-    return load_config(arguments.cfg, arguments.overrides, arguments.model)
 
 
 def quiet_libraries() -> None:

@@ -123,7 +123,11 @@ class TrainConfig(_Section):
         None, description="optimizer steps between evaluations; null is once an epoch"
     )
     save_steps: PositiveInt | None = Field(
-        None, description="optimizer steps between checkpoints; null saves only the end"
+        None, description="optimizer steps between checkpoints; null is once an epoch"
+    )
+    save_total_limit: PositiveInt = Field(2, description="checkpoints to keep, the newest ones")
+    on_save_error: Literal["error", "continue"] = Field(
+        "error", description="a checkpoint that cannot be written: stop, or say so and go on"
     )
     num_sample_replies: Annotated[int, Field(ge=0)] = Field(
         3, description="held-out prompts answered before and after training"

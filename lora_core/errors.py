@@ -56,6 +56,12 @@ class TrainingError(LoraCoreError):
     """The run could not go on, such as for a loss that is not finite. Exit code 1."""
 
 
+class RunStopped(LoraCoreError):
+    """A signal stopped the run; its state is in a checkpoint. Exit code 75, which schedulers read as "try again"."""
+
+    exit_code = 75
+
+
 def counted(number: int, noun: str) -> str:
     """`1 row`, `2 rows`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

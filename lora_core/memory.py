@@ -36,8 +36,8 @@ from lora_core.schedule import SchedulePlan
 Sharding = Literal["ddp", "fsdp"]
 
 # What the C library's heap holds beyond what is alive, once freed blocks are kept for the next tensor
-# (`devices.reuse_freed_memory`): holes between live tensors, in part of the live bytes. Measured on the demo model: 0.55
-# with one shape of batch, 0.8 with checkpointing, 1.0 after 50 steps of different shapes.
+# (`devices.reuse_freed_memory`): holes between live tensors, in part of the live bytes. Measured on the demo model:
+# 0.55 with one shape of batch, 0.8 with checkpointing, 1.0 after 50 steps of different shapes.
 _HEAP_HOLES = 0.8
 # The CUDA context and the workspaces of its libraries, which no allocator counts. An assumption: 0.5 to 0.8 GiB is
 # what NVIDIA's tools show for an idle PyTorch process.

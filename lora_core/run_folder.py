@@ -89,6 +89,19 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def cut_metrics(path: Path, last_step: int) -> None:
+    """Drop the events after a step, and a line that was cut short: a run goes on from there."""
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if event.get("step", last_step + 1) <= last_step:
+            kept.append(line + "\n")
+    write_text(path, "".join(kept))
+
+
 class MetricsFile:
     """`metrics.jsonl`: one JSON object an event, flushed as it comes. Only the main process writes."""
 

@@ -7,11 +7,13 @@ import json
 import math
 import platform
 import shlex
+import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +24,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lora_core._version import __version__
+from lora_core.checkpoint import check_same_run, data_hash, find_checkpoint, keep_newest, restore, save_checkpoint
 from lora_core.config import RunConfig
 from lora_core.data import EncodedFile, load_data, pad_id
 from lora_core.devices import build_accelerator, look_around, peak_memory_bytes, seed_everything
-from lora_core.errors import ConfigError, TrainingError
+from lora_core.errors import ConfigError, RunStopped, TrainingError
 from lora_core.evaluate import EvalResult, evaluate, printable, reply_to_all, sample_prompts
 from lora_core.loss import CausalLMLoss, check_head
 from lora_core.model import add_adapter, describe_parameters, load_base_model, load_tokenizer
@@ -33,7 +36,15 @@ from lora_core.optimizer import build_optimizer, build_scheduler
 from lora_core.packing import eval_batching, step_rows, to_device, train_batching
 from lora_core.preflight import gather_facts, refuse_errors, report, run_checks
 from lora_core.report import write_report
-from lora_core.run_folder import MetricsFile, check_run_folder, clear_run_folder, whole_folder, write_json, write_text
+from lora_core.run_folder import (
+    MetricsFile,
+    check_run_folder,
+    clear_run_folder,
+    cut_metrics,
+    whole_folder,
+    write_json,
+    write_text,
+)
 from lora_core.schedule import SchedulePlan
 
 if TYPE_CHECKING:
@@ -103,12 +114,40 @@ def _sum_over_ranks(accelerator: Accelerator, value: Tensor) -> Tensor:
     return total
 
 
-def train(config: RunConfig) -> dict[str, Any]:
+@dataclass
+class Progress:
+    """What the loop itself remembers from step to step; a checkpoint holds it."""
+
+    step: int = 0
+    """Optimizer steps taken."""
+    num_tokens: int = 0
+    num_supervised_tokens: int = 0
+    train_time_s: float = 0.0
+    """Of the steps, over all parts of an interrupted run."""
+    before: EvalResult | None = None
+    after: EvalResult | None = None
+    replies_before: list[str] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Progress:
+        results = {key: EvalResult(**values[key]) for key in ("before", "after") if values[key] is not None}
+        return cls(**{**values, **results})
+
+
+def train(config: RunConfig, resume: str | Path | None = None) -> dict[str, Any]:
     """Fine-tune as the configuration says; returns what is written to `summary.json`.
 
     Call it in every process of the launch (`accelerate launch`, `torchrun`), or in one process for one device.
 
+    Args:
+        resume: a checkpoint's folder, or "newest" for the newest whole one in `config.output_dir`. The run then ends as
+            if it had never been stopped.
+
     Raises:
+        RunStopped: SIGTERM, SIGINT or SIGUSR1 came; a checkpoint was written.
         LoraCoreError: and nothing else for a mistake in configuration or data; the message names value, limit and fix.
     """
     started = time.monotonic()
@@ -124,6 +163,8 @@ def train(config: RunConfig) -> dict[str, Any]:
         say(f"eval:  {config.data.eval_file or f'{config.data.eval_fraction:.0%} held out'}: {eval_data.counts}")
     # What the main process sees decides for all: free memory and disk differ from moment to moment.
     environment = broadcast_object_list([look_around(config, accelerator.num_processes)])[0]
+    if resume is not None:  # the run that is there is the one to go on with
+        environment = replace(environment, output_dir_problem=None)
     facts = gather_facts(config, environment, tokenizer, train_data, eval_data)
     plan = facts.plan
     say(describe_plan(plan, config))
@@ -133,14 +174,26 @@ def train(config: RunConfig) -> dict[str, Any]:
     for finding in findings:
         say(str(finding))
 
-    folder = check_run_folder(config.output_dir, config.overwrite_output_dir)
+    fingerprint = data_hash(train_data, eval_data)
+    folder = Path(config.output_dir).expanduser()
+    checkpoint = None
+    if resume is None:
+        check_run_folder(config.output_dir, config.overwrite_output_dir)
+    else:
+        asked = None if resume == "newest" else Path(resume)
+        checkpoint = find_checkpoint(folder, asked, say, accelerator.is_main_process)
+        for difference in check_same_run(checkpoint, config, fingerprint, accelerator.num_processes):
+            say(f"resume: {difference}")
     accelerator.wait_for_everyone()  # all have looked before one writes
 
     base = load_base_model(config.model, accelerator.device, config.data.packing)
     adapted = add_adapter(base, config.lora, config.train.seed, config.train.gradient_checkpointing)
     check_head(adapted)
     if accelerator.is_main_process:  # only now, so that a model that cannot be loaded costs nobody an earlier run
-        clear_run_folder(folder)
+        if checkpoint is None:
+            clear_run_folder(folder)
+        else:
+            cut_metrics(folder / "metrics.jsonl", checkpoint.step)
         write_text(folder / "config.yaml", config.to_yaml())
         write_json(folder / "preflight.json", report(facts, findings))
         write_json(folder / "rows.json", rows_as_seen(tokenizer, train_data))
@@ -161,65 +214,89 @@ def train(config: RunConfig) -> dict[str, Any]:
         _log(accelerator, f"eval at step {step}: {result}")
         return result
 
-    prompts = sample_prompts(config, eval_data)
-    before = measure(0)
-    replies_before = reply_to_all(accelerator, model, tokenizer, prompts, config.train.sample_max_new_tokens)
+    def save() -> None:
+        path = folder / "checkpoints" / f"step-{progress.step:06d}"
+        state = {**progress.to_dict(), "config": config.model_dump(mode="json"), "data": fingerprint}
+        try:
+            save_checkpoint(path, accelerator, model, optimizer, scheduler, state)
+        except OSError as error:
+            problem = f"{path} could not be written: {error}; the checkpoints before it are whole"
+            if config.train.on_save_error == "error":
+                raise TrainingError(f"{problem}. Fix: room on the disk, then --resume") from error
+            _log(accelerator, f"warning: {problem}; going on without it (train.on_save_error)")
+        if accelerator.is_main_process:
+            keep_newest(folder / "checkpoints", config.train.save_total_limit)
 
-    train_started = time.monotonic()
-    evaluation_s = 0.0
-    tokens_trained = supervised_trained = 0
+    prompts = sample_prompts(config, eval_data)
+    if checkpoint is None:
+        progress = Progress()
+        progress.before = progress.after = measure(0)
+        progress.replies_before = reply_to_all(
+            accelerator, model, tokenizer, prompts, config.train.sample_max_new_tokens
+        )
+    else:
+        progress = Progress.from_dict({key: checkpoint.state[key] for key in Progress().to_dict()})
+        restore(checkpoint, accelerator, model, optimizer, scheduler)
+        say(f"resume: from {checkpoint.path}, at step {progress.step} of {plan.total_optimizer_steps}")
+
     eval_every = config.train.eval_steps or plan.optimizer_steps_per_epoch
-    after = before
-    steps_taken = 0
+    save_every = config.train.save_steps or plan.optimizer_steps_per_epoch
     model.train()
     # disable=None: no bar where the output is not a terminal; the log lines say it all.
     hidden = None if accelerator.is_main_process else True
-    bar = tqdm(total=plan.total_optimizer_steps, unit="step", disable=hidden, dynamic_ncols=True)
-    for step in range(plan.total_optimizer_steps):
-        step_started = time.monotonic()
-        rows = step_rows(plan.num_rows, plan.rows_per_optimizer_step, config.train.seed, step)
-        cuts = batching.cut(rows, train_data.lengths, accelerator.num_processes, accelerator.process_index)
-        batches = [batching.tensors(train_data.dataset, cut) for cut in cuts]
-        try:
-            result = train_step(accelerator, model, optimizer, scheduler, batches, config.train.max_grad_norm)
-        except TrainingError as error:
-            lines = sorted(int(train_data.dataset[int(row)]["line"]) for row in rows)
-            raise TrainingError(
-                f"step {step + 1}: {error}; its rows: {config.data.train_file} lines {lines}"
-            ) from error
-        steps_taken += 1
-        step_s = time.monotonic() - step_started
-        num_tokens = int(train_data.lengths[rows].sum())
-        tokens_trained += num_tokens
-        supervised_trained += result.num_supervised_tokens
-        bar.set_postfix(
-            loss=f"{result.loss:.3f}",
-            lr=f"{result.learning_rate:.1e}",
-            tok_s=f"{num_tokens / step_s:.0f}",
-            refresh=False,
-        )
-        bar.update()
-        if steps_taken % config.train.logging_steps == 0 or steps_taken == plan.total_optimizer_steps:
-            _log_step(accelerator, metrics, plan, steps_taken, result, num_tokens / step_s)
-        if steps_taken % eval_every == 0 or steps_taken == plan.total_optimizer_steps:
-            eval_started = time.monotonic()
-            after = measure(steps_taken)
-            evaluation_s += time.monotonic() - eval_started
-        if config.train.save_steps and steps_taken % config.train.save_steps == 0:
-            save_adapter(accelerator, model, tokenizer, config, folder / "checkpoints" / f"step-{steps_taken:06d}")
+    bar = tqdm(total=plan.total_optimizer_steps, initial=progress.step, unit="step", disable=hidden, dynamic_ncols=True)
+    with StopSignals() as signals:
+        for step in range(progress.step, plan.total_optimizer_steps):
+            step_started = time.monotonic()
+            rows = step_rows(plan.num_rows, plan.rows_per_optimizer_step, config.train.seed, step)
+            cuts = batching.cut(rows, train_data.lengths, accelerator.num_processes, accelerator.process_index)
+            batches = [batching.tensors(train_data.dataset, cut) for cut in cuts]
+            try:
+                result = train_step(accelerator, model, optimizer, scheduler, batches, config.train.max_grad_norm)
+            except TrainingError as error:
+                lines = sorted(int(train_data.dataset[int(row)]["line"]) for row in rows)
+                raise TrainingError(
+                    f"step {step + 1}: {error}; its rows: {config.data.train_file} lines {lines}"
+                ) from error
+            step_s = time.monotonic() - step_started
+            num_tokens = int(train_data.lengths[rows].sum())
+            progress.step += 1
+            progress.num_tokens += num_tokens
+            progress.num_supervised_tokens += result.num_supervised_tokens
+            progress.train_time_s += step_s
+            bar.set_postfix(
+                loss=f"{result.loss:.3f}",
+                lr=f"{result.learning_rate:.1e}",
+                tok_s=f"{num_tokens / step_s:.0f}",
+                refresh=False,
+            )
+            bar.update()
+            is_last = progress.step == plan.total_optimizer_steps
+            if progress.step % config.train.logging_steps == 0 or is_last:
+                _log_step(accelerator, metrics, plan, progress.step, result, num_tokens / step_s)
+            if progress.step % eval_every == 0 or is_last:
+                progress.after = measure(progress.step)
+            stopped = signals.any_rank(accelerator)
+            if not is_last and (stopped or progress.step % save_every == 0):
+                save()
+            if stopped and not is_last:
+                raise RunStopped(
+                    f"stopped by {stopped} after step {progress.step} of {plan.total_optimizer_steps}; a checkpoint is "
+                    f"in {folder / 'checkpoints'}; go on with --resume"
+                )
     bar.close()
-    train_time_s = time.monotonic() - train_started - evaluation_s
 
     # The plan is the run. This can only fail by a fault in this file, which must not go unseen.
-    if steps_taken != plan.total_optimizer_steps or scheduler.last_epoch != plan.total_optimizer_steps:
+    if progress.step != plan.total_optimizer_steps or scheduler.last_epoch != plan.total_optimizer_steps:
         raise TrainingError(
-            f"{plan.total_optimizer_steps} optimizer steps were planned, {steps_taken} were taken and the schedule "
+            f"{plan.total_optimizer_steps} optimizer steps were planned, {progress.step} were taken and the schedule "
             f"stands at {scheduler.last_epoch}"
         )
 
     replies_after = reply_to_all(accelerator, model, tokenizer, prompts, config.train.sample_max_new_tokens)
     adapter_dir = folder / "adapter"
     save_adapter(accelerator, model, tokenizer, config, adapter_dir)
+    before, after = progress.before, progress.after
     summary = {
         "total_optimizer_steps": plan.total_optimizer_steps,
         "warmup_steps": plan.warmup_steps,
@@ -232,19 +309,20 @@ def train(config: RunConfig) -> dict[str, Any]:
         "num_dropped_conversations": train_data.counts.dropped,
         "train_rows": train_data.counts.to_dict(),
         "eval_rows": eval_data.counts.to_dict() if eval_data else None,
-        "num_supervised_tokens": supervised_trained,
+        "num_supervised_tokens": progress.num_supervised_tokens,
         "world_size": accelerator.num_processes,
-        "train_time_s": round(train_time_s, 3),
-        "tokens_per_s": round(tokens_trained / train_time_s, 1),
+        "resumed_at_step": checkpoint.step if checkpoint else None,
+        "train_time_s": round(progress.train_time_s, 3),
+        "tokens_per_s": round(progress.num_tokens / progress.train_time_s, 1),
         "peak_memory_bytes": peak_memory_bytes(accelerator.device),
         "adapter_dir": str(adapter_dir),
-        "command": shlex.join([Path(sys.argv[0]).name if sys.argv[0] == "-c" else sys.argv[0], *sys.argv[1:]]),
+        "command": shlex.join(sys.argv),
         "versions": versions(),
         "wall_time_s": round(time.monotonic() - started, 3),
     }
     samples = [
         {"prompt": prompt["messages"][-1]["content"], "before": old, "after": new}
-        for prompt, old, new in zip(prompts, replies_before, replies_after, strict=True)
+        for prompt, old, new in zip(prompts, progress.replies_before or [], replies_after, strict=True)
     ]
     for sample in samples:
         metrics.write("sample", **sample)
@@ -260,12 +338,47 @@ def train(config: RunConfig) -> dict[str, Any]:
         except ConfigError as error:  # a page that cannot be drawn costs nobody the run
             say(f"report: not written: {error}")
     say(
-        f"done: {plan.total_optimizer_steps} optimizer steps in {train_time_s:.0f} s, "
+        f"done: {plan.total_optimizer_steps} optimizer steps in {progress.train_time_s:.0f} s, "
         f"{summary['tokens_per_s']:.0f} tokens/s, peak memory "
         f"{summary['peak_memory_bytes'] / 2**30:.1f} GiB; adapter in {adapter_dir}"
     )
     accelerator.wait_for_everyone()
     return summary
+
+
+class StopSignals:
+    """While entered, SIGTERM, SIGINT and SIGUSR1 are noted, for the loop to stop after its step; a second acts at once.
+
+    In a thread that is not the main one, signals are left alone: Python handles them in the main one only.
+    """
+
+    def __init__(self) -> None:
+        self._received = 0
+        self._old: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                self._old[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        if self._received:
+            raise KeyboardInterrupt
+        self._received = number
+
+    def any_rank(self, accelerator: Accelerator) -> str | None:
+        """The name of a signal that any rank has received; all ranks get the same answer."""
+        number = self._received
+        if accelerator.num_processes > 1:
+            numbers = accelerator.gather(torch.tensor([number], device=accelerator.device))
+            assert isinstance(numbers, Tensor)
+            number = int(numbers.max())
+        return signal.Signals(number).name if number else None
 
 
 # ---------------------------------------------------------------------------------------------------------------

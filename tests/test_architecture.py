@@ -26,6 +26,7 @@ ORDER = [
     "optimizer",
     "run_folder",
     "devices",
+    "checkpoint",
     "evaluate",
     "memory",
     "checks",
@@ -34,7 +35,7 @@ ORDER = [
     "train",
     "cli",
 ]
-NEEDS_TORCH = {"attention", "model", "loss", "optimizer", "devices", "evaluate", "memory", "train"}
+NEEDS_TORCH = {"attention", "checkpoint", "model", "loss", "optimizer", "devices", "evaluate", "memory", "train"}
 
 
 def imported_modules(path: Path) -> set[str]:

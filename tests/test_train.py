@@ -98,9 +98,12 @@ def test_every_shipped_config_runs_as_planned(tiny_run: Any, config_name: str, s
     assert len(events(folder, "sample")) == 3
     assert {path.name for path in folder.iterdir()} == {
         "adapter",
+        "checkpoints",
         "config.yaml",
         "metrics.jsonl",
         "preflight.json",
+        "report.html",
+        "rows.json",
         "summary.json",
     }
 
@@ -152,7 +155,7 @@ def test_intervals_checkpoints_and_a_held_out_fraction(tiny_run: Any) -> None:
     assert [event["step"] for event in events(folder, "train")] == [3, 6, 7]
     assert [event["step"] for event in events(folder, "eval")] == [0, 4, 7]
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000005"]
-    assert (folder / "checkpoints/step-000005/adapter_model.safetensors").is_file()
+    assert (folder / "checkpoints/step-000005/adapter.safetensors").is_file()
 
 
 def test_without_held_out_rows_the_run_says_so(tiny_run: Any, capsys: pytest.CaptureFixture[str]) -> None:
