@@ -632,6 +632,28 @@ def check_learning_rate(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def check_learning_rate_for_steps(facts: Facts) -> Iterator[Finding]:
+    """The run is short, and a higher learning rate learned more where it was measured.
+
+    On the demo (135M parameters, 78 rows, 50 steps, all seven projections) held-out loss fell from 3.42 to 2.87 with
+    5e-5, 2.36 with 1e-4 and 1.83 with 2e-4. Other models and rows may differ.
+
+    Nothing has to be done. Try `train.learning_rate=2e-4`, and let held-out loss decide.
+    """
+    plan = facts.plan
+    if 30 <= plan.total_optimizer_steps <= 100 and 1e-5 <= plan.learning_rate < 2e-4:
+        yield Finding(
+            "learning_rate_low_for_steps",
+            "note",
+            f"train.learning_rate={plan.learning_rate:g} over {plan.total_optimizer_steps} optimizer steps: on the "
+            "demo's 50 steps held-out loss fell from 3.42 to 2.87 with 5e-5, 2.36 with 1e-4, 1.83 with 2e-4 (see the README); "
+            "train.learning_rate=2e-4 is worth a try",
+            plan.learning_rate,
+            2e-4,
+            None,
+        )
+
+
 def check_optimizer(facts: Facts) -> Iterator[Finding]:
     """The 8-bit or paged optimizer cannot run here.
 
@@ -910,6 +932,7 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_targets, {"targets_q_v_only": "warning"}),
     (check_alpha, {"alpha_unusual": "warning"}),
     (check_learning_rate, {"learning_rate_unusual": "warning"}),
+    (check_learning_rate_for_steps, {"learning_rate_low_for_steps": "note"}),
     (check_optimizer, {"optimizer_cannot_run": "error", "optimizer_not_paged": "note"}),
     (check_fsdp_quantization, {"fsdp_quant_storage": "error"}),
     (check_memory, {"memory_too_small": "error"}),

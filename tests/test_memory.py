@@ -89,17 +89,19 @@ from lora_core.packing import collate_packed
 quiet_libraries()
 config = load_config("demo", sys.argv[1:])
 accelerator = build_accelerator(config)
-lengths = (150, 200, 60, 102)
-rows = [{"input_ids": list(range(n)), "loss_mask": [i > n // 2 for i in range(n)]} for n in lengths]
-batch = collate_packed(rows)
-shape = memory.MicroBatch(lengths, int(batch["loss_mask"].sum()), True)
+lengths = [(150, 100, 60, 102), (70, 90, 120, 80), (130, 60, 60), (100, 75, 80, 90), (150, 100, 60, 102)]
+rows = [
+    [{"input_ids": list(range(n)), "loss_mask": [i > n // 2 for i in range(n)]} for n in step] for step in lengths
+]
+batches = [collate_packed(step) for step in rows]
+shape = memory.MicroBatch(lengths[0], int(batches[0]["loss_mask"].sum()), True)
 predicted = memory.predict_memory(config, shape, device_memory()).total_bytes
 base = load_base_model(config.model, accelerator.device, True)
 model = add_adapter(base, config.lora, 0, config.train.gradient_checkpointing)
 optimizer = build_optimizer(model, config.train, accelerator.device, lambda _: None)
 loss, optimizer = accelerator.prepare(CausalLMLoss(model), optimizer)
 loss.train()
-for _ in range(2):
+for batch in batches:
     accelerator.backward(loss(**batch).loss_sum)
     optimizer.step()
     optimizer.zero_grad()
