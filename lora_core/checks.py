@@ -618,7 +618,7 @@ def check_learning_rate(facts: Facts) -> Iterator[Finding]:
 
     Below, the adapter hardly moves from zero; above, training diverges.
 
-    1e-4 is a start; the README has a table of what four rates did on the demo's data.
+    2e-4 is a start; the README has a table of what four rates did on the demo's data.
     """
     learning_rate = facts.config.train.learning_rate
     if not 1e-5 <= learning_rate <= 1e-3:
@@ -628,7 +628,7 @@ def check_learning_rate(facts: Facts) -> Iterator[Finding]:
             f"train.learning_rate={learning_rate:g} is {'low' if learning_rate < 1e-5 else 'high'} for LoRA",
             learning_rate,
             [1e-5, 1e-3],
-            "train.learning_rate=1e-4",
+            "train.learning_rate=2e-4",
         )
 
 
@@ -646,8 +646,8 @@ def check_learning_rate_for_steps(facts: Facts) -> Iterator[Finding]:
             "learning_rate_low_for_steps",
             "note",
             f"train.learning_rate={plan.learning_rate:g} over {plan.total_optimizer_steps} optimizer steps: on the "
-            "demo's 50 steps held-out loss fell from 3.42 to 2.87 with 5e-5, 2.36 with 1e-4, 1.83 with 2e-4 (see the README); "
-            "train.learning_rate=2e-4 is worth a try",
+            "demo's 50 steps held-out loss fell from 3.42 to 2.87 with 5e-5, 2.36 with 1e-4, 1.83 with 2e-4 (see the "
+            "README); train.learning_rate=2e-4 is worth a try",
             plan.learning_rate,
             2e-4,
             None,

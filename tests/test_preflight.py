@@ -59,7 +59,7 @@ TRIPS = {
         "lora.target_modules=[q_proj,k_proj]",
     ),
     "alpha_unusual": ("warning", ["lora.alpha=200"], "lora.alpha=32"),
-    "learning_rate_unusual": ("warning", ["train.learning_rate=5e-3"], "train.learning_rate=1e-4"),
+    "learning_rate_unusual": ("warning", ["train.learning_rate=5e-3"], "train.learning_rate=2e-4"),
     "rows_truncated": ("warning", ["data.max_seq_length=24"], "data.max_seq_length=26"),
     "learning_rate_low_for_steps": ("note", ["train.learning_rate=5e-5"], None),
     "no_held_out_rows": ("note", ["data.eval_file=null"], "data.eval_fraction=0.1"),
