@@ -28,7 +28,13 @@ from lora_core.config import RunConfig
 from lora_core.data import EncodedFile
 from lora_core.devices import DeviceMemory
 from lora_core.loss import CausalLMLoss
-from lora_core.model import add_adapter, load_model_config, quantization_config, resolve_name
+from lora_core.model import (
+    add_adapter,
+    keep_4bit_weights_trainable,
+    load_model_config,
+    quantization_config,
+    resolve_name,
+)
 from lora_core.optimizer import build_optimizer
 from lora_core.packing import Batching, eval_batching, step_rows, train_batching
 from lora_core.schedule import SchedulePlan
@@ -344,6 +350,7 @@ def _model_without_storage(config: RunConfig, device_kind: str, packed: bool, nu
     with torch.device("meta"):
         if quantization is not None:
             base = replace_with_bnb_linear(base, get_keys_to_not_convert(base), quantization)
+            keep_4bit_weights_trainable(base)
         base.requires_grad_(False)
         if packed and device_kind == "cpu":
             use_segment_attention(base)

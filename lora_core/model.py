@@ -88,7 +88,7 @@ def load_base_model(config: ModelConfig, device: torch.device, packing: bool = F
         raise _cannot_load("model", name, error) from error
     model.config.use_cache = False
     if device.type == "cpu":
-        _keep_4bit_weights_trainable(model)
+        keep_4bit_weights_trainable(model)
     if packing:
         if config.attn_implementation == "sdpa":
             use_segment_attention(model)
@@ -96,7 +96,7 @@ def load_base_model(config: ModelConfig, device: torch.device, packing: bool = F
     return model.requires_grad_(False)
 
 
-def _keep_4bit_weights_trainable(model: nn.Module) -> None:
+def keep_4bit_weights_trainable(model: nn.Module) -> None:
     """Keep bitsandbytes from re-packing 4-bit weights for inference on a CPU with AVX512-BF16.
 
     It does so, for good, in the first forward without gradients; after that its matmul has no backward, and an

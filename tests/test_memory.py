@@ -66,11 +66,19 @@ def test_ranks_share_what_fsdp_shards_and_ddp_repeats() -> None:
     assert fsdp["adapter"] == pytest.approx(alone["adapter"] / 4, abs=4)
 
 
+def test_evaluation_changes_no_weights() -> None:
+    config = load_config("demo", ["model.quantization=nf4"])
+    small, large = MicroBatch((64,), 32, True), MicroBatch((1024,) * 4, 2048, True)
+    with_evaluation = predict_memory(config, small, GPU, eval_micro_batch=large)
+    assert with_evaluation.components["weights"] == predict_memory(config, small, GPU).components["weights"]
+
+
 def test_an_evaluation_batch_larger_than_training_decides_the_peak() -> None:
     config = load_config("demo", ["train.gradient_checkpointing=true"])
     small, large = MicroBatch((64,), 32, True), MicroBatch((1024,) * 16, 8192, True)
-    without = predict_memory(config, small, GPU)
-    assert predict_memory(config, small, GPU, eval_micro_batch=large).total_bytes > 1.5 * without.total_bytes
+    without, with_it = (predict_memory(config, small, GPU, eval_micro_batch=batch) for batch in (None, large))
+    hidden_state_bytes = 16 * 1024 * 576 * 2
+    assert with_it.total_bytes > without.total_bytes + 2 * hidden_state_bytes
 
 
 # One process each, because the resident set only grows.
