@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -12,10 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from lora_core.checkpoint import find_checkpoint
+from lora_core.checkpoint import find_checkpoint, save_checkpoint
 from lora_core.config import load_config
+from lora_core.devices import build_accelerator
 from lora_core.errors import ConfigError
+from lora_core.loss import CausalLMLoss
+from lora_core.model import add_adapter, load_base_model
+from lora_core.optimizer import build_optimizer, build_scheduler
+from lora_core.schedule import plan_schedule
 from lora_core.train import train
 
 from .conftest import ROOT, chat
@@ -157,3 +164,32 @@ def test_only_what_changes_nothing_may_differ(settings: list[str], write_rows: A
 def test_resuming_nothing_says_so(settings: list[str]) -> None:
     with pytest.raises(ConfigError, match="holds no whole checkpoint"):
         train(load_config("demo", settings), "newest")
+
+
+def test_a_disk_that_is_full_leaves_the_checkpoint_before_whole(tiny_model_dir: Path, tmp_path: Path) -> None:
+    config = load_config("demo", [f"model.name_or_path={tiny_model_dir}", "train.optim=adamw_torch"])
+    accelerator = build_accelerator(config)
+    base = load_base_model(config.model, accelerator.device)
+    model = CausalLMLoss(add_adapter(base, config.lora, seed=0))
+    optimizer = build_optimizer(model, config.train, accelerator.device)
+    scheduler = build_scheduler(
+        optimizer, plan_schedule(8, per_device_train_batch_size=1, gradient_accumulation_steps=1)
+    )
+    ids = torch.arange(16)[None]
+    model(input_ids=ids, loss_mask=ids > 4).loss_sum.backward()
+    optimizer.step()
+
+    def save(step: int) -> None:
+        path = tmp_path / f"checkpoints/step-{step:06d}"
+        save_checkpoint(path, accelerator, model, optimizer, scheduler, {"step": step})
+
+    save(1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # no file may grow larger
+    try:
+        with pytest.raises(OSError, match="too large"):
+            save(2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+    assert find_checkpoint(tmp_path, None, print, may_rename=False).step == 1
