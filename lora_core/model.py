@@ -32,7 +32,7 @@ def load_tokenizer(config: ModelConfig, chat_template: str | None = None) -> Pre
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, revision=config.revision)
     except (OSError, ValueError) as error:
-        raise _cannot_load("tokenizer", name, error) from error
+        raise cannot_load("tokenizer", name, error) from error
     if chat_template is not None:
         try:
             tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
@@ -59,7 +59,7 @@ def _read_model_config(name: str, revision: str | None) -> Any:
     try:
         return AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
-        raise _cannot_load("config", name, error) from error
+        raise cannot_load("config", name, error) from error
 
 
 def load_base_model(config: ModelConfig, device: torch.device, packing: bool = False) -> PreTrainedModel:
@@ -85,7 +85,7 @@ def load_base_model(config: ModelConfig, device: torch.device, packing: bool = F
             use_safetensors=True,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise _cannot_load("model", name, error) from error
+        raise cannot_load("model", name, error) from error
     model.config.use_cache = False
     if device.type == "cpu":
         keep_4bit_weights_trainable(model)
@@ -124,7 +124,8 @@ def resolve_name(config: ModelConfig) -> str:
     return str(path)
 
 
-def _cannot_load(what: str, name: str, error: Exception) -> ConfigError:
+def cannot_load(what: str, name: str, error: Exception) -> ConfigError:
+    """What transformers said, as a sentence with a fix."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if "gated repo" in str(error) or "awaiting a review" in str(error):
         return ConfigError(

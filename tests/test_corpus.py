@@ -13,6 +13,7 @@ import pytest
 from lora_core.checks import Finding
 from lora_core.config import load_config
 from lora_core.errors import LoraCoreError
+from lora_core.model import cannot_load
 from lora_core.preflight import finding_of, look_at_run, run_checks
 
 from .conftest import CHATML, chat
@@ -250,6 +251,16 @@ def test_healthy_files_get_no_warning(look: Any, tmp_path: Path, name: str) -> N
 def test_healthy_settings_get_no_warning(look: Any, overrides: list[str]) -> None:
     found = look(*overrides)
     assert [finding for finding in found.values() if finding.severity != "note"] == []
+
+
+def test_a_gated_model_is_told_apart() -> None:
+    # What transformers raises; there is no hub here to say it.
+    said = OSError(
+        "You are trying to access a gated repo.\nMake sure to have access to it at https://huggingface.co/m."
+    )
+    error = cannot_load("tokenizer", "meta-llama/Llama-3.2-1B", said)
+    assert error.finding_id == "model_gated"
+    assert "https://huggingface.co/meta-llama/Llama-3.2-1B" in str(error)
 
 
 def test_the_corpus_is_as_large_as_it_is_said_to_be() -> None:
