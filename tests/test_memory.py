@@ -97,7 +97,7 @@ from lora_core.packing import collate_packed
 quiet_libraries()
 config = load_config("demo", sys.argv[1:])
 accelerator = build_accelerator(config)
-lengths = [(150, 100, 60, 102), (70, 90, 120, 80), (130, 60, 60), (100, 75, 80, 90), (150, 100, 60, 102)]
+lengths = [(150, 100, 60, 102), (70, 90, 120, 80), (150, 100, 60, 102)]
 rows = [
     [{"input_ids": list(range(n)), "loss_mask": [i > n // 2 for i in range(n)]} for n in step] for step in lengths
 ]
