@@ -136,7 +136,8 @@ def test_checkpointing_changes_nothing_but_memory_and_really_is_on(
             "demo", "train.max_steps=3", "train.bf16=false", f"train.gradient_checkpointing={on}", folder=on
         )
         losses.append([event["loss"] for event in events(folder, "train")])
-        assert len(recomputed) == (0 if on == "false" else 3 * 2)  # steps x layers; a step is one packed micro-batch
+        # steps x layers; a step is one packed micro-batch, and the memory prediction runs one more
+        assert len(recomputed) == (0 if on == "false" else (3 + 1) * 2)
     assert not any(recomputed), "the reentrant kind gives a frozen embedding's successors no gradient"
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
@@ -174,7 +175,7 @@ def test_a_run_that_would_not_learn_is_refused_before_it_starts_unless_told_to(
     summary, folder = tiny_run("demo", *old, "train.gradient_accumulation_steps=1", "preflight.allow=[warmup_past_end]")
     assert summary["peak_learning_rate"] == pytest.approx(9e-6)
     assert "error: the model would learn next to nothing" in capsys.readouterr().out
-    assert "warmup_past_end" in [finding["id"] for finding in json.loads((folder / "preflight.json").read_text())]
+    assert "warmup_past_end" in [f["id"] for f in json.loads((folder / "preflight.json").read_text())["findings"]]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows(tiny_run: Any) -> None:
@@ -223,7 +224,7 @@ def test_only_the_adapter_trains_and_it_is_float32(tiny_model_dir: Path) -> None
     trains = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in name and p.dtype == torch.float32 for name, p in trains.items())
     assert {p.dtype for name, p in model.named_parameters() if name not in trains} == {torch.bfloat16}
-    per_layer = 4 * ((32 + 32) * 2 + (32 + 16) * 2 + (32 + 64) * 3)  # rank x (in + out), over the seven
+    per_layer = 4 * ((64 + 64) * 2 + (64 + 32) * 2 + (64 + 128) * 3)  # rank x (in + out), over the seven
     assert count_parameters(model)[0] == 2 * per_layer
 
 
