@@ -42,10 +42,10 @@ from lora_core.schedule import SchedulePlan
 Sharding = Literal["ddp", "fsdp"]
 
 # What the C library's heap holds beyond what is alive, once freed blocks are kept for the next tensor
-# (`devices.reuse_freed_memory`): holes between live tensors, in part of the live bytes. Measured on the demo model:
-# 0.45 after 2 steps of one shape, 0.65 after 12 of different ones; every 10th step gives them back
-# (`devices.return_freed_memory`).
-_HEAP_HOLES = 0.6
+# (`devices.reuse_freed_memory`): holes between live tensors, in part of the live bytes. Measured on the demo model: 0.3
+# to 0.55 over steps of few shapes, 0.5 to 0.8 with checkpointing, 0.65 over 12 steps of a run; every 10th step gives them
+# back (`devices.return_freed_memory`).
+_HEAP_HOLES = 0.5
 # The CUDA context and the workspaces of its libraries, which no allocator counts. An assumption: 0.5 to 0.8 GiB is
 # what NVIDIA's tools show for an idle PyTorch process.
 _CUDA_CONTEXT_BYTES = 768 * 2**20
