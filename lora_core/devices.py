@@ -91,19 +91,6 @@ def reuse_freed_memory() -> None:
         mallopt(m_top_pad, 256 * 2**20)
 
 
-def return_freed_memory() -> None:
-    """Give back to the system what `reuse_freed_memory` kept.
-
-    Holes between live blocks add up over steps of different shapes: the demo's 50 steps took 3.4 GiB where each alone
-    takes 2.5. The next step faults its pages in again, so not every step should call this.
-    """
-    import ctypes
-
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if malloc_trim is not None:
-        malloc_trim(0)
-
-
 @dataclass(frozen=True)
 class DeviceMemory:
     """What one process of a run may use, in bytes."""

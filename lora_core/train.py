@@ -27,7 +27,7 @@ from lora_core._version import __version__
 from lora_core.checkpoint import check_same_run, data_hash, find_checkpoint, keep_newest, restore, save_checkpoint
 from lora_core.config import RunConfig
 from lora_core.data import EncodedFile, load_data, pad_id
-from lora_core.devices import build_accelerator, look_around, peak_memory_bytes, return_freed_memory, seed_everything
+from lora_core.devices import build_accelerator, look_around, peak_memory_bytes, seed_everything
 from lora_core.errors import ConfigError, RunStopped, TrainingError
 from lora_core.evaluate import EvalResult, evaluate, printable, reply_to_all, sample_prompts
 from lora_core.loss import CausalLMLoss, check_head
@@ -50,9 +50,6 @@ from lora_core.schedule import SchedulePlan
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
     from transformers import PreTrainedTokenizerBase
-
-
-_STEPS_BETWEEN_TRIMS = 10
 
 
 @dataclass(frozen=True)
@@ -279,8 +276,6 @@ def train(config: RunConfig, resume: str | Path | None = None) -> dict[str, Any]
                 _log_step(accelerator, metrics, plan, progress.step, result, num_tokens / step_s)
             if progress.step % eval_every == 0 or is_last:
                 progress.after = measure(progress.step)
-            if accelerator.device.type == "cpu" and progress.step % _STEPS_BETWEEN_TRIMS == 0:
-                return_freed_memory()
             stopped = signals.any_rank(accelerator)
             if not is_last and (stopped or progress.step % save_every == 0):
                 save()
