@@ -27,6 +27,7 @@ from lora_core.attention import causal_lm_of, use_segment_attention
 from lora_core.config import RunConfig
 from lora_core.data import EncodedFile
 from lora_core.devices import DeviceMemory
+from lora_core.lora_linear import ByteMask, use_lean_lora
 from lora_core.loss import CausalLMLoss
 from lora_core.model import (
     add_adapter,
@@ -357,11 +358,7 @@ def _model_without_storage(config: RunConfig, device_kind: str, packed: bool, nu
             AttentionInterface.register(_FUSED_ATTENTION, _fused_attention)
             base.set_attn_implementation(_FUSED_ATTENTION)
         model: nn.Module = add_adapter(base, config.lora, config.train.seed, config.train.gradient_checkpointing)
-    dropout = _CudaDropout if device_kind == "cuda" else _CpuDropout
-    for module in model.modules():
-        for name, child in module.named_children():
-            if isinstance(child, nn.Dropout) and child.p > 0:
-                setattr(module, name, dropout())
+    use_lean_lora(model, ByteMask if device_kind == "cuda" else _BitMaskWithoutStorage)
     return model
 
 
@@ -388,20 +385,16 @@ def _fused_attention(
     return attended.transpose(1, 2).contiguous(), None
 
 
-class _CudaDropout(nn.Module):
-    """Keeps what the CUDA kernel keeps for the backward: a mask of one byte a value."""
+class _BitMaskWithoutStorage:
+    """`BitMask`, which goes through numpy, for tensors that numpy cannot see."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        kept: Tensor = torch.native_dropout(x, 0.5, True)[0]
-        return kept
+    @staticmethod
+    def draw(x: Tensor, p: float) -> tuple[Tensor, float]:
+        return torch.empty((x.numel() + 7) // 8, dtype=torch.uint8), p
 
-
-class _CpuDropout(nn.Module):
-    """Keeps what `model.CpuDropout` keeps: a mask in the input's type."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        kept: Tensor = x * torch.empty_like(x)
-        return kept
+    @staticmethod
+    def apply(x: Tensor, kept: Tensor) -> Tensor:
+        return x * torch.empty(x.shape, dtype=torch.bool)
 
 
 def _give_fake_weights(model: nn.Module) -> None:

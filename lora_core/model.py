@@ -7,13 +7,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_core.attention import check_packing, use_segment_attention
 from lora_core.config import LoraConfig, ModelConfig
 from lora_core.errors import ConfigError, counted
+from lora_core.lora_linear import BitMask, ByteMask, use_lean_lora
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -183,36 +183,11 @@ def add_adapter(
         ),
         autocast_adapter_dtype=True,
     )
-    if base.device.type == "cpu":
-        for module in model.modules():
-            for name, child in module.named_children():
-                if isinstance(child, nn.Dropout) and child.p > 0:
-                    setattr(module, name, CpuDropout(child.p))
+    use_lean_lora(model, BitMask if base.device.type == "cpu" else ByteMask)
     if gradient_checkpointing:
         # Non-reentrant: the reentrant kind needs gradients on its inputs, which a frozen embedding does not give.
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
-
-
-class CpuDropout(nn.Module):
-    """`nn.Dropout`, without what torch's random numbers cost on a CPU: a fifth of a step.
-
-    numpy's generator draws 16 bits a value (p is rounded to a multiple of 1/65536). It is seeded from torch's at each
-    call, so `torch.manual_seed` and a saved torch state fix it, and a checkpointed layer recomputes the same mask.
-    """
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = round(p * 65536) / 65536
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Any shape; scales what is kept by 1 / (1 - p), so that the expected value stays. Identity in eval mode."""
-        if not self.training:
-            return x
-        seed = int(torch.randint(2**62, ()))
-        draws = np.random.SFC64(seed).random_raw((x.numel() + 3) // 4).view(np.uint16)[: x.numel()]
-        kept = torch.from_numpy(draws >= round(self.p * 65536))
-        return x * kept.view(x.shape).to(x.dtype).mul_(1 / (1 - self.p))
 
 
 def check_target_modules(model: nn.Module, target_modules: list[str] | str) -> None:

@@ -1,0 +1,121 @@
+"""The LoRA branch of a linear layer with no more copies than its maths needs. The layers, and what is saved, stay PEFT's.
+
+    y = base(x) + scaling * B A drop(x)        x: (..., in), A: (r, in), B: (out, r)
+
+As PEFT writes it, autograd keeps a float32 copy of x, a mask in float32 and the dropped x for each of the seven
+projections of a layer: more than half of what a training step holds. Here it keeps x, which q, k and v (gate and up)
+share, the r values of A drop(x), and the mask as one bit a value; drop(x) is made again in the backward. Everything is
+computed in the type of base(x), bfloat16 under autocast, where PEFT goes through float32 before and after.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import numpy as np
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+
+
+class ByteMask:
+    """What dropout keeps, a byte a value; drawn by torch on the device of x."""
+
+    @staticmethod
+    def draw(x: Tensor, p: float) -> tuple[Tensor, float]:
+        """(what `apply` takes, the probability that it stands for)."""
+        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p), p
+
+    @staticmethod
+    def apply(x: Tensor, kept: Tensor) -> Tensor:
+        """x with zeros where it is dropped, not scaled."""
+        return x * kept
+
+
+class BitMask:
+    """What dropout keeps, a bit a value, on a CPU.
+
+    torch's own random numbers would cost a fifth of a step there, so numpy's generator draws 16 bits a value (p is
+    rounded to a multiple of 1 / 65536). It is seeded from torch's at each call: `torch.manual_seed` and a saved torch
+    state fix it, and a checkpointed layer that is computed again draws the same.
+    """
+
+    @staticmethod
+    def draw(x: Tensor, p: float) -> tuple[Tensor, float]:
+        """(what `apply` takes, the probability that it stands for)."""
+        threshold = min(round(p * 65536), 65535)
+        seed = int(torch.randint(2**62, ()))
+        draws = np.random.SFC64(seed).random_raw((x.numel() + 3) // 4).view(np.uint16)[: x.numel()]
+        return torch.from_numpy(np.packbits(draws >= threshold)), threshold / 65536
+
+    @staticmethod
+    def apply(x: Tensor, kept: Tensor) -> Tensor:
+        """x with zeros where it is dropped, not scaled."""
+        mask = torch.from_numpy(np.unpackbits(kept.numpy(), count=x.numel()).view(np.bool_)).view(x.shape)
+        # On the bits: torch multiplies integers by a mask at ten times the speed of bfloat16.
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+        return (x.contiguous().view(bits) * mask).view(x.dtype)
+
+
+def use_lean_lora(model: nn.Module, mask: Any) -> None:
+    """Let every plain LoRA layer over a linear layer take its branch from here.
+
+    DoRA, biased and other variants keep PEFT's own forward.
+
+    Args:
+        mask: `BitMask` on a CPU, `ByteMask` elsewhere.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and hasattr(module.get_base_layer(), "in_features"):
+            setattr(module, "forward", MethodType(partial(_forward, mask), module))  # noqa: B010
+
+
+def _forward(mask: Any, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """In place of the forward of PEFT's `lora.Linear` and its quantized kin."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    plain = not (layer.disable_adapters or layer.merged or args or kwargs or layer.lora_variant) and len(names) == 1
+    if not plain or layer.lora_bias[names[0]]:
+        output: Tensor = type(layer).forward(layer, x, *args, **kwargs)
+        return output
+    (name,) = names
+    dropout = layer.lora_dropout[name]
+    p = dropout.p if isinstance(dropout, nn.Dropout) and layer.training else 0.0
+    y = layer.base_layer(x)
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    apply: Any = _LoraBranch.apply
+    output = apply(x.to(y.dtype), y, a, b, layer.scaling[name], mask, p)
+    return output
+
+
+class _LoraBranch(torch.autograd.Function):
+    """y + scaling * B A drop(x)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scaling: float, mask: Any, p: float) -> Tensor:
+        """x: (..., in), y: (..., out), a: (r, in), b: (out, r) -> (..., out)."""
+        kept, p = mask.draw(x, p) if p > 0 else (None, 0.0)
+        dropped = x if kept is None else mask.apply(x, kept)
+        ctx.mask, ctx.scaling = mask, scaling / (1 - p)  # what is kept is scaled up here: on r values, not on `in`
+        inner = dropped.flatten(0, -2) @ a.to(x.dtype).t()  # (T, r)
+        output = torch.addmm(y.flatten(0, -2), inner, b.to(x.dtype).t(), alpha=ctx.scaling)
+        ctx.save_for_backward(x, kept, inner, a, b)
+        return output.view(y.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients to x, y, a, b; a's and b's in their own type."""
+        x, kept, inner, a, b = ctx.saved_tensors
+        (gradient,) = gradients
+        rows = gradient.flatten(0, -2)  # (T, out)
+        to_inner = (rows @ b.to(rows.dtype)).mul_(ctx.scaling)  # (T, r)
+        dropped = x if kept is None else ctx.mask.apply(x, kept)
+        to_a = (to_inner.t() @ dropped.flatten(0, -2)).to(a.dtype)
+        to_b = (rows.t() @ inner).to(b.dtype).mul_(ctx.scaling)
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            to_x = (to_inner @ a.to(rows.dtype)).view(x.shape)
+            to_x = to_x if kept is None else ctx.mask.apply(to_x, kept)
+        return to_x, gradient, to_a, to_b, None, None, None
