@@ -57,8 +57,6 @@ _SHORT_RUN_STEPS = 5
 
 # Sums in another order differ in the last bits of float32 (2^-24 each); a wrong cut differs by 1e-2 and more.
 GRADIENT_LIMIT = 1e-5
-# LLM.int8 rounds each activation to 1/127 of the largest in its row, after looking for outliers in the whole batch.
-GRADIENT_LIMIT_INT8 = 5e-2
 RATE_LIMIT = 1e-12
 RELOAD_LIMIT = 1e-5
 # Of the largest logit; the adapter of a few steps moves logits by 1e-2 of it and more.
@@ -175,7 +173,8 @@ def _describe_rows(config: RunConfig, train_data: EncodedFile, eval_data: Encode
     precision = {
         "none": "",
         "nf4": "; the weights are your 4-bit ones, multiplied in float32",
-        "int8": "; the weights are your 8-bit ones, and each product rounds to 8 bits",
+        "int8": "; your 8-bit weights, outliers not set apart (int8 looks for them in the whole micro-batch); packed "
+        "rows against each packed alone (rounding to 8 bits would enlarge the last bit in which two attentions differ)",
     }[config.model.quantization]
     return (
         f"mask: all {number:,} training rows{held_out}\n"
@@ -284,10 +283,11 @@ class MaskReader:
     def read(self, conversation: Conversation, encoded: EncodedChat) -> MaskReading:
         """Read one row that was not cut."""
         shown = self._render(conversation.messages, conversation)
-        assert shown is not None  # it was encoded
+        if shown is None:
+            return MaskReading("the chat template refuses it now")
         text = self._decode(encoded.input_ids)
         # Some tokenizers do not give back every space, or compose characters: then both sides go without.
-        same = _plain if text == shown else _loose
+        same = _plain if text == shown or self._gives_back(shown) else _loose
         if same(text) != same(shown):
             return MaskReading(f"its tokens read {_shortened(text)!r}, the template writes {_shortened(shown)!r}")
         replies = self._replies(conversation, shown)
@@ -367,6 +367,10 @@ class MaskReader:
         except Exception:  # noqa: BLE001
             return None
 
+    def _gives_back(self, text: str) -> bool:
+        """Whether this text comes out of the tokenizer as it went in."""
+        return self._decode(self._tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
@@ -407,7 +411,7 @@ class OneStep:
     def __init__(self, config: RunConfig) -> None:
         self.accelerator = build_accelerator(config)
         self.base = load_base_model(config.model, self.accelerator.device)
-        _compute_in_float32(self.base)
+        _compute_each_row_alone(self.base)
         self.adapted = add_adapter(self.base, config.lora, config.train.seed)
         for name, parameter in self.adapted.named_parameters():
             if "lora_B" in name:
@@ -435,34 +439,35 @@ def check_gradients(config: RunConfig, data: EncodedFile, tokenizer: PreTrainedT
     if unable is not None:
         return [Check.not_applicable("gradient", "accumulation, packing", unable)]
     step = OneStep(in_float32)
-    limit = GRADIENT_LIMIT_INT8 if config.model.quantization == "int8" else GRADIENT_LIMIT
 
     def gradient(batching: Batching) -> tuple[Tensor, int]:
         """(gradient, number of micro-batches)"""
         cuts = batching.cut(rows, data.lengths)
         return step.gradient([batching.tensors(data.dataset, cut) for cut in cuts]), len(cuts)
 
-    def check(batching: Batching) -> Check:
-        got, number = gradient(batching)
-        difference = float((got - whole).norm() / whole.norm())
+    def check(batching: Batching, wanted: Tensor) -> Check:
+        got, micro_batches = gradient(batching)
+        difference = float((got - wanted).norm() / wanted.norm())
         return Check.judged(
             "gradient",
-            f"{len(rows)} rows {'padded' if batching.max_tokens is None else 'packed'} into {number}",
-            f"{limit:g} of its norm",
+            f"{number} rows {'padded' if batching.max_tokens is None else 'packed'} into {micro_batches}",
+            f"{GRADIENT_LIMIT:g} of its norm",
             f"{difference:.1e}",
-            None if difference <= limit else f"the gradient differs by {difference:.2g} of its norm",
+            None if difference <= GRADIENT_LIMIT else f"the gradient differs by {difference:.2g} of its norm",
         )
 
     number, padding = len(rows), pad_id(tokenizer)
     whole, _ = gradient(Batching(number, padding))
-    checks = [check(Batching(size, padding)) for size in (1, -(-number // 2))]
+    checks = [check(Batching(size, padding), whole) for size in (1, -(-number // 2))]
     if not config.data.packing:
         return [*checks, Check.not_applicable("gradient", "packing", "data.packing=false: the run never packs")]
     if in_float32.model.attn_implementation == "sdpa":
         use_segment_attention(step.base)
     check_packing(step.adapted)
+    if config.model.quantization == "int8":
+        whole, _ = gradient(Batching(number, padding, max_tokens=1))
     longest, total = int(data.lengths[rows].max()), int(data.lengths[rows].sum())
-    return [*checks, *(check(Batching(number, padding, tokens)) for tokens in (longest, 2 * longest, total))]
+    return [*checks, *(check(Batching(number, padding, tokens), whole) for tokens in (longest, 2 * longest, total))]
 
 
 def _float32_overrides(config: RunConfig) -> list[str]:
@@ -473,12 +478,16 @@ def _float32_overrides(config: RunConfig) -> list[str]:
     return overrides
 
 
-def _compute_in_float32(base: torch.nn.Module) -> None:
-    """4-bit weights stay what they are; what is multiplied with them is no longer rounded to bfloat16."""
+def _compute_each_row_alone(base: torch.nn.Module) -> None:
+    """Quantized weights stay what they are; what is multiplied with them depends on nothing but itself."""
     module: Any
     for module in base.modules():
-        if getattr(module, "compute_dtype", None) == torch.bfloat16:
+        if hasattr(module, "compute_dtype"):  # 4 bits
             module.compute_dtype = torch.float32
+        if hasattr(
+            getattr(module, "state", None), "threshold"
+        ):  # 8 bits: columns with outliers are found over the whole micro-batch
+            module.state.threshold = 0.0
 
 
 def _does_not_fit(config: RunConfig, data: EncodedFile, rows: RowIndices) -> str | None:
@@ -620,8 +629,9 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _last_error(log: Path) -> str:
     """What a command said last, without its log."""
-    text = log.read_text(encoding="utf-8", errors="replace").strip()
-    return text.rpartition("error: ")[2] if text else "it said nothing"
+    text = log.read_text(encoding="utf-8", errors="replace").rstrip()
+    _, found, message = text.rpartition("\nerror: ")
+    return message if found else (text.splitlines() or ["it said nothing"])[-1]
 
 
 def run_whole(short: ShortRun, folder: Path) -> str | None:
