@@ -16,8 +16,8 @@ from lora_core.errors import LoraCoreError
 def run_command(command: Callable[[], None]) -> int:
     """Run a command; returns its exit code.
 
-    0 done, 1 a fault while running, 2 a configuration or data error, 75 stopped by a signal with a checkpoint written,
-    130 interrupted at once.
+    0 done, 1 a fault while running, 2 a configuration or data error, 3 a contract did not hold (verify), 75 stopped by
+    a signal with a checkpoint written, 130 interrupted at once.
     """
     try:
         command()

@@ -56,6 +56,12 @@ class TrainingError(LoraCoreError):
     """The run could not go on, such as for a loss that is not finite. Exit code 1."""
 
 
+class ContractBroken(LoraCoreError):
+    """A contract did not hold on this model and these rows; lists each. Exit code 3."""
+
+    exit_code = 3
+
+
 class RunStopped(LoraCoreError):
     """A signal stopped the run; its state is in a checkpoint. Exit code 75, which schedulers read as "try again"."""
 

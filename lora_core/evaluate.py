@@ -23,6 +23,7 @@ from lora_core.packing import Batching, eval_batching, to_device
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
 
@@ -88,8 +89,6 @@ def evaluate_adapter(config: RunConfig, adapter_dir: str | Path) -> EvalResult:
     Raises:
         ConfigError: there is no adapter in the folder, or the configuration names no held-out rows.
     """
-    import peft
-
     if not (Path(adapter_dir) / "adapter_config.json").is_file():
         raise ConfigError(
             f"{adapter_dir}: holds no adapter_config.json; fix: --adapter FOLDER, such as outputs/demo/adapter"
@@ -100,10 +99,22 @@ def evaluate_adapter(config: RunConfig, adapter_dir: str | Path) -> EvalResult:
         _, eval_data = load_data(config, tokenizer)
     if eval_data is None:
         raise ConfigError("no held-out rows; fix: data.eval_file=PATH or data.eval_fraction=0.1")
-    base = load_base_model(config.model, accelerator.device, config.data.packing)
-    adapted = peft.PeftModel.from_pretrained(base, str(adapter_dir))
+    adapted = load_adapter(config, adapter_dir, accelerator.device)
     model = accelerator.prepare_model(CausalLMLoss(adapted), evaluation_mode=True)
     return evaluate(accelerator, model, eval_data, eval_batching(config, pad_id(tokenizer)))
+
+
+def load_adapter(config: RunConfig, adapter_dir: str | Path, device: torch.device) -> PeftModel:
+    """A saved adapter on a fresh base model, as PEFT loads it.
+
+    Raises:
+        ConfigError: the base model cannot be loaded.
+    """
+    import peft
+
+    base = load_base_model(config.model, device, config.data.packing)
+    model: PeftModel = peft.PeftModel.from_pretrained(base, str(adapter_dir))
+    return model
 
 
 @torch.no_grad()

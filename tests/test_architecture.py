@@ -33,9 +33,21 @@ ORDER = [
     "preflight",
     "report",
     "train",
+    "verify",
     "cli",
 ]
-NEEDS_TORCH = {"attention", "checkpoint", "model", "loss", "optimizer", "devices", "evaluate", "memory", "train"}
+NEEDS_TORCH = {
+    "attention",
+    "checkpoint",
+    "model",
+    "loss",
+    "optimizer",
+    "devices",
+    "evaluate",
+    "memory",
+    "train",
+    "verify",
+}
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -12,6 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lora_core.chat import EncodedChat, encode_chat, show_chat
 from lora_core.errors import ChatTemplateError, RowError
+from lora_core.messages import parse_row
+from lora_core.verify import MaskReader
 
 from .conftest import CHATML, DEMO_MODEL, chat, make_tokenizer
 
@@ -79,6 +81,7 @@ texts = st.text(alphabet=st.sampled_from(list(" \n\tabcZ.,:你好é😀</>|_")),
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_supervised_tokens_are_the_assistant_turns_and_their_ends(name: str) -> None:
     tokenizer = make_tokenizer(TEMPLATES[name])
+    reader = MaskReader(tokenizer)
 
     @settings(max_examples=60, deadline=None)
     @given(st.lists(texts, min_size=2, max_size=6).filter(lambda turns: len(turns) % 2 == 0))
@@ -89,6 +92,8 @@ def test_supervised_tokens_are_the_assistant_turns_and_their_ends(name: str) -> 
         # and the whole is what the template writes
         rendered = tokenizer.apply_chat_template(chat(*turns)["messages"], tokenize=False)
         assert tokenizer.decode(encoded.input_ids, skip_special_tokens=False) == rendered
+        # and reading it back from the template alone, as `launch/verify.py` does, finds the same
+        assert reader.read(parse_row(chat(*turns)), encoded).problem is None
 
     check()
 

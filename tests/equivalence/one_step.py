@@ -20,13 +20,7 @@ from lora_core.loss import CausalLMLoss
 from lora_core.model import add_adapter, load_base_model, load_tokenizer
 from lora_core.packing import Batching, step_rows
 from lora_core.train import train_step
-
-
-class KeepsGradients(torch.optim.SGD):
-    """Notes the gradients in place of a step."""
-
-    def step(self, closure: Any = None) -> None:
-        self.seen = [p.grad.clone() for group in self.param_groups for p in group["params"]]
+from lora_core.verify import KeepsGradients
 
 
 def one_step(
