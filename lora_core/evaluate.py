@@ -16,6 +16,7 @@ from lora_core.config import RunConfig
 from lora_core.data import EncodedFile, load_data, pad_id
 from lora_core.devices import build_accelerator
 from lora_core.errors import ConfigError, DataError
+from lora_core.lora_linear import use_lean_lora
 from lora_core.loss import CausalLMLoss
 from lora_core.messages import Message, parse_json_row
 from lora_core.model import load_base_model, load_tokenizer
@@ -114,6 +115,7 @@ def load_adapter(config: RunConfig, adapter_dir: str | Path, device: torch.devic
 
     base = load_base_model(config.model, device, config.data.packing)
     model: PeftModel = peft.PeftModel.from_pretrained(base, str(adapter_dir))
+    use_lean_lora(model)
     return model
 
 

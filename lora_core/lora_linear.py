@@ -1,4 +1,4 @@
-"""The LoRA branch of a linear layer with no more copies than its maths needs. The layers, and what is saved, stay PEFT's.
+"""The LoRA branch of a linear layer with no more copies than its maths needs. The layers and their files stay PEFT's.
 
     y = base(x) + scaling * B A drop(x)        x: (..., in), A: (r, in), B: (out, r)
 
@@ -12,13 +12,15 @@ from __future__ import annotations
 
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 class ByteMask:
@@ -60,14 +62,15 @@ class BitMask:
         return (x.contiguous().view(bits) * mask).view(x.dtype)
 
 
-def use_lean_lora(model: nn.Module, mask: Any) -> None:
+def use_lean_lora(model: PeftModel, mask: Any = None) -> None:
     """Let every plain LoRA layer over a linear layer take its branch from here.
 
     DoRA, biased and other variants keep PEFT's own forward.
 
     Args:
-        mask: `BitMask` on a CPU, `ByteMask` elsewhere.
+        mask: how dropout remembers what it kept; None is `BitMask` on a CPU and `ByteMask` elsewhere.
     """
+    mask = mask or (BitMask if model.device.type == "cpu" else ByteMask)
     for module in model.modules():
         if isinstance(module, LoraLayer) and hasattr(module.get_base_layer(), "in_features"):
             setattr(module, "forward", MethodType(partial(_forward, mask), module))  # noqa: B010
@@ -86,8 +89,8 @@ def _forward(mask: Any, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Ten
     y = layer.base_layer(x)
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     apply: Any = _LoraBranch.apply
-    output = apply(x.to(y.dtype), y, a, b, layer.scaling[name], mask, p)
-    return output
+    branched: Tensor = apply(x.to(y.dtype), y, a, b, layer.scaling[name], mask, p)
+    return branched
 
 
 class _LoraBranch(torch.autograd.Function):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lora_core.attention import causal_lm_of
 from lora_core.errors import TrainingError
 
-_POSITIONS_PER_CHUNK = 256
+_POSITIONS_PER_CHUNK = 128
 
 
 class LossSums(NamedTuple):
@@ -87,12 +87,15 @@ class _HeadLoss(torch.autograd.Function):
             part = slice(start, start + _POSITIONS_PER_CHUNK)
             with torch.set_grad_enabled(needs_gradient):
                 chunk = hidden[part].detach().requires_grad_(needs_gradient)
-                logits = project(model, chunk).float()
-                loss = nn.functional.cross_entropy(logits, targets[part], reduction="sum")
+                logits = project(model, chunk)
+            log_probabilities = logits.detach().float().log_softmax(dim=-1)  # (P, V)
+            of_target = log_probabilities.gather(1, targets[part, None])  # (P, 1)
+            loss_sum -= of_target.sum()
+            num_correct += (log_probabilities.argmax(dim=-1) == targets[part]).sum()
             if gradient is not None:
-                (gradient[part],) = torch.autograd.grad(loss, chunk)
-            loss_sum += loss.detach()
-            num_correct += (logits.detach().argmax(dim=-1) == targets[part]).sum()
+                # d loss / d logits = probabilities - one-hot target, in the memory of the log-probabilities
+                to_logits = log_probabilities.exp_().scatter_(1, targets[part, None], of_target.exp() - 1)
+                (gradient[part],) = torch.autograd.grad(logits, chunk, to_logits.to(logits.dtype))
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(num_correct)
         return loss_sum, num_correct

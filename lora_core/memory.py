@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import bitsandbytes as bnb
 import numpy as np
@@ -39,6 +39,9 @@ from lora_core.model import (
 from lora_core.optimizer import build_optimizer
 from lora_core.packing import Batching, eval_batching, step_rows, train_batching
 from lora_core.schedule import SchedulePlan
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 Sharding = Literal["ddp", "fsdp"]
 
@@ -340,7 +343,7 @@ def _num_parameters(config: RunConfig, num_layers: int) -> int:
     return sum(parameter.numel() for parameter in _base_without_storage(config, num_layers).parameters())
 
 
-def _model_without_storage(config: RunConfig, device_kind: str, packed: bool, num_layers: int) -> nn.Module:
+def _model_without_storage(config: RunConfig, device_kind: str, packed: bool, num_layers: int) -> PeftModel:
     from transformers import AttentionInterface
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.base import get_keys_to_not_convert
@@ -357,7 +360,7 @@ def _model_without_storage(config: RunConfig, device_kind: str, packed: bool, nu
         elif packed:
             AttentionInterface.register(_FUSED_ATTENTION, _fused_attention)
             base.set_attn_implementation(_FUSED_ATTENTION)
-        model: nn.Module = add_adapter(base, config.lora, config.train.seed, config.train.gradient_checkpointing)
+        model: PeftModel = add_adapter(base, config.lora, config.train.seed, config.train.gradient_checkpointing)
     use_lean_lora(model, ByteMask if device_kind == "cuda" else _BitMaskWithoutStorage)
     return model
 

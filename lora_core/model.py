@@ -13,7 +13,7 @@ from torch import nn
 from lora_core.attention import check_packing, use_segment_attention
 from lora_core.config import LoraConfig, ModelConfig
 from lora_core.errors import ConfigError, counted
-from lora_core.lora_linear import BitMask, ByteMask, use_lean_lora
+from lora_core.lora_linear import use_lean_lora
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -183,7 +183,7 @@ def add_adapter(
         ),
         autocast_adapter_dtype=True,
     )
-    use_lean_lora(model, BitMask if base.device.type == "cpu" else ByteMask)
+    use_lean_lora(model)
     if gradient_checkpointing:
         # Non-reentrant: the reentrant kind needs gradients on its inputs, which a frozen embedding does not give.
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -21,6 +21,7 @@ ORDER = [
     "packing",
     "data",
     "attention",
+    "lora_linear",
     "model",
     "loss",
     "optimizer",
@@ -38,6 +39,7 @@ ORDER = [
 ]
 NEEDS_TORCH = {
     "attention",
+    "lora_linear",
     "checkpoint",
     "model",
     "loss",

@@ -16,7 +16,7 @@ from lora_core.config import LoraConfig, ModelConfig, load_config
 from lora_core.errors import ConfigError, PreflightError, TrainingError
 from lora_core.evaluate import evaluate_adapter
 from lora_core.loss import CausalLMLoss
-from lora_core.model import CpuDropout, add_adapter, check_target_modules, count_parameters, load_base_model
+from lora_core.model import add_adapter, check_target_modules, count_parameters, load_base_model
 from lora_core.run_folder import write_json
 from lora_core.schedule import plan_schedule
 from lora_core.train import train
@@ -198,24 +198,6 @@ def test_a_module_that_matches_nothing_is_an_error_that_lists_what_there_is() ->
         ConfigError, match=r"query, c_attn matches nothing in Qwen2ForCausalLM; its linear layers: down_proj"
     ):
         check_target_modules(model, ["q_proj", "query", "c_attn"])
-
-
-@pytest.mark.parametrize("p", [0.05, 0.5, 0.999])
-def test_dropout_on_a_cpu_drops_p_of_the_values_keeps_the_mean_and_repeats_with_the_seed(p: float) -> None:
-    dropout = CpuDropout(p)
-    x = torch.ones(401, 1003, requires_grad=True)
-    torch.manual_seed(0)
-    y = dropout(x)
-    assert float((y == 0).float().mean()) == pytest.approx(p, abs=0.003)
-    assert float(y.detach().max()) == pytest.approx(1 / (1 - p), rel=0.02)
-    flat = (y.detach().flatten() == 0).float() - p
-    for lag in range(1, 5):  # four neighbours share a draw, and must not share a fate
-        assert abs(float((flat[lag:] * flat[:-lag]).mean())) < 0.003
-    y.sum().backward()
-    assert torch.equal(x.grad, y.detach())
-    torch.manual_seed(0)
-    assert torch.equal(dropout(x), y)
-    assert dropout.eval()(x) is x
 
 
 def test_only_the_adapter_trains_and_it_is_float32(tiny_model_dir: Path) -> None:
