@@ -50,6 +50,7 @@ def test_checkpointing_nf4_and_smaller_batches_take_less() -> None:
     plain = predict()
     assert predict("train.gradient_checkpointing=true")["activations"] < plain["activations"] / 3
     assert predict("model.quantization=nf4")["weights"] < plain["weights"] / 2
+    assert predict("model.quantization=int8")["weights"] < plain["weights"] * 0.75
     assert predict(lengths=(128,))["activations"] < plain["activations"] * 0.6
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
-from lora_core.config import LoraConfig, ModelConfig
+from lora_core.config import LoraConfig, ModelConfig, RunConfig, TrainConfig
 from lora_core.data import encode_file, pad_id
+from lora_core.devices import build_accelerator
 from lora_core.loss import CausalLMLoss
 from lora_core.model import add_adapter, load_base_model, load_tokenizer
 from lora_core.packing import Batching, step_rows
@@ -26,7 +26,7 @@ from lora_core.verify import KeepsGradients
 def one_step(
     model_dir: Path, rows_file: Path, batch_size: int, accumulation: int, max_tokens: int = 0
 ) -> dict[str, Any]:
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=1)
+    accelerator = build_accelerator(RunConfig(train=TrainConfig(bf16=False)))
     config = ModelConfig(name_or_path=str(model_dir), dtype="float32")
     tokenizer = load_tokenizer(config)
     with accelerator.main_process_first():
