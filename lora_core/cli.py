@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 
 from lora_core.config import config_keys
-from lora_core.errors import LoraCoreError
+from lora_core.errors import LoraCoreError, RankFault
 
 
 def run_command(command: Callable[[], None]) -> int:
@@ -22,7 +22,8 @@ def run_command(command: Callable[[], None]) -> int:
     try:
         command()
     except LoraCoreError as error:
-        if int(os.environ.get("RANK", "0")) == 0:  # every rank finds the same mistake; one says so
+        # Every rank finds the same mistake, and one says so; a fault is said where it is found.
+        if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, RankFault):
             print(f"\nerror: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

@@ -125,9 +125,26 @@ class TrainConfig(_Section):
     save_steps: PositiveInt | None = Field(
         None, description="optimizer steps between checkpoints; null is once an epoch"
     )
-    save_total_limit: PositiveInt = Field(2, description="checkpoints to keep, the newest ones")
+    save_total_limit: PositiveInt = Field(
+        2, description="checkpoints to keep, the newest ones, and the best beside them"
+    )
     on_save_error: Literal["error", "continue"] = Field(
         "error", description="a checkpoint that cannot be written: stop, or say so and go on"
+    )
+    keep_adapter: Literal["last", "best"] = Field(
+        "last", description="which goes into adapter/: the last step's, or that of the lowest held-out loss"
+    )
+    early_stopping_patience: PositiveInt | None = Field(
+        None, description="evaluations in a row without a lower held-out loss before the run ends; null runs to the end"
+    )
+    max_skipped_steps: PositiveInt = Field(
+        3, description="steps in a row, left out for a loss or gradient that is not finite, at which the run stops"
+    )
+    auto_batch_size: bool = Field(
+        False, description="cut steps into smaller micro-batches where memory is short; same steps, same gradient"
+    )
+    rank_timeout_s: PositiveInt = Field(
+        1800, description="seconds that ranks wait for each other before they take one for lost"
     )
     num_sample_replies: Annotated[int, Field(ge=0)] = Field(
         3, description="held-out prompts answered before and after training"
@@ -160,6 +177,23 @@ class RunConfig(_Section):
     preflight: PreflightConfig = Field(default_factory=PreflightConfig)
     output_dir: str = Field("outputs/run", description="the run folder; outputs/<cfg name> unless set")
     overwrite_output_dir: bool = Field(False, description="replace an earlier run in output_dir")
+
+    @model_validator(mode="after")
+    def _held_out_rows_where_they_decide(self) -> RunConfig:
+        decides = [
+            f"train.{name}={value}"
+            for name, value in (
+                ("keep_adapter", self.train.keep_adapter if self.train.keep_adapter == "best" else None),
+                ("early_stopping_patience", self.train.early_stopping_patience),
+            )
+            if value is not None
+        ]
+        if decides and self.data.eval_file is None and self.data.eval_fraction == 0:
+            raise ValueError(
+                f"{' and '.join(decides)} goes by held-out loss, and there are no held-out rows; fix: "
+                "data.eval_fraction=0.1, or data.eval_file=FILE"
+            )
+        return self
 
     def to_yaml(self) -> str:
         """The resolved configuration; `load_config` reads it back to an equal `RunConfig`."""

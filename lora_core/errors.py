@@ -56,6 +56,10 @@ class TrainingError(LoraCoreError):
     """The run could not go on, such as for a loss that is not finite. Exit code 1."""
 
 
+class RankFault(TrainingError):
+    """What befell one rank, which the others may not live to tell: each rank that raises it says so. Exit code 1."""
+
+
 class ContractBroken(LoraCoreError):
     """A contract did not hold on this model and these rows; lists each. Exit code 3."""
 
