@@ -58,7 +58,8 @@ class StopSignals:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the machine had no memory left. (A Linux that overcommits may kill the process instead.)"""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(error)
+    said = ("can't allocate memory", "not enough memory")  # torch's CPU allocator, on Linux and Windows
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in said)
 
 
 def free_memory() -> None:

@@ -213,7 +213,7 @@ def test_a_step_that_is_not_finite_costs_that_step_and_no_other(tiny_run: Any, m
     trained = events(folder, "train")
     assert [event["step"] for event in trained] == [1, 2, 4, 5, 6, 7, 8, 9, 10]
     plan = plan_schedule(
-        78, per_device_train_batch_size=2, gradient_accumulation_steps=4, num_train_epochs=1, learning_rate=1e-4
+        78, per_device_train_batch_size=2, gradient_accumulation_steps=4, learning_rate=1e-4, warmup_ratio=0.1
     )
     assert [event["learning_rate"] for event in trained] == pytest.approx(
         [rate for step, rate in enumerate(plan.learning_rates(), 1) if step != 3]
