@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lora_core.errors import ConfigError, problem_list
+from lora_core.safe_text import values_without_secrets
 
 ALL_SEVEN_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -161,9 +162,14 @@ class RunConfig(_Section):
     output_dir: str = Field("outputs/run", description="the run folder; outputs/<cfg name> unless set")
     overwrite_output_dir: bool = Field(False, description="replace an earlier run in output_dir")
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by section and key, secrets left out."""
+        values: dict[str, Any] = values_without_secrets(self.model_dump(mode="json"))
+        return values
+
     def to_yaml(self) -> str:
-        """The resolved configuration; `load_config` reads it back to an equal `RunConfig`."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """The resolved configuration; `load_config` reads it back to an equal `RunConfig`, but for secrets."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import json
 import math
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
@@ -29,7 +31,7 @@ from lora_core.config import RunConfig
 from lora_core.data import EncodedFile, load_data, pad_id
 from lora_core.devices import build_accelerator, look_around, peak_memory_bytes, seed_everything
 from lora_core.errors import ConfigError, RunStopped, TrainingError
-from lora_core.evaluate import EvalResult, evaluate, printable, reply_to_all, sample_prompts
+from lora_core.evaluate import EvalResult, evaluate, reply_to_all, sample_prompts
 from lora_core.loss import CausalLMLoss, check_head
 from lora_core.model import add_adapter, describe_parameters, load_base_model, load_tokenizer
 from lora_core.optimizer import build_optimizer, build_scheduler
@@ -45,6 +47,7 @@ from lora_core.run_folder import (
     write_json,
     write_text,
 )
+from lora_core.safe_text import printable, showable, values_without_secrets
 from lora_core.schedule import SchedulePlan
 
 if TYPE_CHECKING:
@@ -152,7 +155,9 @@ def train(config: RunConfig, resume: str | Path | None = None) -> dict[str, Any]
     """
     started = time.monotonic()
     accelerator = build_accelerator(config)
-    say = accelerator.print
+
+    def say(line: str) -> None:
+        accelerator.print(showable(line))
 
     # Data first: it is cheap, and most of what can be wrong is wrong there.
     tokenizer = load_tokenizer(config.model, config.data.chat_template)
@@ -216,7 +221,7 @@ def train(config: RunConfig, resume: str | Path | None = None) -> dict[str, Any]
 
     def save() -> None:
         path = folder / "checkpoints" / f"step-{progress.step:06d}"
-        state = {**progress.to_dict(), "config": config.model_dump(mode="json"), "data": fingerprint}
+        state = {**progress.to_dict(), "config": config.to_dict(), "data": fingerprint}
         try:
             save_checkpoint(path, accelerator, model, optimizer, scheduler, state)
         except OSError as error:
@@ -405,7 +410,7 @@ def describe_plan(plan: SchedulePlan, config: RunConfig) -> str:
 
 def _log(accelerator: Accelerator, line: str) -> None:
     if accelerator.is_main_process:
-        tqdm.write(line, file=sys.stdout)
+        tqdm.write(showable(line), file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -459,23 +464,28 @@ def save_adapter(
             adapted.save_pretrained(folder, state_dict=adapter_state, save_embedding_layers=False)
             tokenizer.save_pretrained(folder)
             write_text(folder / "README.md", model_card(config))
+            # PEFT wrote the model's name into it.
+            adapter_config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+            write_json(folder / "adapter_config.json", adapter_config)
     accelerator.wait_for_everyone()
 
 
 def model_card(config: RunConfig) -> str:
-    """What someone who finds the adapter needs to know."""
+    """What someone who finds the adapter needs to know. Names are escaped: Markdown may hold HTML."""
     targets = config.lora.target_modules
-    modules = targets if isinstance(targets, str) else ", ".join(targets)
+    modules = html.escape(targets if isinstance(targets, str) else ", ".join(targets))
+    front_matter = {
+        "base_model": config.model.name_or_path,
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "lora_core"],
+    }
     train = config.train
     length = f"{train.max_steps} steps" if train.max_steps else f"{train.num_train_epochs} epochs"
     return f"""---
-base_model: {json.dumps(config.model.name_or_path)}
-library_name: peft
-pipeline_tag: text-generation
-tags: [lora, lora_core]
----
+{yaml.safe_dump(values_without_secrets(front_matter), sort_keys=False, allow_unicode=True)}---
 
-# LoRA adapter for {config.model.name_or_path}
+# LoRA adapter for {html.escape(config.model.name_or_path)}
 
 Rank {config.lora.rank}, alpha {config.lora.alpha}, on {modules}; learning rate {train.learning_rate:g}, {length};
 trained with lora_core {__version__}.
