@@ -23,7 +23,7 @@ import numpy.typing as npt
 from lora_core import chat, messages
 from lora_core.chat import ChatEncoder, EncodedChat
 from lora_core.config import RunConfig
-from lora_core.errors import DataError, RowError, counted, problem_list
+from lora_core.errors import ConfigError, DataError, RowError, counted, problem_list
 from lora_core.messages import Conversation, parse_json_row
 
 if TYPE_CHECKING:
@@ -270,18 +270,26 @@ def _encode_lines(
             "text_key": Value("int64"),
         }
     )
-    return table.map(
-        _encode_batch,
-        batched=True,
-        batch_size=500,
-        num_proc=num_proc if num_proc > 1 else None,
-        remove_columns=["start", "size"],
-        features=features,
-        fn_kwargs={"path": str(path), "encoder": encoder, "max_seq_length": max_seq_length},
-        cache_file_name=str(cache_dir / f"{fingerprint}-{num_proc}.arrow"),
-        new_fingerprint=f"{fingerprint}-{num_proc}",
-        desc="Encoding rows",
-    )
+    try:
+        return table.map(
+            _encode_batch,
+            batched=True,
+            batch_size=500,
+            num_proc=num_proc if num_proc > 1 else None,
+            remove_columns=["start", "size"],
+            features=features,
+            fn_kwargs={"path": str(path), "encoder": encoder, "max_seq_length": max_seq_length},
+            cache_file_name=str(cache_dir / f"{fingerprint}-{num_proc}.arrow"),
+            new_fingerprint=f"{fingerprint}-{num_proc}",
+            desc="Encoding rows",
+        )
+    except RuntimeError as error:
+        if "subprocesses has abruptly died" not in str(error):
+            raise
+        raise DataError(
+            f"{path}: one of {num_proc} processes that encode rows was killed: for its memory, or for a chat template "
+            "that does not end; fix: data.num_proc=1, or another data.chat_template"
+        ) from error
 
 
 def _encode_batch(
@@ -292,7 +300,11 @@ def _encode_batch(
         for start, size in zip(batch["start"], batch["size"], strict=True):
             file.seek(start)
             parsed.append(_parse_line(file.read(size)))
-    encoded = iter(encoder.encode_batch([item for item in parsed if isinstance(item, Conversation)]))
+    try:
+        encoded = iter(encoder.encode_batch([item for item in parsed if isinstance(item, Conversation)]))
+    except ConfigError as error:
+        lines = f"{batch['line'][0]} to {batch['line'][-1]}"
+        raise ConfigError(f"{path}, in lines {lines}: {error}", error.finding_id) from error
     rows = [
         _row_columns(item, item if isinstance(item, RowError) else next(encoded), encoder, max_seq_length)
         for item in parsed
