@@ -33,12 +33,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # What a chat template may use for one conversation. Real ones take milliseconds and write some thousand characters of
-# their own; the rest of what they write is the conversation, of which JSON may make several characters each.
+# their own and some dozen a turn; the rest is the conversation, which indented JSON makes many times as long.
 _TEMPLATE_SECONDS = 10.0
-_TEMPLATE_MEMORY_BYTES = 2**30
+_TEMPLATE_MEMORY_BYTES = 2**29
 _TEMPLATE_BYTES_PER_CHARACTER = 64
 _TEMPLATE_OWN_CHARACTERS = 100_000
-_TEMPLATE_GROWTH = 20
+_TEMPLATE_CHARACTERS_PER_TURN = 1_000
+_TEMPLATE_GROWTH = 50
 # Characters that are tokenized in one call: enough to be quick, and what comes back fits in memory.
 _CHARACTERS_PER_CALL = 1_000_000
 
@@ -159,7 +160,11 @@ def _apply_template(
         raise ChatTemplateError(f"the chat template refuses it: {type(error).__name__}: {said}") from error
     if len(rendered) > _TEMPLATE_OWN_CHARACTERS:
         conversation = Conversation(list(messages), tools)
-        limit = _TEMPLATE_OWN_CHARACTERS + _TEMPLATE_GROWTH * _num_characters(conversation)
+        limit = (
+            _TEMPLATE_OWN_CHARACTERS
+            + _TEMPLATE_CHARACTERS_PER_TURN * len(messages)
+            + _TEMPLATE_GROWTH * _num_characters(conversation)
+        )
         if len(rendered) > limit:
             raise _runaway(tokenizer, f"wrote {len(rendered):,} characters, more than {limit:,},", conversation)
     return rendered

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 # Forking and joining worker processes costs more than encoding a few thousand rows.
 _ROWS_WORTH_A_PROCESS = 5_000
+# A row this long has some million tokens, of which max_seq_length are kept; tokenizing it takes 100 bytes each.
+_MAX_ROW_BYTES = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,10 @@ def encode_file(
             on_bad_row is "skip"); or no row is left to train on.
     """
     path = Path(path)
-    starts, sizes, lines = _line_table(path)
+    try:
+        starts, sizes, lines = _line_table(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}", "data_file_missing") from error
     if num_proc is None:
         num_proc = min(os.cpu_count() or 1, max(1, len(starts) // _ROWS_WORTH_A_PROCESS))
     encoder = ChatEncoder(tokenizer)
@@ -205,8 +210,11 @@ def _line_table(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64
             newline = content.find(b"\n", start)
             end = newline if newline >= 0 else len(content)
             number += 1
-            # isspace of a slice: only a short line can be blank without a full look at it
-            if not content[start : min(end, start + 64)].isspace() and end > start:
+            # The whole line is looked at only where its start is blank.
+            is_blank = end == start or (
+                content[start : min(end, start + 64)].isspace() and content[start:end].isspace()
+            )
+            if not is_blank:
                 starts.append(start)
                 sizes.append(end - start)
                 numbers.append(number)
@@ -298,6 +306,11 @@ def _encode_batch(
     parsed: list[Conversation | RowError] = []
     with Path(path).open("rb") as file:
         for start, size in zip(batch["start"], batch["size"], strict=True):
+            if size > _MAX_ROW_BYTES:
+                parsed.append(
+                    RowError(f"the line has {size:,} bytes, more than {_MAX_ROW_BYTES:,}; fix: split the row")
+                )
+                continue
             file.seek(start)
             parsed.append(_parse_line(file.read(size)))
     try:

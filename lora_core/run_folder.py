@@ -1,4 +1,4 @@
-"""What a run leaves on disk: files appear whole or not at all, hold no secrets, and are never mixed with an earlier run."""
+"""What a run leaves on disk: files appear whole or not at all, and nothing of an earlier run or secret is in them."""
 
 from __future__ import annotations
 

@@ -64,5 +64,8 @@ def quoted(value: Any, limit: int = 80) -> str:
     """`repr`, cut after so many characters: a wrong value may be megabytes long."""
     if isinstance(value, str):
         value = value[: limit + 1]
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists in lists
+        return f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= limit + 2 else f"{text[:limit]}..."
