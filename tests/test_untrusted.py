@@ -6,6 +6,7 @@ people make are in test_corpus.py.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gzip
 import json
@@ -27,11 +28,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 import lora_core.chat
-from lora_core.chat import ChatEncoder, encode_chat, render_chat
+from lora_core.chat import encode_chat, render_chat
 from lora_core.config import ModelConfig, RunConfig, config_keys, load_config
 from lora_core.data import EncodedFile, encode_file
 from lora_core.errors import ChatTemplateError, ConfigError, DataError, LoraCoreError
-from lora_core.messages import parse_row
 from lora_core.model import load_model_config, load_tokenizer
 from lora_core.run_folder import MetricsFile, write_json, write_text
 from lora_core.safe_text import showable, without_secrets
@@ -301,21 +301,31 @@ def test_rows_made_to_take_long_do_not(tokenizer: PreTrainedTokenizerFast) -> No
 # ---------------------------------------------------------------------------------------------------------------
 # Configurations
 
-ODD_TEXTS = st.text(max_size=6) | st.sampled_from(
-    ["null", "~", "1e999", ".inf", "0x" + "f" * 5000, "9" * 5000, "2024-99-99", "!!bool x", "!!int ''", "!!timestamp x"]
-    + [
-        "*a",
-        "&a [*a]",
-        "<<",
-        "\x00",
-        "\x1b[2J",
-        "\ud800",
-        "{[1]: 2}",
-        "!!python/object/apply:os.system [ls]",
-        "?",
-        "- -",
-    ]
-)
+ODD = [
+    "null",
+    "~",
+    "1e999",
+    ".inf",
+    "0x" + "f" * 5000,
+    "9" * 5000,
+    "2024-99-99",
+    "!!bool x",
+    "!!int ''",
+    "!!timestamp x",
+]
+ODD += [
+    "*a",
+    "&a [*a]",
+    "<<",
+    "\x00",
+    "\x1b[2J",
+    "\ud800",
+    "{[1]: 2}",
+    "!!python/object/apply:os.system [ls]",
+    "?",
+    "- -",
+]
+ODD_TEXTS = st.text(max_size=6) | st.sampled_from(ODD)
 json_values: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | ODD_TEXTS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(ODD_TEXTS, inner, max_size=3),
@@ -503,3 +513,152 @@ def test_other_renderings_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> No
         render_chat(make_tokenizer(FOR_EVER + END), chat("q")["messages"])
     with pytest.raises(ChatTemplateError, match="refuses it"):
         render_chat(make_tokenizer("{{ ''.__class__.x }}"), chat("q")["messages"])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Model repositories
+
+
+@pytest.mark.parametrize("model_type", ["evil", "qwen2"])
+@pytest.mark.parametrize("load", [load_tokenizer, load_model_config])
+def test_code_from_a_model_repository_never_runs(tmp_path: Path, model_type: str, load: Any) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "evil.py").write_text(
+        f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\nclass C: pass\n"
+    )
+    auto_map = {"AutoConfig": "evil.C", "AutoTokenizer": ["evil.C", "evil.C"], "AutoModelForCausalLM": "evil.C"}
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type, "auto_map": auto_map}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Evil", "auto_map": auto_map}))
+    config = ModelConfig(name_or_path=str(folder))
+    started = time.monotonic()
+    if model_type == "evil":
+        with pytest.raises(
+            ConfigError, match="runs no code from model repositories; fix: a model of a family"
+        ) as caught:
+            load(config)
+        assert caught.value.finding_id == "model_needs_code"
+    else:  # transformers holds the family; there is no tokenizer in the folder
+        with contextlib.suppress(ConfigError):
+            load(config)
+    assert not (tmp_path / "ran").exists()
+    assert time.monotonic() - started < 15  # nobody was asked on the terminal
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b"\xff", b'{"model_type": 3}', b'{"model_type": "qwen2", "hidden_size": "x"}'],
+)
+def test_broken_model_files_are_a_sentence(tmp_path: Path, tiny_model_dir: Path, name: str, content: bytes) -> None:
+    for file in tiny_model_dir.iterdir():
+        if file.suffix in (".json", ".jinja") and file.name != name:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / name).write_bytes(content)
+    config = ModelConfig(name_or_path=str(tmp_path))
+    for load in (load_tokenizer, load_model_config):
+        try:
+            load(config)
+        except LoraCoreError as error:
+            assert "model.name_or_path=" in str(error)  # noqa: PT017
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Names and secrets
+
+NASTY = "\x1b[2J\x1b]0;owned\x07\r\x9b31m\u202e\x00"
+
+
+def test_errors_reach_the_terminal_escaped_and_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnopqrstuvwx")
+    text = str(ConfigError(f"a\n{NASTY} hf_abcdefghijklmnopqrstuvwx"))
+    assert text == "a\n\\x1b[2J\\x1b]0;owned\\x07\\r\\x9b31m\\u202e\\x00 [secret]"
+
+
+def test_a_hostile_name_is_text_in_the_model_card() -> None:
+    name = '<script>alert(1)</script>: "x" # - [y]'
+    config = RunConfig.model_validate({"model": {"name_or_path": name}, "lora": {"target_modules": ["<img src=x>"]}})
+    _, front_matter, body = model_card(config).split("---\n", 2)
+    assert yaml.safe_load(front_matter)["base_model"] == name
+    assert "<script>" not in body
+    assert "<img" not in body
+    assert yaml.safe_load(config.to_yaml())["model"]["name_or_path"] == name
+
+
+SHAPED = ["hf_" + "a1B2" * 8, "sk-proj-" + "a1B2" * 8, "ghp_" + "a1B2" * 9, "github_pat_" + "a1B2_" * 6]
+
+
+@pytest.mark.parametrize("secret", SHAPED)
+def test_what_looks_like_a_token_is_left_out(secret: str) -> None:
+    assert without_secrets(f"x={secret}, {secret}") == "x=[secret], [secret]"
+    assert without_secrets("https://me:pass@host/x") == "https://[secret]@host/x"
+
+
+def test_words_are_no_secrets() -> None:
+    text = "task-specific sk-learn-like-names-of-packages https://host:8080/a@b hf_hub http://x a:b@c ghp_short"
+    assert without_secrets(text) == text
+
+
+@pytest.mark.parametrize("secret", ['pass"word\\1', "p<a>ss & word", "pässwörd 1", "line\nbreak"])
+def test_secrets_are_left_out_however_a_file_writes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secret: str
+) -> None:
+    monkeypatch.setenv("MY_PASSWORD", secret)
+    write_json(tmp_path / "a.json", {"a": [secret, (secret,)]})
+    write_text(tmp_path / "b.txt", f"x {secret} y")
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", is_main=True)
+    metrics.write("sample", prompt=secret)
+    metrics.close()
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": ["[secret]", ["[secret]"]]}
+    assert (tmp_path / "b.txt").read_text() == "x [secret] y"
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"event": "sample", "prompt": "[secret]"}
+    assert showable(secret) == "[secret]"
+
+
+def test_a_run_keeps_no_secret_anywhere(tmp_path: Path, tiny_model_dir: Path, write_rows: Any) -> None:
+    secrets = {"HF_TOKEN": "hf_" + "s3cR" * 6, "WANDB_API_KEY": "0123456789abcdef" * 2, "DB_PASSWORD": "corr/ect-horse"}
+    token, key, password = secrets.values()
+    model = tmp_path / token / "model"
+    model.mkdir(parents=True)
+    for file in tiny_model_dir.iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    rows = write_rows([chat(f"is {key} {password} {i} a key?", f"{token} {NASTY} {i}") for i in range(6)])
+    command = [
+        *(sys.executable, "launch/train.py", "--cfg", "demo", f"model.name_or_path={model}", f"data.train_file={rows}"),
+        *(
+            "data.eval_file=null",
+            "data.eval_fraction=0.3",
+            f"data.cache_dir={tmp_path / key}",
+            f"output_dir={tmp_path / 'run'}",
+        ),
+        *(
+            "train.max_steps=2",
+            "train.save_steps=1",
+            "train.num_train_epochs=1",
+            "train.warmup_ratio=0",
+            "train.logging_steps=1",
+        ),
+    ]
+    environment = {**os.environ, **secrets, "HF_HUB_OFFLINE": "1"}
+    run = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 500}
+    done = subprocess.run(command, **run)
+    assert done.returncode == 0, done.stderr
+    resumed = subprocess.run([*command, "--resume"], **run)  # the settings are the same, secrets and all
+    assert resumed.returncode == 0, resumed.stderr
+    refused = subprocess.run([*command, f"train.lr={token}", "--no-such-option", password], **run)
+    assert refused.returncode == 2
+    outputs = {
+        f"{name} of {what.args[-1]}": getattr(what, name)
+        for what in (done, resumed, refused)
+        for name in ("stdout", "stderr")
+    }
+    files = {str(path): path.read_bytes().decode("latin-1") for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert {"config.yaml", "preflight.json", "rows.json", "metrics.jsonl", "summary.json", "report.html"} <= {
+        Path(name).name for name in files
+    }
+    leaks = [
+        (name, secret) for name, text in {**files, **outputs}.items() for secret in secrets.values() if secret in text
+    ]
+    assert leaks == []
+    assert all(is_printable(text) for text in outputs.values())
+    assert "[secret]" in files[str(tmp_path / "run/summary.json")]
