@@ -205,7 +205,7 @@ def check_same_run(checkpoint: Checkpoint, config: RunConfig, data: str, world_s
     Raises:
         ConfigError: something that matters differs: the resumed run would be another one.
     """
-    then, now = _flat(checkpoint.state["config"]), _flat(config.model_dump(mode="json"))
+    then, now = _flat(checkpoint.state["config"]), _flat(config.to_dict())
     differing = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
     problems = [f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in differing if key not in _FREE_KEYS]
     if checkpoint.state["data"] != data:

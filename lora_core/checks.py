@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from lora_core.chat import render_chat
 from lora_core.config import RunConfig, with_overrides
 from lora_core.data import EncodedFile
-from lora_core.errors import counted
+from lora_core.errors import ChatTemplateError, counted
 from lora_core.schedule import SchedulePlan
 
 if TYPE_CHECKING:
@@ -465,7 +466,10 @@ def check_template_system(facts: Facts) -> Iterator[Finding]:
     """
     if not getattr(facts.tokenizer, "chat_template", None):
         return
-    rendered = str(facts.tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False))
+    try:
+        rendered = render_chat(facts.tokenizer, [{"role": "user", "content": "a"}])
+    except ChatTemplateError:  # such as one that wants a system turn
+        return
     if "system" in rendered.lower():
         yield Finding(
             "template_adds_system",

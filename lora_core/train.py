@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import json
 import math
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
@@ -36,7 +38,7 @@ from lora_core.config import RunConfig
 from lora_core.data import EncodedFile, load_data, pad_id
 from lora_core.devices import build_accelerator, look_around, peak_memory_bytes, seed_everything
 from lora_core.errors import ConfigError, RankFault, RunStopped, TrainingError, counted
-from lora_core.evaluate import EvalResult, evaluate, printable, reply_to_all, sample_prompts
+from lora_core.evaluate import EvalResult, evaluate, reply_to_all, sample_prompts
 from lora_core.faults import StopSignals, free_memory, is_out_of_memory, naming_lost_ranks
 from lora_core.loss import CausalLMLoss, check_head
 from lora_core.model import add_adapter, describe_parameters, load_base_model, load_tokenizer
@@ -53,6 +55,7 @@ from lora_core.run_folder import (
     write_json,
     write_text,
 )
+from lora_core.safe_text import printable, showable, values_without_secrets
 from lora_core.schedule import SchedulePlan
 
 if TYPE_CHECKING:
@@ -192,7 +195,9 @@ def train(config: RunConfig, resume: str | Path | None = None) -> dict[str, Any]
 
 def _set_up(config: RunConfig, accelerator: Accelerator, resume: str | Path | None) -> _Run:
     """Everything up to the first step, or to the step that a checkpoint was written after."""
-    say = accelerator.print
+
+    def say(line: str) -> None:
+        accelerator.print(showable(line))
 
     # Data first: it is cheap, and most of what can be wrong is wrong there.
     tokenizer = load_tokenizer(config.model, config.data.chat_template)
@@ -407,6 +412,9 @@ class _Run:
         plan = self.facts.plan
         return step_rows(plan.num_rows, plan.rows_per_optimizer_step, self.config.train.seed, step)
 
+    def say(self, line: str) -> None:
+        self.accelerator.print(showable(line))
+
     def batching_limit(self) -> str:
         return f"{self.batching.limit} {'tokens' if self.config.data.packing else 'rows'}"
 
@@ -461,7 +469,7 @@ class _Run:
     def save(self) -> None:
         """Begin to write a checkpoint of now."""
         self.finish_saving()
-        state = {**self.progress.to_dict(), "config": self.config.model_dump(mode="json"), "data": self.fingerprint}
+        state = {**self.progress.to_dict(), "config": self.config.to_dict(), "data": self.fingerprint}
         snapshot = take_snapshot(self.accelerator, self.model, self.optimizer, self.scheduler, state)
         keeps_best = self.config.train.keep_adapter == "best" and self.progress.best is not None
         best = self.checkpoint_path(self.progress.best_step).name if keeps_best else None
@@ -484,7 +492,7 @@ class _Run:
         if not path.is_dir():  # it could not be written, and train.on_save_error=continue
             _log(self.accelerator, f"warning: {path} is not there, so adapter/ is the last, not the best")
             return progress.step
-        restore_adapter(find_checkpoint(self.folder, path, self.accelerator.print, may_rename=False), self.model)
+        restore_adapter(find_checkpoint(self.folder, path, self.say, may_rename=False), self.model)
         progress.after = progress.best
         return progress.best_step
 
@@ -494,7 +502,7 @@ class _Run:
         Args:
             started: `time.monotonic()` at the start of the run.
         """
-        config, plan, progress, say = self.config, self.facts.plan, self.progress, self.accelerator.print
+        config, plan, progress, say = self.config, self.facts.plan, self.progress, self.say
         adapter_step = self.take_best_adapter()
         replies_after = self.reply()
         adapter_dir = self.folder / "adapter"
@@ -584,7 +592,7 @@ def describe_plan(plan: SchedulePlan, config: RunConfig) -> str:
 
 def _log(accelerator: Accelerator, line: str) -> None:
     if accelerator.is_main_process:
-        tqdm.write(line, file=sys.stdout)
+        tqdm.write(showable(line), file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -638,23 +646,28 @@ def save_adapter(
             adapted.save_pretrained(folder, state_dict=adapter_state, save_embedding_layers=False)
             tokenizer.save_pretrained(folder)
             write_text(folder / "README.md", model_card(config))
+            # PEFT wrote the model's name into it.
+            adapter_config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+            write_json(folder / "adapter_config.json", adapter_config)
     accelerator.wait_for_everyone()
 
 
 def model_card(config: RunConfig) -> str:
-    """What someone who finds the adapter needs to know."""
+    """What someone who finds the adapter needs to know. Names are escaped: Markdown may hold HTML."""
     targets = config.lora.target_modules
-    modules = targets if isinstance(targets, str) else ", ".join(targets)
+    modules = html.escape(targets if isinstance(targets, str) else ", ".join(targets))
+    front_matter = {
+        "base_model": config.model.name_or_path,
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "lora_core"],
+    }
     train = config.train
     length = f"{train.max_steps} steps" if train.max_steps else f"{train.num_train_epochs} epochs"
     return f"""---
-base_model: {json.dumps(config.model.name_or_path)}
-library_name: peft
-pipeline_tag: text-generation
-tags: [lora, lora_core]
----
+{yaml.safe_dump(values_without_secrets(front_matter), sort_keys=False, allow_unicode=True)}---
 
-# LoRA adapter for {config.model.name_or_path}
+# LoRA adapter for {html.escape(config.model.name_or_path)}
 
 Rank {config.lora.rank}, alpha {config.lora.alpha}, on {modules}; learning rate {train.learning_rate:g}, {length};
 trained with lora_core {__version__}.

@@ -13,7 +13,9 @@ from .conftest import ROOT
 
 ORDER = [
     "_version",
+    "safe_text",
     "errors",
+    "limits",
     "config",
     "schedule",
     "messages",
