@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import gzip
+import hashlib
 import json
 import os
+import pickle
 import resource
 import signal
 import subprocess
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -29,10 +32,11 @@ from transformers import PreTrainedTokenizerFast
 
 import lora_core.chat
 from lora_core.chat import encode_chat, render_chat
+from lora_core.checkpoint import find_checkpoint
 from lora_core.config import ModelConfig, RunConfig, config_keys, load_config
 from lora_core.data import EncodedFile, encode_file
 from lora_core.errors import ChatTemplateError, ConfigError, DataError, LoraCoreError
-from lora_core.model import load_model_config, load_tokenizer
+from lora_core.model import load_base_model, load_model_config, load_tokenizer
 from lora_core.run_folder import MetricsFile, write_json, write_text
 from lora_core.safe_text import showable, without_secrets
 from lora_core.train import model_card
@@ -561,6 +565,42 @@ def test_broken_model_files_are_a_sentence(tmp_path: Path, tiny_model_dir: Path,
             load(config)
         except LoraCoreError as error:
             assert "model.name_or_path=" in str(error)  # noqa: PT017
+
+
+def test_nothing_is_unpickled(tmp_path: Path, tiny_model_dir: Path) -> None:
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "lora_core").glob("*.py")]
+    assert not [word for word in ("import pickle", "torch.load(", "import joblib") if any(word in s for s in sources)]
+    for file in tiny_model_dir.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Touch(str(tmp_path / "ran"))))
+    with pytest.raises(ConfigError, match="the model cannot be loaded"):
+        load_base_model(ModelConfig(name_or_path=str(tmp_path)), torch.device("cpu"))
+    assert not (tmp_path / "ran").exists()
+
+
+class Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path(self.path),)
+
+
+def test_a_checkpoint_names_only_files_of_its_own_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "step-000001"
+    folder.mkdir()
+    (tmp_path / "outside").write_bytes(b"x")
+    names = ("adapter.safetensors", "optimizer.safetensors", "state.json")
+    for name in names:
+        (folder / name).write_bytes(b"x")
+    identity = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+    for outside in ("../outside", str(tmp_path / "outside"), "../step-000001/state.json"):
+        manifest = {**dict.fromkeys(names, identity), outside: identity}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(ConfigError, match="differs from its manifest"):
+            find_checkpoint(tmp_path, folder, print, may_rename=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------
