@@ -149,8 +149,9 @@ def run_ours(work: Workload, folder: Path, peer_python: Path, checkpointing: boo
         "lora.alpha=32",
         f"lora.dropout={work.dropout}",
         f"train.max_steps={work.steps}",
-        "train.per_device_train_batch_size=2",
-        f"train.gradient_accumulation_steps={CONVERSATIONS_PER_STEP // 2}",
+        # As the shipped 1.5B and 7B configs: packed micro-batches of at most max_seq_length tokens.
+        "train.per_device_train_batch_size=1",
+        f"train.gradient_accumulation_steps={CONVERSATIONS_PER_STEP}",
         f"train.learning_rate={LEARNING_RATE}",
         "train.warmup_steps=0",
         "train.optim=adamw_torch",
