@@ -275,12 +275,28 @@ def _verdict(run: Run) -> str:
     if run.summary:
         results.append(f"{_duration(run.number('summary', 'train_time_s'))} of training")
         results.append(f"{_number(run.number('summary', 'tokens_per_s'), ',.0f')} tokens/s")
+        results += _what_else(run)
     return (
         f"{model} {'was' if run.summary else 'was being'} trained on {_words(run.get('config', 'data', 'train_file'))} "
         f"(rows: {rows}, optimizer steps: {steps}, LoRA rank: {_words(run.get('config', 'lora', 'rank'))}, "
         f"on {_words(run.get('config', 'lora', 'target_modules'))}): {'; '.join(results)}; "
         f"peak memory {_bytes(_peak_memory(run))}."
     )
+
+
+def _what_else(run: Run) -> list[str]:
+    """What did not go as planned, or is not the last step's."""
+    step, stopped, skipped = (
+        run.number("summary", key) for key in ("adapter_step", "stopped_early_at_step", "num_skipped_steps")
+    )
+    said = []
+    if stopped:
+        said.append(f"stopped early at step {stopped:.0f}")
+    if step and step != (stopped or _num_steps(run)):
+        said.append(f"the adapter is that of step {step:.0f}, the best")
+    if skipped:
+        said.append(f"steps left out because loss or gradient was not finite: {skipped:.0f}")
+    return said
 
 
 def over_fitting(run: Run) -> str | None:
@@ -299,7 +315,11 @@ def over_fitting(run: Run) -> str | None:
     return (
         f"Over-fitting: held-out loss was lowest at step {best_step} ({best:.4f}) and rose to {last:.4f} by step "
         f"{last_step}, while training loss went on falling ({_mean(earlier):.4f} to {_mean(later):.4f}); "
-        f"fix: train.max_steps={best_step}"
+        + (
+            f"adapter/ is that of step {best_step}"
+            if run.number("summary", "adapter_step") == best_step
+            else f"fix: train.keep_adapter=best, or train.max_steps={best_step}"
+        )
     )
 
 

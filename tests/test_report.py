@@ -14,6 +14,7 @@ import pytest
 
 from lora_core.errors import ConfigError
 from lora_core.report import compare_reports, over_fitting, read_run, write_report
+from lora_core.run_folder import write_json
 
 from .conftest import ROOT
 
@@ -149,7 +150,15 @@ def test_all_plots_are_there_with_ids_of_their_own_and_colours_of_the_page(tmp_p
 
 def test_over_fitting_is_said_only_where_training_loss_still_fell(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
-    assert "lowest at step 2 (2.0000) and rose to 2.5000 by step 4" in str(over_fitting(read_run(folder)))
+    said = str(over_fitting(read_run(folder)))
+    assert "lowest at step 2 (2.0000) and rose to 2.5000 by step 4" in said
+    assert said.endswith("fix: train.keep_adapter=best, or train.max_steps=2")
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    extra = {"adapter_step": 2, "stopped_early_at_step": 3, "num_skipped_steps": 1}
+    write_json(folder / "summary.json", summary | extra)
+    assert str(over_fitting(read_run(folder))).endswith("adapter/ is that of step 2")
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert "stopped early at step 3; the adapter is that of step 2, the best; steps left out" in page
     metrics = folder / "metrics.jsonl"
     rising = metrics.read_text(encoding="utf-8").replace('"step": 4, "loss": 1.0', '"step": 4, "loss": 9.0')
     metrics.write_text(rising, encoding="utf-8")
