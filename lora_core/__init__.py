@@ -18,7 +18,6 @@ from lora_core._version import __version__
 
 if TYPE_CHECKING:
     from lora_core.chat import ChatEncoder, EncodedChat, encode_chat, show_chat
-    from lora_core.checks import Facts, Finding
     from lora_core.config import RunConfig, load_config
     from lora_core.data import EncodedFile, RowCounts, encode_file
     from lora_core.errors import (
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from lora_core.evaluate import EvalResult, evaluate
+    from lora_core.findings import Facts, Finding
     from lora_core.loss import CausalLMLoss, LossSums
     from lora_core.memory import MemoryPlan, predict_memory
     from lora_core.messages import Conversation, parse_row
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "chat": ("ChatEncoder", "EncodedChat", "encode_chat", "show_chat"),
-    "checks": ("Facts", "Finding"),
+    "findings": ("Facts", "Finding"),
     "config": ("RunConfig", "load_config"),
     "memory": ("MemoryPlan", "predict_memory"),
     "data": ("EncodedFile", "RowCounts", "encode_file"),

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_core.checks import CHECKS, ERROR_IDS, NEVER_ALLOWED, Facts, Finding, length_that_keeps
+from lora_core.checks import CHECKS, ERROR_IDS, NEVER_ALLOWED
 from lora_core.config import RunConfig, load_config
 from lora_core.data import EncodedFile, load_data
 from lora_core.errors import ConfigError, LoraCoreError, PreflightError
+from lora_core.findings import Facts, Finding, length_that_keeps
 from lora_core.schedule import SchedulePlan, plan_schedule
 
 if TYPE_CHECKING:

@@ -33,14 +33,15 @@ from lora_core.checkpoint import (
     restore_adapter,
     take_snapshot,
 )
-from lora_core.checks import Facts, cheapest_change, micro_batch_limit_that_fits
 from lora_core.config import RunConfig
 from lora_core.data import EncodedFile, load_data, pad_id
 from lora_core.devices import build_accelerator, look_around, peak_memory_bytes, seed_everything
 from lora_core.errors import ConfigError, RankFault, RunStopped, TrainingError, counted
 from lora_core.evaluate import EvalResult, evaluate, reply_to_all, sample_prompts
 from lora_core.faults import StopSignals, free_memory, is_out_of_memory, naming_lost_ranks
+from lora_core.findings import Facts
 from lora_core.loss import CausalLMLoss, check_head
+from lora_core.memory_checks import cheapest_change, micro_batch_limit_that_fits
 from lora_core.model import add_adapter, describe_parameters, load_base_model, load_tokenizer
 from lora_core.optimizer import build_optimizer, build_scheduler
 from lora_core.packing import Batching, RowIndices, eval_batching, step_rows, to_device, train_batching

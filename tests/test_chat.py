@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lora_core.chat import EncodedChat, encode_chat, show_chat
 from lora_core.errors import ChatTemplateError, RowError
+from lora_core.mask_reader import MaskReader
 from lora_core.messages import parse_row
-from lora_core.verify import MaskReader
 
 from .conftest import CHATML, DEMO_MODEL, chat, make_tokenizer
 

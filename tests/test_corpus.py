@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from lora_core.checks import Finding
 from lora_core.config import load_config
 from lora_core.errors import LoraCoreError
+from lora_core.findings import Finding
 from lora_core.model import cannot_load
 from lora_core.preflight import finding_of, look_at_run, run_checks
 

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lora_core.checks import CHECKS, ERROR_IDS, Facts, Finding, documentation
+from lora_core.checks import CHECKS, ERROR_IDS, documentation
 from lora_core.config import load_config, with_overrides
 from lora_core.data import load_data
 from lora_core.devices import DeviceMemory, look_around
 from lora_core.errors import ConfigError, PreflightError
+from lora_core.findings import Facts, Finding
 from lora_core.preflight import apply_fixes, gather_facts, refuse_errors, run_checks
 
 from .conftest import CHATML, ROOT, chat, make_tokenizer

@@ -24,6 +24,7 @@ from lora_core import packing, verify
 from lora_core.chat import ChatEncoder, EncodedChat, encode_chat
 from lora_core.config import RunConfig, load_config, with_overrides
 from lora_core.data import encode_file, load_data
+from lora_core.mask_reader import MaskReader, MaskReading
 from lora_core.messages import parse_row
 from lora_core.model import load_tokenizer
 from lora_core.optimizer import build_scheduler
@@ -164,8 +165,8 @@ def broken(encoded: EncodedChat, how: str) -> EncodedChat:
 def test_every_other_mask_is_told_apart(tokenizer: Any, how: str) -> None:
     row = chat("q", "a b", "q", "c")
     encoded = encode_chat(tokenizer, row["messages"])
-    reader = verify.MaskReader(tokenizer)
-    assert reader.read(parse_row(row), encoded) == verify.MaskReading(None)
+    reader = MaskReader(tokenizer)
+    assert reader.read(parse_row(row), encoded) == MaskReading(None)
     assert reader.read(parse_row(row), broken(encoded, how)).problem is not None
 
 
@@ -177,7 +178,7 @@ def test_the_right_text_in_the_wrong_place_is_told_apart(tokenizer: Any) -> None
         i for i in range(len(encoded.input_ids)) if encoded.input_ids[i : i + size] == encoded.input_ids[-size - 1 : -1]
     )
     mask = [users <= i < users + size for i in range(len(encoded.input_ids))]
-    reading = verify.MaskReader(tokenizer).read(parse_row(row), dataclasses.replace(encoded, loss_mask=mask))
+    reading = MaskReader(tokenizer).read(parse_row(row), dataclasses.replace(encoded, loss_mask=mask))
     assert reading.problem is not None
     assert "too early" in reading.problem
 
@@ -192,12 +193,12 @@ def test_tool_calls_special_text_and_rewritten_turns_are_read_back() -> None:
     for row in map(parse_row, rows):
         (encoded,) = ChatEncoder(tokenizer).encode_batch([row])
         assert isinstance(encoded, EncodedChat)
-        assert verify.MaskReader(tokenizer).read(row, encoded) == verify.MaskReading(None)
+        assert MaskReader(tokenizer).read(row, encoded) == MaskReading(None)
     tokenizer = make_tokenizer(DROPS_REASONING)
     row = parse_row(chat("q", "a", "q", "<think>r</think>b"))
     (encoded,) = ChatEncoder(tokenizer).encode_batch([row])
     assert isinstance(encoded, EncodedChat)
-    assert verify.MaskReader(tokenizer).read(row, encoded).problem is None
+    assert MaskReader(tokenizer).read(row, encoded).problem is None
 
 
 def test_a_tokenizer_that_composes_characters_is_no_broken_mask() -> None:
@@ -206,8 +207,8 @@ def test_a_tokenizer_that_composes_characters_is_no_broken_mask() -> None:
     row = parse_row(chat("cafe\u0301", "re\u0301sume\u0301"))  # composed on the way in
     (encoded,) = ChatEncoder(tokenizer).encode_batch([row])
     assert isinstance(encoded, EncodedChat)
-    reader = verify.MaskReader(tokenizer)
-    assert reader.read(row, encoded) == verify.MaskReading(None)
+    reader = MaskReader(tokenizer)
+    assert reader.read(row, encoded) == MaskReading(None)
     assert reader.read(row, broken(encoded, "no end of turn")).problem is not None
 
 
