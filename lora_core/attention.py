@@ -109,13 +109,13 @@ def _attend(
     key_heads = key.shape[1]
     groups = heads // key_heads
     # The query heads that share a key head become rows of one product.
-    grouped = query.reshape(key_heads, groups * length, dim)
-    scores = torch.bmm(grouped, key[0].transpose(1, 2)) * (dim**-0.5 if scaling is None else scaling)
+    grouped = query.reshape(key_heads, groups * length, dim) * (dim**-0.5 if scaling is None else scaling)
+    scores = torch.bmm(grouped, key[0].transpose(1, 2))
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     scores = scores.view(key_heads, groups, length, num_keys)
-    scores = scores.masked_fill(_hidden(length, num_keys, window, query.device), float("-inf"))
-    weights = nn.functional.dropout(scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype), dropout)
+    scores = scores.masked_fill_(_hidden(length, num_keys, window, query.device), float("-inf"))
+    weights = nn.functional.dropout(scores.softmax(dim=-1), dropout)  # sums in float32 inside, whatever the type
     return torch.bmm(weights.view(key_heads, groups * length, num_keys), value[0]).view(
         1, heads, length, value.shape[3]
     )

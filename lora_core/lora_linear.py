@@ -40,18 +40,19 @@ class ByteMask:
 class BitMask:
     """What dropout keeps, a bit a value, on a CPU.
 
-    torch's own random numbers would cost a fifth of a step there, so numpy's generator draws 16 bits a value (p is
-    rounded to a multiple of 1 / 65536). It is seeded from torch's at each call: `torch.manual_seed` and a saved torch
-    state fix it, and a checkpointed layer that is computed again draws the same.
+    torch's own random numbers would cost a fifth of a step there, so numpy's generator draws 8 bits a value. A call
+    drops with a multiple of 1 / 256, the one below p or the one above, by chance, so that p is met on average. The
+    generator is seeded from torch's at each call: `torch.manual_seed` and a saved torch state fix it, and a
+    checkpointed layer that is computed again draws the same.
     """
 
     @staticmethod
     def draw(x: Tensor, p: float) -> tuple[Tensor, float]:
         """(what `apply` takes, the probability that it stands for)."""
-        threshold = min(round(p * 65536), 65535)
-        seed = int(torch.randint(2**62, ()))
-        draws = np.random.SFC64(seed).random_raw((x.numel() + 3) // 4).view(np.uint16)[: x.numel()]
-        return torch.from_numpy(np.packbits(draws >= threshold)), threshold / 65536
+        generator = np.random.SFC64(int(torch.randint(2**62, ())))
+        threshold = min(int(p * 256 + generator.random_raw() / 2**64), 255)
+        draws = generator.random_raw((x.numel() + 7) // 8).view(np.uint8)[: x.numel()]
+        return torch.from_numpy(np.packbits(draws >= threshold)), threshold / 256
 
     @staticmethod
     def apply(x: Tensor, kept: Tensor) -> Tensor:
