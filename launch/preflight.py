@@ -22,6 +22,7 @@ def main() -> None:
     quiet_libraries()
     from lora_core.preflight import apply_fixes, describe, finding_of, look_at_run, refuse_errors, report, run_checks
     from lora_core.run_folder import write_text
+    from lora_core.safe_text import showable, values_without_secrets
 
     try:
         config = load_config(arguments.cfg, arguments.overrides, arguments.model)
@@ -32,10 +33,10 @@ def main() -> None:
             print(json.dumps({"plan": None, "data": None, "memory": None, "findings": [finding_of(error).to_dict()]}))
         raise
     if arguments.json:
-        print(json.dumps(report(facts, findings)))
+        print(json.dumps(values_without_secrets(report(facts, findings))))
     else:
-        print(describe(facts))
-        print("\n".join(map(str, findings)) or "nothing found")
+        print(showable(describe(facts)))
+        print(showable("\n".join(map(str, findings)) or "nothing found"))
     if arguments.write:
         fixed = apply_fixes(arguments.cfg, arguments.overrides, arguments.model, *run)
         write_text(Path(arguments.write), fixed.to_yaml())

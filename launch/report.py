@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from lora_core.cli import run_command
+from lora_core.safe_text import showable
 
 
 def main() -> None:
@@ -17,9 +18,10 @@ def main() -> None:
     from lora_core.report import compare_reports, write_report
 
     if len(arguments.runs) == 1:
-        print(write_report(arguments.runs[0], arguments.output))
+        page = write_report(arguments.runs[0], arguments.output)
     else:
-        print(compare_reports(arguments.runs, arguments.output or Path("report.html")))
+        page = compare_reports(arguments.runs, arguments.output or Path("report.html"))
+    print(showable(str(page)))
 
 
 if __name__ == "__main__":

@@ -18,15 +18,30 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_core.errors import ChatTemplateError, RowError
+from lora_core.errors import ChatTemplateError, ConfigError, RowError, counted
+from lora_core.limits import OutOfTime, limited
 from lora_core.messages import Conversation, Message, parse_row
+from lora_core.safe_text import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# What a chat template may use for one conversation. Real ones take milliseconds and write some thousand characters of
+# their own and some dozen a turn; the rest is the conversation, which indented JSON makes many times as long.
+_TEMPLATE_SECONDS = 10.0
+_TEMPLATE_MEMORY_BYTES = 2**29
+_TEMPLATE_BYTES_PER_CHARACTER = 64
+_TEMPLATE_OWN_CHARACTERS = 100_000
+_TEMPLATE_CHARACTERS_PER_TURN = 1_000
+_TEMPLATE_GROWTH = 50
+# Characters that are tokenized in one call: enough to be quick, and what comes back fits in memory.
+_CHARACTERS_PER_CALL = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -62,6 +77,7 @@ def encode_chat(
 
     Raises:
         RowError: a message is malformed.
+        ConfigError: the template takes too much time, memory or room.
         ChatTemplateError: the template refuses the conversation, or its mask would not be exact.
     """
     conversation = parse_row({"messages": list(messages), "tools": tools})
@@ -71,14 +87,104 @@ def encode_chat(
     return result
 
 
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: list[dict[str, Any]] | None = None,
+    add_generation_prompt: bool = False,
+) -> str:
+    """The conversation as the template writes it.
+
+    Raises:
+        ConfigError: the template takes too much time, memory or room.
+        ChatTemplateError: it refuses the conversation.
+    """
+    with _template_limits(tokenizer, [Conversation(list(messages), tools)]) as next_one:
+        next_one()
+        return _apply_template(tokenizer, messages, tools, add_generation_prompt)
+
+
+@contextmanager
+def _template_limits(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]
+) -> Iterator[Callable[[], None]]:
+    """Bounds on what the template may do: it is a program from a model repository.
+
+    Yields what to call before each conversation, in order: every one has the whole time for itself.
+    """
+    characters = [_num_characters(conversation) for conversation in conversations]
+    memory_bytes = _TEMPLATE_MEMORY_BYTES + _TEMPLATE_BYTES_PER_CHARACTER * sum(characters)
+    number = -1
+    try:
+        with limited(_TEMPLATE_SECONDS, memory_bytes) as restart_clock:
+
+            def next_one() -> None:
+                nonlocal number
+                number += 1
+                restart_clock()
+
+            yield next_one
+    except OutOfTime:
+        did = f"ran for more than {_TEMPLATE_SECONDS:g} s"
+        raise _runaway(tokenizer, did, conversations[number]) from None
+    except MemoryError:
+        did = f"asked for more than {memory_bytes / 2**30:.1f} GiB of memory"
+        raise _runaway(tokenizer, did, conversations[number]) from None
+
+
+def _runaway(tokenizer: PreTrainedTokenizerBase, did: str, conversation: Conversation) -> ConfigError:
+    turns = counted(len(conversation.messages), "turn")
+    characters = counted(_num_characters(conversation), "character")
+    return ConfigError(
+        f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} (or data.chat_template) {did} on a "
+        f"conversation of {turns} and {characters}; fix: data.chat_template=FILE.jinja, one that ends",
+        "template_runaway",
+    )
+
+
+def _apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Any, add_generation_prompt: bool = False
+) -> str:
+    """Render inside `_template_limits`."""
+    # A chat template is somebody's program and may raise anything; transformers runs it in Jinja's sandbox.
+    try:
+        rendered = tokenizer.apply_chat_template(
+            list(messages), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        assert isinstance(rendered, str)
+        rendered.encode("utf-8")  # half a surrogate pair is no text
+    except MemoryError:
+        raise
+    except Exception as error:
+        said = str(error)[:500]  # a template can raise the whole conversation
+        raise ChatTemplateError(f"the chat template refuses it: {type(error).__name__}: {said}") from error
+    if len(rendered) > _TEMPLATE_OWN_CHARACTERS:
+        conversation = Conversation(list(messages), tools)
+        limit = (
+            _TEMPLATE_OWN_CHARACTERS
+            + _TEMPLATE_CHARACTERS_PER_TURN * len(messages)
+            + _TEMPLATE_GROWTH * _num_characters(conversation)
+        )
+        if len(rendered) > limit:
+            raise _runaway(tokenizer, f"wrote {len(rendered):,} characters, more than {limit:,},", conversation)
+    return rendered
+
+
+def _num_characters(conversation: Conversation) -> int:
+    total = sum(map(len, _strings(conversation.tools))) if conversation.tools else 0
+    for message in conversation.messages:
+        total += len(message["content"])
+        if "tool_calls" in message:
+            total += sum(map(len, _strings(message["tool_calls"])))
+    return total
+
+
 def show_chat(tokenizer: PreTrainedTokenizerBase, encoded: EncodedChat) -> str:
     """The tokens as text for a terminal: supervised ones green, the others dim, a bar between tokens."""
     pieces = []
     for token, supervised in zip(encoded.input_ids, encoded.loss_mask, strict=True):
         # Control characters in training text must not reach the terminal.
-        text = "".join(
-            c if c.isprintable() else ("⏎" if c == "\n" else repr(c)[1:-1]) for c in tokenizer.decode([token])
-        )
+        text = "⏎".join(map(printable, str(tokenizer.decode([token])).split("\n")))
         newline = "\n" if "⏎" in text else ""
         pieces.append(f"\x1b[{'32;1' if supervised else '2'}m{text}\x1b[0m{newline}")
     return "|".join(pieces)
@@ -109,16 +215,22 @@ class ChatEncoder:
         self._generation_prompt: str | None = None
 
     def encode_batch(self, conversations: Sequence[Conversation]) -> list[EncodedChat | RowError]:
-        """One result per conversation, in order; a `RowError` where it cannot be encoded."""
+        """One result per conversation, in order; a `RowError` where it cannot be encoded.
+
+        Raises:
+            ConfigError: the template takes too much time, memory or room. No row can be trusted to it then.
+        """
         results: list[EncodedChat | RowError | None] = [None] * len(conversations)
         plans: list[tuple[int, str, list[_Span], dict[str, str]]] = []
-        for index, conversation in enumerate(conversations):
-            try:
-                safe, hidden = self._hide_specials(conversation)
-                text, spans = self._render(safe)
-                plans.append((index, text, spans, hidden))
-            except RowError as error:
-                results[index] = error
+        with _template_limits(self.tokenizer, conversations) as next_one:
+            for index, conversation in enumerate(conversations):
+                next_one()
+                try:
+                    safe, hidden = self._hide_specials(conversation)
+                    text, spans = self._render(safe)
+                    plans.append((index, text, spans, hidden))
+                except RowError as error:
+                    results[index] = error
         whole = [plan for plan in plans if not plan[3]]
         encodings = self._encode([text for _, text, _, _ in whole])
         for (index, text, spans, _), (ids, offsets) in zip(whole, encodings, strict=True):
@@ -146,40 +258,29 @@ class ChatEncoder:
         return text, [_Span(self._start_of_reply(text, start), self._end_of_turn(text, end)) for start, end in contents]
 
     def _apply_template(self, messages: list[Message], tools: Any, add_generation_prompt: bool = False) -> str:
-        # A chat template is somebody's program and may raise anything; transformers runs it in Jinja's sandbox.
-        try:
-            rendered = self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:
-            raise ChatTemplateError(f"the chat template refuses it: {type(error).__name__}: {error}") from error
-        assert isinstance(rendered, str)
-        return rendered
+        return _apply_template(self.tokenizer, messages, tools, add_generation_prompt)
 
     def _spans_between_frames(self, text: str, conversation: Conversation) -> list[tuple[int, int]] | None:
         """Assistant turns as what lies between the template's frames; None if the text is not built that way."""
+        # Doubled, not counted up: a text that holds them all would have no end.
+        word = "TurnMarker"
+        while word in text:
+            word += word
         markers: list[str] = []
         marked: list[Message] = []
         for message in conversation.messages:
             if message["role"] == "assistant":
-                marker = f"TurnMarker{len(markers)}x"
-                while marker in text:
-                    marker += "x"
-                markers.append(marker)
-                marked.append({"role": "assistant", "content": marker})
+                markers.append(f"{word}{len(markers)}x")
+                marked.append({"role": "assistant", "content": markers[-1]})
             else:
                 marked.append(message)
         try:
             rest = self._apply_template(marked, conversation.tools)
         except ChatTemplateError:  # such as one that wants a tool's answer to follow a call
             return None
-        frames = []
-        for marker in markers:
-            if rest.count(marker) != 1:
-                return None
-            frame, rest = rest.split(marker)
-            frames.append(frame)
-        frames.append(rest)
+        if Counter(re.findall(rf"{word}\d+x", rest)) != Counter(markers):
+            return None
+        frames = re.split(rf"{word}\d+x", rest)
 
         position = len(frames[0])
         if not text.startswith(frames[0]):
@@ -222,11 +323,12 @@ class ChatEncoder:
             question = [{"role": "user", "content": "a"}]
             with_prompt = self._apply_template(question, None, add_generation_prompt=True)
             self._generation_prompt = with_prompt.removeprefix(self._apply_template(question, None))
-        before = text[:start]
-        without_space = before.rstrip(" ")
-        if without_space.endswith(self._generation_prompt.rstrip(" ")):
-            spaces_in_prompt = len(self._generation_prompt) - len(self._generation_prompt.rstrip(" "))
-            return min(start, len(without_space) + spaces_in_prompt)
+        before_spaces = start
+        while before_spaces > 0 and text[before_spaces - 1] == " ":
+            before_spaces -= 1
+        prompt = self._generation_prompt.rstrip(" ")
+        if text.endswith(prompt, 0, before_spaces):
+            return min(start, before_spaces + len(self._generation_prompt) - len(prompt))
         return start
 
     def _end_of_turn(self, text: str, end: int) -> int:
@@ -274,11 +376,14 @@ class ChatEncoder:
         return list(encoding["input_ids"])
 
     def _encode(self, texts: list[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
-        if not texts:
-            return iter(())
-        # The template has written every special token already; the tokenizer must add none (no second BOS).
-        batch = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return zip(batch["input_ids"], batch["offset_mapping"], strict=True)
+        ends = itertools.accumulate(map(len, texts))
+        by_call = zip(texts, (end // _CHARACTERS_PER_CALL for end in ends), strict=True)
+        for _, group in itertools.groupby(by_call, key=lambda pair: pair[1]):
+            # The template has written every special token already; the tokenizer must add none (no second BOS).
+            batch = self.tokenizer(
+                [text for text, _ in group], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            )
+            yield from zip(batch["input_ids"], batch["offset_mapping"], strict=True)
 
     def _encode_cut(
         self, text: str, spans: list[_Span], hidden: dict[str, str], cut_at_border: bool = False
@@ -295,12 +400,16 @@ class ChatEncoder:
             if character in hidden:
                 cuts |= {index, index + 1}
         borders = sorted(cuts)
+        turns = iter([*spans, _Span(len(text) + 1, len(text) + 1)])
+        span = next(turns)
         ids: list[int] = []
         mask: list[bool] = []
         for start, end in itertools.pairwise(borders):
             piece = text[start:end]
             piece_ids = self._ids(hidden[piece], as_plain_text=True) if piece in hidden else self._ids(piece)
-            supervised = any(span.start <= start and end <= span.end for span in spans)
+            while span.end <= start:
+                span = next(turns)
+            supervised = span.start <= start
             ids += piece_ids
             mask += [supervised] * len(piece_ids)
         return EncodedChat(ids, mask, bool(hidden), cut_at_border)

@@ -19,6 +19,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,10 @@ _FREE_KEYS = frozenset(
         "data.cache_dir",
         "data.num_proc",
         "train.logging_steps",
+        "train.max_skipped_steps",
+        "train.auto_batch_size",
+        "train.rank_timeout_s",
+        "train.on_save_error",
         "train.save_steps",
         "train.save_total_limit",
         "train.num_sample_replies",
@@ -66,64 +71,104 @@ class Checkpoint:
         return int(self.state["step"])
 
 
-def save_checkpoint(
-    path: Path,
+@dataclass(frozen=True)
+class Snapshot:
+    """Copies, in host memory, of all that a checkpoint holds: training may go on while they are written."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    """By file."""
+    state: dict[str, Any]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for file in self.tensors.values() for tensor in file.values())
+
+
+def take_snapshot(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: LRScheduler,
     state: dict[str, Any],
-) -> None:
-    """Write a checkpoint; call it in every rank, between two optimizer steps.
+) -> Snapshot:
+    """Copy everything; call it in every rank, between two optimizer steps.
 
     Args:
         state: what the loop itself has to remember, plain values; `step` is the number of steps taken.
-
-    Raises:
-        OSError: the disk is full or cannot be written; the checkpoints before it are whole.
     """
-    from accelerate.utils import broadcast_object_list, gather_object
+    from accelerate.utils import gather_object
 
     random_states = gather_object([_random_state()])
-    problem = None
-    if accelerator.is_main_process:
-        state = {**state, "world_size": accelerator.num_processes}
-        try:
-            _write(path, model, optimizer, scheduler, state, random_states)
-        except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk
-            problem = str(error)
-    problem = broadcast_object_list([problem])[0]  # all ranks stop, or none
-    if problem is not None:
-        raise OSError(problem)
+    optimizer_tensors, scalars = _optimizer_state(model, optimizer)
+    return Snapshot(
+        tensors={
+            "adapter.safetensors": _trainable(model),
+            "optimizer.safetensors": optimizer_tensors,
+            **{f"rng-{rank:05d}.safetensors": random_state for rank, random_state in enumerate(random_states)},
+        },
+        state={
+            **state,
+            "world_size": accelerator.num_processes,
+            "optimizer": scalars,
+            "schedule": {name: value for name, value in scheduler.state_dict().items() if name != "lr_lambdas"},
+            "learning_rates": [group["lr"] for group in optimizer.param_groups],
+        },
+    )
 
 
-def _write(
-    path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler,
-    state: dict[str, Any],
-    random_states: list[dict[str, Tensor]],
-) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors, scalars = _optimizer_state(model, optimizer)
-    schedule = {name: value for name, value in scheduler.state_dict().items() if name != "lr_lambdas"}
-    rates = [group["lr"] for group in optimizer.param_groups]
-    with whole_folder(path) as folder:
-        save_file(_trainable(model), folder / "adapter.safetensors")
-        save_file(tensors, folder / "optimizer.safetensors")
-        for rank, random_state in enumerate(random_states):
-            save_file(random_state, folder / f"rng-{rank:05d}.safetensors")
-        write_json(
-            folder / "state.json", {**state, "optimizer": scalars, "schedule": schedule, "learning_rates": rates}
-        )
-        write_json(folder / "manifest.json", {file.name: _identity(file) for file in sorted(folder.iterdir())})
+class CheckpointWriter:
+    """Writes checkpoints one after the other, in a thread of the main process, so that no step waits for a disk."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._writing: Future[None] | None = None
+
+    def start(self, path: Path, snapshot: Snapshot, limit: int, best: str | None = None) -> None:
+        """Begin to write, and `keep_newest(path.parent, limit, best)` once it is whole. `wait` before the next one."""
+        if self._accelerator.is_main_process:
+            self._writing = self._thread.submit(_write_and_tidy, path, snapshot, limit, best)
+
+    def wait(self) -> None:
+        """Until what was begun is on disk; call it in every rank.
+
+        Raises:
+            OSError: in every rank: the disk is full or cannot be written; the checkpoints before it are whole.
+        """
+        from accelerate.utils import broadcast_object_list
+
+        problem = None
+        if self._writing is not None:
+            try:
+                self._writing.result()
+            except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk
+                problem = str(error)
+            self._writing = None
+        problem = broadcast_object_list([problem])[0]  # all ranks stop, or none
+        if problem is not None:
+            raise OSError(problem)
 
 
-def keep_newest(folder: Path, limit: int) -> None:
-    """Remove all but the newest checkpoints of a run."""
+def _write_and_tidy(path: Path, snapshot: Snapshot, limit: int, best: str | None) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_folder(path) as folder:
+            for name, tensors in snapshot.tensors.items():
+                save_file(tensors, folder / name)
+            write_json(folder / "state.json", snapshot.state)
+            write_json(folder / "manifest.json", {file.name: _identity(file) for file in sorted(folder.iterdir())})
+    except (OSError, SafetensorError) as error:
+        free = shutil.disk_usage(path.parent if path.parent.is_dir() else path.anchor).free
+        sizes = f"it takes {snapshot.num_bytes / 2**20:.1f} MiB and the disk has {free / 2**20:.1f} MiB left"
+        raise OSError(f"{path} could not be written: {error} ({sizes}); the checkpoints before it are whole") from error
+    keep_newest(path.parent, limit, best)
+
+
+def keep_newest(folder: Path, limit: int, best: str | None = None) -> None:
+    """Remove all but the newest checkpoints of a run, and the one named `best`."""
     for path in sorted(folder.glob("step-*"))[:-limit]:
-        shutil.rmtree(path)
+        if path.name != best:
+            shutil.rmtree(path)
 
 
 def find_checkpoint(run_folder: Path, asked: Path | None, say: Callable[[str], None], may_rename: bool) -> Checkpoint:
@@ -169,7 +214,7 @@ def check_same_run(checkpoint: Checkpoint, config: RunConfig, data: str, world_s
     Raises:
         ConfigError: something that matters differs: the resumed run would be another one.
     """
-    then, now = _flat(checkpoint.state["config"]), _flat(config.model_dump(mode="json"))
+    then, now = _flat(checkpoint.state["config"]), _flat(config.to_dict())
     differing = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
     problems = [f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in differing if key not in _FREE_KEYS]
     if checkpoint.state["data"] != data:
@@ -192,11 +237,8 @@ def restore(
     scheduler: LRScheduler,
 ) -> None:
     """Put adapter, optimizer, schedule and random states back as they were; call it in every rank."""
-    trainable = dict(_named_trainable(model))
-    with torch.no_grad():
-        for name, tensor in load_file(checkpoint.path / "adapter.safetensors").items():
-            trainable[name].copy_(tensor)
-    _restore_optimizer(checkpoint, trainable, optimizer)
+    restore_adapter(checkpoint, model)
+    _restore_optimizer(checkpoint, dict(_named_trainable(model)), optimizer)
     # The lambdas are code: the plan has made them anew.
     lambdas = [None] * len(optimizer.param_groups)
     scheduler.load_state_dict({**checkpoint.state["schedule"], "lr_lambdas": lambdas})
@@ -206,6 +248,14 @@ def restore(
     torch.set_rng_state(random_state["cpu"])
     if "cuda" in random_state:
         torch.cuda.set_rng_state(random_state["cuda"])
+
+
+@torch.no_grad()
+def restore_adapter(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Put what trains back as it was; call it in every rank."""
+    trainable = dict(_named_trainable(model))
+    for name, tensor in load_file(checkpoint.path / "adapter.safetensors").items():
+        trainable[name].copy_(tensor)
 
 
 def data_hash(train_data: EncodedFile, eval_data: EncodedFile | None) -> str:
@@ -225,7 +275,7 @@ def _named_trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def _trainable(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().cpu().contiguous() for name, parameter in _named_trainable(model)}
+    return {name: parameter.detach().cpu().clone().contiguous() for name, parameter in _named_trainable(model)}
 
 
 def _optimizer_state(

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from lora_core.chat import render_chat
 from lora_core.config import RunConfig, with_overrides
 from lora_core.data import EncodedFile
-from lora_core.errors import counted
+from lora_core.errors import ChatTemplateError, counted
 from lora_core.schedule import SchedulePlan
 
 if TYPE_CHECKING:
@@ -465,7 +466,10 @@ def check_template_system(facts: Facts) -> Iterator[Finding]:
     """
     if not getattr(facts.tokenizer, "chat_template", None):
         return
-    rendered = str(facts.tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False))
+    try:
+        rendered = render_chat(facts.tokenizer, [{"role": "user", "content": "a"}])
+    except ChatTemplateError:  # such as one that wants a system turn
+        return
     if "system" in rendered.lower():
         yield Finding(
             "template_adds_system",
@@ -728,12 +732,26 @@ def check_memory(facts: Facts) -> Iterator[Finding]:
     The run would stop in its first step, or, on a CPU, be killed without a word.
 
     The fix is the cheapest change that fits: checkpointing (more time, same result), smaller micro-batches (same
-    result), NF4, then shorter rows.
+    result), NF4, then shorter rows. With `train.auto_batch_size` the run takes smaller micro-batches by itself, if
+    they fit, and a note says of what size.
     """
     memory = facts.memory
     if memory is None or memory.fits:
         return
-    fix, fixed = _cheapest_that_fits(facts, memory)
+    limit = micro_batch_limit_that_fits(facts)
+    if limit is not None:
+        yield Finding(
+            "micro_batches_smaller",
+            "note",
+            f"train.auto_batch_size: the run needs {_gib(memory.total_bytes)} at its peak and the device has "
+            f"{_gib(memory.limit_bytes)}, so a micro-batch holds at most {limit} "
+            f"{'tokens' if facts.config.data.packing else 'rows'}; same steps, same gradient",
+            memory.total_bytes,
+            memory.limit_bytes,
+            None,
+        )
+        return
+    fix, fixed = cheapest_change(facts)
     largest = sorted(memory.components.items(), key=lambda item: -item[1])[:3]
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in largest)
     yield Finding(
@@ -752,9 +770,36 @@ def check_memory(facts: Facts) -> Iterator[Finding]:
     )
 
 
-def _cheapest_that_fits(facts: Facts, memory: MemoryPlan) -> tuple[str | None, MemoryPlan | None]:
+def micro_batch_limit_that_fits(facts: Facts) -> int | None:
+    """The limit (tokens where packed, rows where padded) that `train.auto_batch_size` takes so that the run fits.
+
+    None where the run fits as it is, or no limit makes it fit, or it is not asked for.
+    """
+    config, memory = facts.config, facts.memory
+    if not config.train.auto_batch_size or memory is None or memory.fits:
+        return None
+    packed, rows = config.data.packing, config.train.per_device_train_batch_size
+    limit = memory.micro_batch.num_tokens if packed else rows
+    smallest = int(facts.train_data.lengths.max()) if packed else 1  # smaller ones would hold one row all the same
+    while limit > smallest:
+        limit = max(limit // 2, smallest)
+        overrides = (
+            [f"train.max_tokens_per_device_batch={limit}"]
+            if packed
+            else [
+                f"train.per_device_train_batch_size={limit}",
+                f"train.gradient_accumulation_steps={-(-rows * config.train.gradient_accumulation_steps // limit)}",
+            ]
+        )
+        if facts.predict_memory(with_overrides(config, overrides)).fits:
+            return limit
+    return None
+
+
+def cheapest_change(facts: Facts) -> tuple[str | None, MemoryPlan | None]:
     """The first change that fits alone, else the shortest run of changes that fit together; cheapest first."""
-    config, longest = facts.config, int(facts.train_data.lengths.max())
+    config, longest, memory = facts.config, int(facts.train_data.lengths.max()), facts.memory
+    assert memory is not None
     changes: list[list[str]] = []
     if not config.train.gradient_checkpointing:
         changes.append(["train.gradient_checkpointing=true"])
@@ -935,7 +980,7 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_learning_rate_for_steps, {"learning_rate_low_for_steps": "note"}),
     (check_optimizer, {"optimizer_cannot_run": "error", "optimizer_not_paged": "note"}),
     (check_fsdp_quantization, {"fsdp_quant_storage": "error"}),
-    (check_memory, {"memory_too_small": "error"}),
+    (check_memory, {"memory_too_small": "error", "micro_batches_smaller": "note"}),
     (check_world_size, {"world_size_differs": "error"}),
     (check_bf16, {"bf16_unsupported": "error", "bf16_slow": "note"}),
     (check_bitsandbytes, {"bitsandbytes_missing": "error"}),

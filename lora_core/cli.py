@@ -6,11 +6,15 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
+from types import TracebackType
+from typing import NoReturn
 
 from lora_core.config import config_keys
-from lora_core.errors import LoraCoreError
+from lora_core.errors import LoraCoreError, RankFault
+from lora_core.safe_text import showable
 
 
 def run_command(command: Callable[[], None]) -> int:
@@ -19,10 +23,12 @@ def run_command(command: Callable[[], None]) -> int:
     0 done, 1 a fault while running, 2 a configuration or data error, 3 a contract did not hold (verify), 75 stopped by
     a signal with a checkpoint written, 130 interrupted at once.
     """
+    sys.excepthook = _print_fault
     try:
         command()
     except LoraCoreError as error:
-        if int(os.environ.get("RANK", "0")) == 0:  # every rank finds the same mistake; one says so
+        # Every rank finds the same mistake, and one says so; a fault is said where it is found.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankFault):
             print(f"\nerror: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
@@ -31,10 +37,21 @@ def run_command(command: Callable[[], None]) -> int:
     return 0
 
 
+def _print_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A fault of lora_core itself: the traceback as Python prints it, which may quote anything."""
+    print(showable("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Exit with 2; the message quotes the command line."""
+        super().error(showable(message))
+
+
 def config_parser(description: str) -> argparse.ArgumentParser:
     """`--cfg NAME [--model ID] [key=value ...]`, with every key in the help."""
     keys = "\n".join(f"  {key}\n      {text}" for key, text in config_keys().items())
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description=description,
         epilog=f"keys, for key=value and for the YAML file:\n{keys}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lora_core.errors import ConfigError, problem_list
+from lora_core.safe_text import quoted, values_without_secrets
 
 ALL_SEVEN_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -125,9 +128,26 @@ class TrainConfig(_Section):
     save_steps: PositiveInt | None = Field(
         None, description="optimizer steps between checkpoints; null is once an epoch"
     )
-    save_total_limit: PositiveInt = Field(2, description="checkpoints to keep, the newest ones")
+    save_total_limit: PositiveInt = Field(
+        2, description="checkpoints to keep, the newest ones, and the best beside them"
+    )
     on_save_error: Literal["error", "continue"] = Field(
         "error", description="a checkpoint that cannot be written: stop, or say so and go on"
+    )
+    keep_adapter: Literal["last", "best"] = Field(
+        "last", description="which goes into adapter/: the last step's, or that of the lowest held-out loss"
+    )
+    early_stopping_patience: PositiveInt | None = Field(
+        None, description="evaluations in a row without a lower held-out loss before the run ends; null runs to the end"
+    )
+    max_skipped_steps: PositiveInt = Field(
+        3, description="steps in a row, left out for a loss or gradient that is not finite, at which the run stops"
+    )
+    auto_batch_size: bool = Field(
+        False, description="cut steps into smaller micro-batches where memory is short; same steps, same gradient"
+    )
+    rank_timeout_s: PositiveInt = Field(
+        1800, description="seconds that ranks wait for each other before they take one for lost"
     )
     num_sample_replies: Annotated[int, Field(ge=0)] = Field(
         3, description="held-out prompts answered before and after training"
@@ -161,9 +181,31 @@ class RunConfig(_Section):
     output_dir: str = Field("outputs/run", description="the run folder; outputs/<cfg name> unless set")
     overwrite_output_dir: bool = Field(False, description="replace an earlier run in output_dir")
 
+    @model_validator(mode="after")
+    def _held_out_rows_where_they_decide(self) -> RunConfig:
+        decides = [
+            f"train.{name}={value}"
+            for name, value in (
+                ("keep_adapter", self.train.keep_adapter if self.train.keep_adapter == "best" else None),
+                ("early_stopping_patience", self.train.early_stopping_patience),
+            )
+            if value is not None
+        ]
+        if decides and self.data.eval_file is None and self.data.eval_fraction == 0:
+            raise ValueError(
+                f"{' and '.join(decides)} goes by held-out loss, and there are no held-out rows; fix: "
+                "data.eval_fraction=0.1, or data.eval_file=FILE"
+            )
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by section and key, secrets left out."""
+        values: dict[str, Any] = values_without_secrets(self.model_dump(mode="json"))
+        return values
+
     def to_yaml(self) -> str:
-        """The resolved configuration; `load_config` reads it back to an equal `RunConfig`."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """The resolved configuration; `load_config` reads it back to an equal `RunConfig`, but for secrets."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -176,8 +218,35 @@ class _Setting:
     source: str  # "configs/demo.yaml:7" or "command line"
 
 
+# A configuration has some hundred lines; PyYAML reads a megabyte in about five seconds.
+_MAX_CONFIG_BYTES = 1_000_000
+
+
 class _YamlLoader(yaml.SafeLoader):
-    """YAML 1.2 numbers: PyYAML's own rules read `5e-5` as a string because it has no dot."""
+    """YAML 1.2 numbers: PyYAML's own rules read `5e-5` as a string because it has no dot.
+
+    No aliases: ten lines of them can stand for more values than fit in memory.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(None, None, "an alias (*name); write the value out", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """No setting is larger than 64 bits, and Python refuses to write out a number of thousands of digits."""
+        value = int(super().construct_yaml_int(node))
+        if abs(value) >= 2**63:
+            raise yaml.MarkedYAMLError(None, None, "a whole number of more than 64 bits", node.start_mark)
+        return value
+
+
+_YamlLoader.add_constructor("tag:yaml.org,2002:int", _YamlLoader.construct_yaml_int)
+
+
+# What PyYAML raises for values that are none, such as 2024-99-99 or !!bool maybe, besides its own errors.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError)
 
 
 _YamlLoader.yaml_implicit_resolvers = {
@@ -214,22 +283,27 @@ def _flatten(
 
 def _read_yaml(path: Path, problems: list[str]) -> dict[str, _Setting]:
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MAX_CONFIG_BYTES + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a UTF-8 text file ({error})") from error
-    loader = _YamlLoader(text)
+    if len(text) > _MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path}: a configuration has at most {_MAX_CONFIG_BYTES:,} characters; is it another file?")
+    loader = None
     try:
+        loader = _YamlLoader(text)
         node = loader.get_single_node()
         if node is None:
             return {}
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{path}: must hold `key: value` lines, not a {node.tag.split(':')[-1]}")
         return dict(_flatten(node, str(path), loader, "", problems))
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        # ValueError: PyYAML raises it for a date such as 2024-99-99.
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split()) or type(error).__name__}") from error
+    except _YAML_ERRORS as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ConfigError(f"{path}: not valid YAML: {reason}") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _layers(path: Path, problems: list[str], below: tuple[Path, ...] = ()) -> list[dict[str, _Setting]]:
@@ -241,10 +315,17 @@ def _layers(path: Path, problems: list[str], below: tuple[Path, ...] = ()) -> li
     if parent is None:
         return [settings]
     if not isinstance(parent.value, str):
-        raise ConfigError(f"{parent.source}  extends = {parent.value!r}: must be the name of a file beside this one")
+        raise ConfigError(
+            f"{parent.source}  extends = {quoted(parent.value)}: must be the name of a file beside this one"
+        )
     parent_path = path.parent / parent.value
+    # A configuration may come from somebody else: it names no file outside its own folder, not by a link either.
+    if not parent_path.resolve().is_relative_to(path.parent.resolve()):
+        raise ConfigError(
+            f"{parent.source}  extends = {quoted(parent.value)}: must lie beside this file; fix: copy it there"
+        )
     if not parent_path.is_file():
-        raise ConfigError(f"{parent.source}  extends = {parent.value!r}: there is no {parent_path}")
+        raise ConfigError(f"{parent.source}  extends = {quoted(parent.value)}: there is no {parent_path}")
     return [*_layers(parent_path, problems, (*below, path.resolve())), settings]
 
 
@@ -253,15 +334,15 @@ def _parse_overrides(overrides: Sequence[str], problems: list[str]) -> dict[str,
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            problems.append(f"command line  {override!r}: must be key=value, such as train.num_train_epochs=3")
+            problems.append(f"command line  {quoted(override)}: must be key=value, such as train.num_train_epochs=3")
             continue
         try:
             value = yaml.load(text, Loader=_YamlLoader)  # a SafeLoader: plain data only
-        except (yaml.YAMLError, ValueError, RecursionError):
-            problems.append(f"command line  {override!r}: the value is not valid YAML; quote it")
+        except _YAML_ERRORS:
+            problems.append(f"command line  {quoted(override)}: the value is not valid YAML; quote it")
             continue
         if isinstance(value, dict):
-            problems.append(f"command line  {override!r}: set one key at a time, such as {key}.NAME=VALUE")
+            problems.append(f"command line  {quoted(override)}: set one key at a time, such as {key}.NAME=VALUE")
             continue
         layer[key] = _Setting(value, "command line")
     return layer
@@ -293,6 +374,7 @@ _SECTIONS: dict[str, type[_Section]] = {
 }
 
 
+@lru_cache(maxsize=1)
 def config_keys() -> dict[str, str]:
     """Every dotted key with what it allows, its default and its meaning, in order."""
     keys = {}
@@ -355,7 +437,10 @@ def _check(settings: Mapping[str, _Setting], problems: list[str]) -> RunConfig |
             continue  # an empty section
         if key not in keys:
             what = "a section, which holds keys" if key in _SECTIONS else "unknown key"
-            problems.append(f"{setting.source}  {key} = {setting.value!r}: {what}; {_nearest(key)}")
+            problems.append(f"{setting.source}  {key} = {quoted(setting.value)}: {what}; {_nearest(key)}")
+            continue
+        if _holds_control_characters(setting.value):
+            problems.append(f"{setting.source}  {key} = {quoted(setting.value)}: holds a control character")
             continue
         section, _, name = key.rpartition(".")
         (nested.setdefault(section, {}) if section else nested)[name] = setting.value
@@ -365,13 +450,20 @@ def _check(settings: Mapping[str, _Setting], problems: list[str]) -> RunConfig |
         for key, details in {_error_key(details["loc"], keys): details for details in error.errors()}.items():
             if key in keys:
                 setting = settings[key]
-                problems.append(f"{setting.source}  {key} = {setting.value!r}: must be {keys[key]}")
+                problems.append(f"{setting.source}  {key} = {quoted(setting.value)}: must be {keys[key]}")
             else:  # a check over a whole section
                 message = details["msg"].removeprefix("Value error, ")
                 named = [name for name in settings if name.startswith(f"{key}.") and name.split(".")[1] in message]
                 sources = dict.fromkeys(settings[name].source for name in named)
                 problems.append(f"{', '.join(sources)}  {key}: {message}")
         return None
+
+
+def _holds_control_characters(value: Any) -> bool:
+    """In a text or a list of texts; half a surrogate pair is one too. No path, name or word has any."""
+    if isinstance(value, list):
+        return any(_holds_control_characters(item) for item in value if isinstance(item, str))
+    return isinstance(value, str) and any(unicodedata.category(character) in ("Cc", "Cs") for character in value)
 
 
 def _error_key(location: tuple[int | str, ...], keys: Mapping[str, str]) -> str:
@@ -421,7 +513,7 @@ def _legacy_layer(
         else:
             close = difflib.get_close_matches(name, _LEGACY_KEYS, n=1)
             hint = f"nearest: {close[0]}" if close else f"known: {', '.join(_LEGACY_KEYS)}"
-            problems.append(f"{setting.source}  {name} = {setting.value!r}: unknown key; {hint}")
+            problems.append(f"{setting.source}  {name} = {quoted(setting.value)}: unknown key; {hint}")
     return layer
 
 

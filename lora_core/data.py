@@ -23,7 +23,7 @@ import numpy.typing as npt
 from lora_core import chat, messages
 from lora_core.chat import ChatEncoder, EncodedChat
 from lora_core.config import RunConfig
-from lora_core.errors import DataError, RowError, counted, problem_list
+from lora_core.errors import ConfigError, DataError, RowError, counted, problem_list
 from lora_core.messages import Conversation, parse_json_row
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 # Forking and joining worker processes costs more than encoding a few thousand rows.
 _ROWS_WORTH_A_PROCESS = 5_000
+# A row this long has some million tokens, of which max_seq_length are kept; tokenizing it takes 100 bytes each.
+_MAX_ROW_BYTES = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,10 @@ def encode_file(
             on_bad_row is "skip"); or no row is left to train on.
     """
     path = Path(path)
-    starts, sizes, lines = _line_table(path)
+    try:
+        starts, sizes, lines = _line_table(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}", "data_file_missing") from error
     if num_proc is None:
         num_proc = min(os.cpu_count() or 1, max(1, len(starts) // _ROWS_WORTH_A_PROCESS))
     encoder = ChatEncoder(tokenizer)
@@ -205,8 +210,11 @@ def _line_table(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64
             newline = content.find(b"\n", start)
             end = newline if newline >= 0 else len(content)
             number += 1
-            # isspace of a slice: only a short line can be blank without a full look at it
-            if not content[start : min(end, start + 64)].isspace() and end > start:
+            # The whole line is looked at only where its start is blank.
+            is_blank = end == start or (
+                content[start : min(end, start + 64)].isspace() and content[start:end].isspace()
+            )
+            if not is_blank:
                 starts.append(start)
                 sizes.append(end - start)
                 numbers.append(number)
@@ -270,18 +278,26 @@ def _encode_lines(
             "text_key": Value("int64"),
         }
     )
-    return table.map(
-        _encode_batch,
-        batched=True,
-        batch_size=500,
-        num_proc=num_proc if num_proc > 1 else None,
-        remove_columns=["start", "size"],
-        features=features,
-        fn_kwargs={"path": str(path), "encoder": encoder, "max_seq_length": max_seq_length},
-        cache_file_name=str(cache_dir / f"{fingerprint}-{num_proc}.arrow"),
-        new_fingerprint=f"{fingerprint}-{num_proc}",
-        desc="Encoding rows",
-    )
+    try:
+        return table.map(
+            _encode_batch,
+            batched=True,
+            batch_size=500,
+            num_proc=num_proc if num_proc > 1 else None,
+            remove_columns=["start", "size"],
+            features=features,
+            fn_kwargs={"path": str(path), "encoder": encoder, "max_seq_length": max_seq_length},
+            cache_file_name=str(cache_dir / f"{fingerprint}-{num_proc}.arrow"),
+            new_fingerprint=f"{fingerprint}-{num_proc}",
+            desc="Encoding rows",
+        )
+    except RuntimeError as error:
+        if "subprocesses has abruptly died" not in str(error):
+            raise
+        raise DataError(
+            f"{path}: one of {num_proc} processes that encode rows was killed: for its memory, or for a chat template "
+            "that does not end; fix: data.num_proc=1, or another data.chat_template"
+        ) from error
 
 
 def _encode_batch(
@@ -290,9 +306,18 @@ def _encode_batch(
     parsed: list[Conversation | RowError] = []
     with Path(path).open("rb") as file:
         for start, size in zip(batch["start"], batch["size"], strict=True):
+            if size > _MAX_ROW_BYTES:
+                parsed.append(
+                    RowError(f"the line has {size:,} bytes, more than {_MAX_ROW_BYTES:,}; fix: split the row")
+                )
+                continue
             file.seek(start)
             parsed.append(_parse_line(file.read(size)))
-    encoded = iter(encoder.encode_batch([item for item in parsed if isinstance(item, Conversation)]))
+    try:
+        encoded = iter(encoder.encode_batch([item for item in parsed if isinstance(item, Conversation)]))
+    except ConfigError as error:
+        lines = f"{batch['line'][0]} to {batch['line'][-1]}"
+        raise ConfigError(f"{path}, in lines {lines}: {error}", error.finding_id) from error
     rows = [
         _row_columns(item, item if isinstance(item, RowError) else next(encoded), encoder, max_seq_length)
         for item in parsed

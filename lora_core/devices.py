@@ -10,6 +10,7 @@ import shutil
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -18,6 +19,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 
 from lora_core.config import RunConfig
 from lora_core.errors import ConfigError
@@ -48,6 +50,7 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         gradient_accumulation_steps=1,
         # Not said, Accelerate runs each rank of a CPU launch as if it were alone.
         cpu=not torch.accelerator.is_available(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.train.rank_timeout_s))],
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:

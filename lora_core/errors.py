@@ -2,11 +2,14 @@
 
 Each message stands on its own: it names the value, the limit and the fix. The commands in `launch/` print the
 message without a traceback and exit with `exit_code`; anything else that escapes is a fault in lora_core itself.
+Messages quote values that nobody has looked at, so secrets are left out of them and control characters escaped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from lora_core.safe_text import showable
 
 
 class LoraCoreError(Exception):
@@ -17,7 +20,7 @@ class LoraCoreError(Exception):
     """What preflight calls it in its list of findings."""
 
     def __init__(self, message: str, finding_id: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(showable(message))
         if finding_id is not None:
             self.finding_id = finding_id
 
@@ -54,6 +57,10 @@ class PreflightError(LoraCoreError):
 
 class TrainingError(LoraCoreError):
     """The run could not go on, such as for a loss that is not finite. Exit code 1."""
+
+
+class RankFault(TrainingError):
+    """What befell one rank, which the others may not live to tell: each rank that raises it says so. Exit code 1."""
 
 
 class ContractBroken(LoraCoreError):

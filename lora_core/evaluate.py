@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lora_core.chat import render_chat
 from lora_core.config import RunConfig
 from lora_core.data import EncodedFile, load_data, pad_id
 from lora_core.devices import build_accelerator
@@ -130,10 +131,8 @@ def sample_reply(
     """The model's greedy reply to a conversation that ends with a user's turn."""
     was_training = model.training
     model.eval()
-    prompt: Any = tokenizer.apply_chat_template(
-        list(messages), tools=tools, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    prompt = prompt.to(model.device)
+    text = render_chat(tokenizer, messages, tools, add_generation_prompt=True)
+    prompt = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     output = model.generate(
         **prompt,
@@ -201,8 +200,3 @@ def reply_to_all(
             for i in mine
         ]
     return [reply for _, reply in sorted(gather_object(replies))]
-
-
-def printable(text: str) -> str:
-    """One line, control characters shown as escapes: what a model wrote must not steer the terminal."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

@@ -15,11 +15,14 @@ and `observation` turns).
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lora_core.errors import RowError
+from lora_core.safe_text import quoted
 
 Message = dict[str, Any]
 """What chat templates take: role, content, and for an assistant possibly tool_calls."""
@@ -34,6 +37,9 @@ _ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
+
+# Tools and arguments may be nested so deep. Schemas take ten; templates and Arrow walk them by recursion.
+_MAX_DEPTH = 50
 
 
 @dataclass(frozen=True)
@@ -51,12 +57,16 @@ def parse_json_row(line: str) -> Conversation:
         RowError: not strict JSON (NaN and duplicate keys are refused too), or not an accepted row.
     """
     try:
-        row = json.loads(line, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+        row = _read_json(line)
     except RecursionError as error:
         raise RowError("JSON nested too deeply to read") from error
     except ValueError as error:
         raise RowError(f"not valid JSON: {error}") from error
     return parse_row(row)
+
+
+def _read_json(text: str) -> Any:
+    return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_number, object_pairs_hook=_unique_keys)
 
 
 def parse_row(row: Any) -> Conversation:
@@ -97,9 +107,14 @@ def _turns(row: Mapping[str, Any]) -> Sequence[Any]:
         )
         return [_turn("user", question), _turn("assistant", row["output"])]
     raise RowError(
-        f"has the keys {', '.join(map(repr, row)) or '(none)'}; needs 'messages', 'conversations', "
+        f"has the keys {_names(row)}; needs 'messages', 'conversations', "
         "'prompt' and 'completion', or 'instruction' and 'output'"
     )
+
+
+def _names(row: Mapping[str, Any]) -> str:
+    more = f" and {len(row) - 10:,} more" if len(row) > 10 else ""
+    return (", ".join(quoted(key) for key in list(row)[:10]) or "(none)") + more
 
 
 def _turn(role: str, content: Any) -> Message:
@@ -112,7 +127,7 @@ def _message(turn: Any, number: int) -> Message:
         raise RowError(f"{where} must be an object with role and content, not {_kind(turn)}")
     said_role = turn.get("role", turn.get("from"))
     if not isinstance(said_role, str) or said_role not in _ROLES:
-        raise RowError(f"{where} has the role {said_role!r}; known roles: {', '.join(_ROLES)}")
+        raise RowError(f"{where} has the role {quoted(said_role)}; known roles: {', '.join(_ROLES)}")
     role = _ROLES[said_role]
     content = turn.get("content", turn.get("value"))
     calls = turn.get("tool_calls")
@@ -131,7 +146,9 @@ def _message(turn: Any, number: int) -> Message:
 
 def _text(value: Any, what: str) -> str:
     if isinstance(value, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in value):
-        value = "".join(_text(part.get("text"), what) for part in value)
+        parts = [part.get("text") for part in value]
+        wrong = [part for part in parts if not isinstance(part, str)]
+        value = wrong[0] if wrong else "".join(parts)
     if not isinstance(value, str):
         raise RowError(f"{what} must be text, not {_kind(value)}")
     try:
@@ -146,6 +163,8 @@ def _text(value: Any, what: str) -> str:
 def _share_gpt_calls(value: Any, where: str) -> list[dict[str, Any]]:
     """`{"name": ..., "arguments": {...}}`, or a list of them, usually as a JSON string."""
     calls = _from_json(value, f"{where}: function_call")
+    if calls == []:
+        raise RowError(f"{where}: function_call must hold a call, not an empty list")
     return [_call(call, where) for call in (calls if isinstance(calls, list) else [calls])]
 
 
@@ -168,6 +187,7 @@ def _call(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(arguments, Mapping):
         raise RowError(f"{where}: arguments of the tool call must be an object, not {_kind(arguments)}")
     name = _text(value["name"], f"{where}: name of the tool call")
+    _check_plain(arguments, f"{where}: arguments of the tool call")
     return {"type": "function", "function": {"name": name, "arguments": dict(arguments)}}
 
 
@@ -177,6 +197,7 @@ def _tools(value: Any) -> list[dict[str, Any]] | None:
     tools = _from_json(value, "tools")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowError("tools must be a list of objects, or that list as a JSON string")
+    _check_plain(tools, "tools")
     return tools or None
 
 
@@ -185,21 +206,46 @@ def _from_json(value: Any, what: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value, parse_constant=_refuse_constant)
+        return _read_json(value)
     except (ValueError, RecursionError) as error:
         raise RowError(f"{what} is not valid JSON: {error}") from error
+
+
+def _check_plain(value: Any, what: str, depth: int = 1) -> None:
+    """Refuse what templates, tokenizers and JSON cannot take, at any depth of a nested value."""
+    if depth > _MAX_DEPTH:
+        raise RowError(f"{what}: nested deeper than {_MAX_DEPTH} levels")
+    if isinstance(value, str):
+        _text(value, what)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _text(key, f"{what}: a key")
+            _check_plain(item, what, depth + 1)
+    elif isinstance(value, list):
+        for item in value:
+            _check_plain(item, what, depth + 1)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise RowError(f"{what}: {value} is not a number that JSON has")
+    elif not (value is None or isinstance(value, (bool, int, float))):
+        raise RowError(f"{what} must be made of JSON's own kinds of values, not {_kind(value)}")
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+def _finite_number(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{quoted(text)} is larger than any number that Python has")
+    return number
+
+
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {quoted(twice)} stands twice in one object")
     return row
 
 

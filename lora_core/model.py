@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+# The longest templates of real models have some ten thousand.
+_MAX_TEMPLATE_CHARACTERS = 1_000_000
+
+
 def load_tokenizer(config: ModelConfig, chat_template: str | None = None) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with another chat template if a file is named.
 
@@ -30,17 +34,33 @@ def load_tokenizer(config: ModelConfig, chat_template: str | None = None) -> Pre
 
     name = resolve_name(config)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, revision=config.revision)
-    except (OSError, ValueError) as error:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, revision=config.revision, trust_remote_code=False
+        )
+    except Exception as error:  # the files are somebody else's, and transformers raises whatever it trips over
         raise cannot_load("tokenizer", name, error) from error
     if chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"data.chat_template={chat_template}: cannot be read as a text file ({error})", "template_unreadable"
-            ) from error
+        tokenizer.chat_template = _read_template(chat_template)
     return tokenizer
+
+
+def _read_template(name: str) -> str:
+    path = Path(name).expanduser()
+    try:
+        if path.exists() and not path.is_file():  # a pipe or a device may have no end
+            raise OSError("not a file")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MAX_TEMPLATE_CHARACTERS + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"data.chat_template={name}: cannot be read as a text file ({error})", "template_unreadable"
+        ) from error
+    if len(text) > _MAX_TEMPLATE_CHARACTERS:
+        raise ConfigError(
+            f"data.chat_template={name}: longer than {_MAX_TEMPLATE_CHARACTERS:,} characters; is it another file?",
+            "template_unreadable",
+        )
+    return text
 
 
 def load_model_config(config: ModelConfig) -> Any:
@@ -57,8 +77,8 @@ def _read_model_config(name: str, revision: str | None) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except Exception as error:  # as in load_tokenizer
         raise cannot_load("config", name, error) from error
 
 
@@ -83,6 +103,7 @@ def load_base_model(config: ModelConfig, device: torch.device, packing: bool = F
             quantization_config=quantization_config(config),
             device_map={"": device},
             use_safetensors=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError, ImportError) as error:
         raise cannot_load("model", name, error) from error
@@ -132,6 +153,12 @@ def cannot_load(what: str, name: str, error: Exception) -> ConfigError:
             f"model.name_or_path={name}: the model is gated, and there is no token with access to it. Fix: ask for "
             f"access at https://huggingface.co/{name}, then `hf auth login`",
             "model_gated",
+        )
+    if "trust_remote_code" in str(error):
+        return ConfigError(
+            f"model.name_or_path={name}: the {what} is a program in the model's repository, and lora_core runs no code "
+            "from model repositories; fix: a model of a family that transformers itself holds",
+            "model_needs_code",
         )
     return ConfigError(
         f"model.name_or_path={name}: the {what} cannot be loaded: {reason}. Fix: a hub id or a local folder; "

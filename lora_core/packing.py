@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,26 @@ class Batching:
         if self.max_tokens is None:
             return micro_batches(rows, lengths, self.per_device_batch_size, num_processes, rank)
         return packed_micro_batches(rows, lengths, self.max_tokens, num_processes, rank)
+
+    @property
+    def limit(self) -> int:
+        """Of a micro-batch: tokens where it is packed, rows where it is padded."""
+        return self.per_device_batch_size if self.max_tokens is None else self.max_tokens
+
+    def limited(self, limit: int) -> Batching:
+        """Another limit. What a step holds, and so its gradient, stays as it is; it is cut into more micro-batches."""
+        if self.max_tokens is None:
+            return replace(self, per_device_batch_size=limit)
+        return replace(self, max_tokens=limit)
+
+    def halved(self, cuts: Sequence[MicroBatchRows], lengths: RowIndices) -> Batching | None:
+        """A limit of half the largest of these micro-batches; None where each holds one row already."""
+        shared = [cut.rows for cut in cuts if len(cut.rows) > 1]
+        if not shared:
+            return None
+        return self.limited(
+            max(len(rows) if self.max_tokens is None else int(lengths[rows].sum()) for rows in shared) // 2
+        )
 
     def tensors(self, dataset: Any, cut: MicroBatchRows) -> dict[str, Any]:
         """One micro-batch, as `CausalLMLoss` takes it."""

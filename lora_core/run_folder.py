@@ -1,4 +1,4 @@
-"""What a run leaves on disk: files appear whole or not at all, and nothing of an earlier run is mixed in."""
+"""What a run leaves on disk: files appear whole or not at all, and nothing of an earlier run or secret is in them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.errors import ConfigError
+from lora_core.safe_text import values_without_secrets, without_secrets
 
 
 def check_run_folder(output_dir: str | Path, overwrite: bool) -> Path:
@@ -48,10 +49,11 @@ def clear_run_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
+    """Write a file so that a reader sees the old one or the new one, never a part. Secrets are left out."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    # Half a surrogate pair, such as from a command line that is not UTF-8, is no reason to lose the file.
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(without_secrets(text))
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -62,7 +64,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def json_text(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """As `write_json` writes it."""
+    return json.dumps(values_without_secrets(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 @contextmanager
@@ -115,14 +118,15 @@ def cut_metrics(path: Path, last_step: int) -> None:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object an event, flushed as it comes. Only the main process writes."""
+    """`metrics.jsonl`: one JSON object an event, flushed as it comes, no secrets. Only the main process writes."""
 
     def __init__(self, path: Path, is_main: bool) -> None:
-        self._file = path.open("a", encoding="utf-8") if is_main else None
+        self._file = path.open("a", encoding="utf-8", errors="backslashreplace") if is_main else None
 
     def write(self, event: str, **values: Any) -> None:
         if self._file is not None:
-            self._file.write(json.dumps({"event": event, **values}, ensure_ascii=False, allow_nan=False) + "\n")
+            line = values_without_secrets({"event": event, **values})
+            self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
             self._file.flush()
 
     def close(self) -> None:

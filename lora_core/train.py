@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import json
 import math
 import platform
 import shlex
-import signal
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -18,22 +17,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from lora_core._version import __version__
-from lora_core.checkpoint import check_same_run, data_hash, find_checkpoint, keep_newest, restore, save_checkpoint
+from lora_core.checkpoint import (
+    CheckpointWriter,
+    check_same_run,
+    data_hash,
+    find_checkpoint,
+    restore,
+    restore_adapter,
+    take_snapshot,
+)
+from lora_core.checks import Facts, cheapest_change, micro_batch_limit_that_fits
 from lora_core.config import RunConfig
 from lora_core.data import EncodedFile, load_data, pad_id
 from lora_core.devices import build_accelerator, look_around, peak_memory_bytes, seed_everything
-from lora_core.errors import ConfigError, RunStopped, TrainingError
-from lora_core.evaluate import EvalResult, evaluate, printable, reply_to_all, sample_prompts
+from lora_core.errors import ConfigError, RankFault, RunStopped, TrainingError, counted
+from lora_core.evaluate import EvalResult, evaluate, reply_to_all, sample_prompts
+from lora_core.faults import StopSignals, free_memory, is_out_of_memory, naming_lost_ranks
 from lora_core.loss import CausalLMLoss, check_head
 from lora_core.model import add_adapter, describe_parameters, load_base_model, load_tokenizer
 from lora_core.optimizer import build_optimizer, build_scheduler
-from lora_core.packing import eval_batching, step_rows, to_device, train_batching
+from lora_core.packing import Batching, RowIndices, eval_batching, step_rows, to_device, train_batching
 from lora_core.preflight import gather_facts, refuse_errors, report, run_checks
 from lora_core.report import write_report
 from lora_core.run_folder import (
@@ -45,6 +55,7 @@ from lora_core.run_folder import (
     write_json,
     write_text,
 )
+from lora_core.safe_text import printable, showable, values_without_secrets
 from lora_core.schedule import SchedulePlan
 
 if TYPE_CHECKING:
@@ -64,6 +75,11 @@ class StepResult:
     """That this step used."""
     num_supervised_tokens: int
 
+    @property
+    def is_finite(self) -> bool:
+        """False: loss or gradient was not, and the step was not applied."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
 
 def train_step(
     accelerator: Accelerator,
@@ -76,10 +92,11 @@ def train_step(
     """One optimizer step over this rank's micro-batches.
 
     loss = sum over all supervised tokens of all micro-batches and ranks / number of those tokens, so the gradient is
-    the same however the step's conversations are cut.
+    the same however the step's conversations are cut. If loss or gradient is not finite, parameters and optimizer are
+    left as they were; the schedule goes on either way, because it is a function of the step.
 
     Raises:
-        TrainingError: loss or gradient is not finite; the parameters are left as they were.
+        TrainingError: no token is supervised.
     """
     local_tokens = sum(int(batch["loss_mask"][:, 1:].sum()) for batch in batches)
     num_tokens = int(_sum_over_ranks(accelerator, torch.tensor(local_tokens)))
@@ -99,13 +116,12 @@ def train_step(
 
     limit = math.inf if max_grad_norm is None else max_grad_norm
     grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), limit))
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        optimizer.zero_grad()
-        raise TrainingError(f"loss {loss}, gradient norm {grad_norm}: not finite, so the step was not applied")
-    optimizer.step()
+    result = StepResult(loss, grad_norm, learning_rate, num_tokens)
+    if result.is_finite:
+        optimizer.step()
     scheduler.step()
     optimizer.zero_grad()
-    return StepResult(loss, grad_norm, learning_rate, num_tokens)
+    return result
 
 
 def _sum_over_ranks(accelerator: Accelerator, value: Tensor) -> Tensor:
@@ -126,6 +142,16 @@ class Progress:
     """Of the steps, over all parts of an interrupted run."""
     before: EvalResult | None = None
     after: EvalResult | None = None
+    """The last evaluation."""
+    best: EvalResult | None = None
+    """The lowest held-out loss since the first step, and its step."""
+    best_step: int = 0
+    evaluations_since_best: int = 0
+    num_skipped_steps: int = 0
+    """Steps that were not applied because loss or gradient was not finite."""
+    skipped_in_a_row: int = 0
+    micro_batch_limit: int | None = None
+    """`Batching.limit`, where memory was too short for the configured one."""
     replies_before: list[str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,8 +159,17 @@ class Progress:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Progress:
-        results = {key: EvalResult(**values[key]) for key in ("before", "after") if values[key] is not None}
+        results = {key: EvalResult(**values[key]) for key in ("before", "after", "best") if values[key] is not None}
         return cls(**{**values, **results})
+
+    def note_evaluation(self, result: EvalResult) -> bool:
+        """Remember a held-out measurement; returns whether it is the best so far."""
+        self.after = result
+        is_best = self.best is None or result.loss < self.best.loss
+        if is_best:
+            self.best, self.best_step = result, self.step
+        self.evaluations_since_best = 0 if is_best else self.evaluations_since_best + 1
+        return is_best
 
 
 def train(config: RunConfig, resume: str | Path | None = None) -> dict[str, Any]:
@@ -152,7 +187,17 @@ def train(config: RunConfig, resume: str | Path | None = None) -> dict[str, Any]
     """
     started = time.monotonic()
     accelerator = build_accelerator(config)
-    say = accelerator.print
+    with naming_lost_ranks(accelerator, config.train.rank_timeout_s):
+        run = _set_up(config, accelerator, resume)
+        run.train()
+        return run.finish(started)
+
+
+def _set_up(config: RunConfig, accelerator: Accelerator, resume: str | Path | None) -> _Run:
+    """Everything up to the first step, or to the step that a checkpoint was written after."""
+
+    def say(line: str) -> None:
+        accelerator.print(showable(line))
 
     # Data first: it is cheap, and most of what can be wrong is wrong there.
     tokenizer = load_tokenizer(config.model, config.data.chat_template)
@@ -198,189 +243,331 @@ def train(config: RunConfig, resume: str | Path | None = None) -> dict[str, Any]
         write_json(folder / "preflight.json", report(facts, findings))
         write_json(folder / "rows.json", rows_as_seen(tokenizer, train_data))
     accelerator.wait_for_everyone()
-    metrics = MetricsFile(folder / "metrics.jsonl", accelerator.is_main_process)
     say(f"model: {config.model.name_or_path} on {accelerator.device}: {describe_parameters(adapted)}")
     optimizer = build_optimizer(adapted, config.train, accelerator.device, say)
     scheduler = build_scheduler(optimizer, plan)
     model, optimizer = accelerator.prepare(CausalLMLoss(adapted), optimizer)
-    batching = train_batching(config, pad_id(tokenizer))
     seed_everything(config.train.seed, accelerator.process_index)
+    run = _Run(
+        config=config,
+        accelerator=accelerator,
+        facts=facts,
+        fingerprint=fingerprint,
+        folder=folder,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        batching=train_batching(config, pad_id(tokenizer)),
+        metrics=MetricsFile(folder / "metrics.jsonl", accelerator.is_main_process),
+        writer=CheckpointWriter(accelerator),
+        prompts=sample_prompts(config, eval_data),
+        progress=Progress(),
+        resumed_at_step=checkpoint.step if checkpoint else None,
+    )
+    if checkpoint is None:
+        run.progress.micro_batch_limit = micro_batch_limit_that_fits(facts)
+        run.progress.before = run.progress.after = run.measure()
+        run.progress.replies_before = run.reply()
+    else:
+        run.progress = Progress.from_dict({key: checkpoint.state[key] for key in Progress().to_dict()})
+        restore(checkpoint, accelerator, model, optimizer, scheduler)
+        say(f"resume: from {checkpoint.path}, at step {run.progress.step} of {plan.total_optimizer_steps}")
+    if run.progress.micro_batch_limit is not None:
+        run.batching = run.batching.limited(run.progress.micro_batch_limit)
+    return run
 
-    def measure(step: int) -> EvalResult | None:
-        if eval_data is None:
+
+@dataclass
+class _Run:
+    """A run between its setup and its summary: the parts, and what is done with them."""
+
+    config: RunConfig
+    accelerator: Accelerator
+    facts: Facts
+    fingerprint: str
+    folder: Path
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler
+    batching: Batching
+    metrics: MetricsFile
+    writer: CheckpointWriter
+    prompts: list[Any]
+    progress: Progress
+    resumed_at_step: int | None
+
+    def train(self) -> None:
+        """All steps that are left, with the evaluations and checkpoints between them."""
+        config, plan, progress = self.config.train, self.facts.plan, self.progress
+        eval_every = config.eval_steps or plan.optimizer_steps_per_epoch
+        save_every = config.save_steps or plan.optimizer_steps_per_epoch
+        patience = config.early_stopping_patience or math.inf
+        self.model.train()
+        # disable=None: no bar where the output is not a terminal; the log lines say it all.
+        hidden = None if self.accelerator.is_main_process else True
+        total = plan.total_optimizer_steps
+        bar = tqdm(total=total, initial=progress.step, unit="step", disable=hidden, dynamic_ncols=True)
+        with bar, StopSignals() as signals:
+            while progress.step < total and progress.evaluations_since_best < patience:
+                result, tokens_per_s = self.take_step()
+                bar.set_postfix(
+                    loss=f"{result.loss:.3f}",
+                    lr=f"{result.learning_rate:.1e}",
+                    tok_s=f"{tokens_per_s:.0f}",
+                    refresh=False,
+                )
+                bar.update()
+                is_last = progress.step == total
+                if not result.is_finite:
+                    self.note_skipped(result)
+                elif progress.step % config.logging_steps == 0 or is_last:
+                    _log_step(self.accelerator, self.metrics, plan, progress.step, result, tokens_per_s)
+                is_best = False
+                if progress.step % eval_every == 0 or is_last:
+                    measured = self.measure()
+                    is_best = measured is not None and progress.note_evaluation(measured)
+                is_last = is_last or progress.evaluations_since_best >= patience
+                stopped = signals.any_rank(self.accelerator)
+                keeps_best = is_best and config.keep_adapter == "best"
+                gives_up = progress.skipped_in_a_row >= config.max_skipped_steps
+                if not is_last and (stopped or gives_up or keeps_best or progress.step % save_every == 0):
+                    self.save()
+                if gives_up:
+                    self.finish_saving()
+                    raise TrainingError(
+                        f"{counted(progress.skipped_in_a_row, 'step')} in a row had a loss or gradient that is not "
+                        f"finite (train.max_skipped_steps) and {'was' if progress.skipped_in_a_row == 1 else 'were'} "
+                        "not applied; the adapter is as the last good step left it"
+                        + ("" if is_last else f", in {self.checkpoint_path(progress.step)}")
+                        + ". Fix: the rows above; a lower train.learning_rate; train.bf16=true in place of float16"
+                    )
+                if stopped and not is_last:
+                    self.finish_saving()
+                    raise RunStopped(
+                        f"stopped by {stopped} after step {progress.step} of {total}; a checkpoint is "
+                        f"in {self.folder / 'checkpoints'}; go on with --resume"
+                    )
+        self.finish_saving()
+        if progress.step < total:
+            _log(
+                self.accelerator,
+                f"stopped early: {counted(progress.evaluations_since_best, 'evaluation')} in a row without a lower "
+                f"held-out loss than {progress.best.loss if progress.best else math.nan:.4f} at step "
+                f"{progress.best_step}; {progress.step} of {total} steps were taken",
+            )
+        # The plan is the run. This can only fail by a fault in this file, which must not go unseen.
+        elif self.scheduler.last_epoch != total:
+            raise TrainingError(
+                f"{total} optimizer steps were planned and taken; the schedule stands at {self.scheduler.last_epoch}"
+            )
+
+    def take_step(self) -> tuple[StepResult, float]:
+        """The next optimizer step -> (its result, tokens/s). Where memory runs out, in smaller micro-batches."""
+        started = time.monotonic()
+        data = self.facts.train_data
+        rows = self.step_rows(self.progress.step)
+        ranks = (self.accelerator.num_processes, self.accelerator.process_index)
+        random_state = torch.get_rng_state()
+        while True:
+            cuts = self.batching.cut(rows, data.lengths, *ranks)
+            batches = [self.batching.tensors(data.dataset, cut) for cut in cuts]
+            try:
+                result = train_step(
+                    self.accelerator,
+                    self.model,
+                    self.optimizer,
+                    self.scheduler,
+                    batches,
+                    self.config.train.max_grad_norm,
+                )
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                smaller = self.batching.halved(cuts, data.lengths)
+                if smaller is None or ranks[0] > 1 or not self.config.train.auto_batch_size:
+                    raise self.out_of_memory(error) from error
+            # Past the except, whose traceback would hold the step's tensors.
+            self.optimizer.zero_grad()
+            torch.set_rng_state(random_state)
+            self.batching, self.progress.micro_batch_limit = smaller, smaller.limit
+            _log(
+                self.accelerator,
+                f"warning: step {self.progress.step + 1}: out of memory; again with micro-batches of at most "
+                f"{self.batching_limit()} (train.auto_batch_size); same step, same gradient",
+            )
+            free_memory()
+        step_s = time.monotonic() - started
+        num_tokens = int(data.lengths[rows].sum())
+        self.progress.step += 1
+        self.progress.num_tokens += num_tokens
+        self.progress.num_supervised_tokens += result.num_supervised_tokens
+        self.progress.train_time_s += step_s
+        self.progress.num_skipped_steps += not result.is_finite
+        self.progress.skipped_in_a_row = 0 if result.is_finite else self.progress.skipped_in_a_row + 1
+        return result, num_tokens / step_s
+
+    def step_rows(self, step: int) -> RowIndices:
+        """The rows of a step, over all ranks."""
+        plan = self.facts.plan
+        return step_rows(plan.num_rows, plan.rows_per_optimizer_step, self.config.train.seed, step)
+
+    def say(self, line: str) -> None:
+        self.accelerator.print(showable(line))
+
+    def batching_limit(self) -> str:
+        return f"{self.batching.limit} {'tokens' if self.config.data.packing else 'rows'}"
+
+    def out_of_memory(self, error: BaseException) -> RankFault:
+        """What happened, what was predicted, and the cheapest change."""
+        memory = self.facts.memory
+        fix, plan = cheapest_change(self.facts) if memory else (None, None)
+        return RankFault(
+            f"step {self.progress.step + 1}: out of memory on {self.accelerator.device} (rank "
+            f"{self.accelerator.process_index}): {(str(error).splitlines() or [type(error).__name__])[0]}\n"
+            f"predicted: {memory or 'nothing'}\n"
+            f"Fix: {fix or 'a smaller model'}"
+            + (f" ({plan.total_bytes / 2**30:.1f} GiB predicted)" if plan else "")
+            + ("" if self.config.train.auto_batch_size else ", or train.auto_batch_size=true")
+        )
+
+    def note_skipped(self, result: StepResult) -> None:
+        """Say which rows the step held that was not applied."""
+        dataset = self.facts.train_data.dataset
+        lines = sorted(int(dataset[int(row)]["line"]) for row in self.step_rows(self.progress.step - 1))
+        self.metrics.write("skipped", step=self.progress.step, lines=lines)
+        _log(
+            self.accelerator,
+            f"warning: step {self.progress.step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, so "
+            f"the step was not applied; its rows: {self.config.data.train_file} lines {lines}",
+        )
+
+    def measure(self) -> EvalResult | None:
+        """Held-out loss; None without held-out rows."""
+        if self.facts.eval_data is None:
             return None
-        result = evaluate(accelerator, model, eval_data, eval_batching(config, pad_id(tokenizer)))
-        metrics.write("eval", step=step, **result.to_dict())
-        _log(accelerator, f"eval at step {step}: {result}")
+        result = evaluate(
+            self.accelerator, self.model, self.facts.eval_data, eval_batching(self.config, pad_id(self.facts.tokenizer))
+        )
+        self.metrics.write("eval", step=self.progress.step, **result.to_dict())
+        _log(self.accelerator, f"eval at step {self.progress.step}: {result}")
         return result
 
-    def save() -> None:
-        path = folder / "checkpoints" / f"step-{progress.step:06d}"
-        state = {**progress.to_dict(), "config": config.model_dump(mode="json"), "data": fingerprint}
+    def reply(self) -> list[str]:
+        """To the sample prompts, as the model is now."""
+        return reply_to_all(
+            self.accelerator,
+            self.model,
+            self.facts.tokenizer,
+            self.prompts,
+            self.config.train.sample_max_new_tokens,
+        )
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.folder / "checkpoints" / f"step-{step:06d}"
+
+    def save(self) -> None:
+        """Begin to write a checkpoint of now."""
+        self.finish_saving()
+        state = {**self.progress.to_dict(), "config": self.config.to_dict(), "data": self.fingerprint}
+        snapshot = take_snapshot(self.accelerator, self.model, self.optimizer, self.scheduler, state)
+        keeps_best = self.config.train.keep_adapter == "best" and self.progress.best is not None
+        best = self.checkpoint_path(self.progress.best_step).name if keeps_best else None
+        self.writer.start(self.checkpoint_path(self.progress.step), snapshot, self.config.train.save_total_limit, best)
+
+    def finish_saving(self) -> None:
+        """Until the checkpoint that was begun is whole."""
         try:
-            save_checkpoint(path, accelerator, model, optimizer, scheduler, state)
+            self.writer.wait()
         except OSError as error:
-            problem = f"{path} could not be written: {error}; the checkpoints before it are whole"
-            if config.train.on_save_error == "error":
-                raise TrainingError(f"{problem}. Fix: room on the disk, then --resume") from error
-            _log(accelerator, f"warning: {problem}; going on without it (train.on_save_error)")
-        if accelerator.is_main_process:
-            keep_newest(folder / "checkpoints", config.train.save_total_limit)
+            if self.config.train.on_save_error == "error":
+                raise TrainingError(f"{error}. Fix: room on the disk, then --resume") from error
+            _log(self.accelerator, f"warning: {error}; going on without it (train.on_save_error)")
 
-    prompts = sample_prompts(config, eval_data)
-    if checkpoint is None:
-        progress = Progress()
-        progress.before = progress.after = measure(0)
-        progress.replies_before = reply_to_all(
-            accelerator, model, tokenizer, prompts, config.train.sample_max_new_tokens
-        )
-    else:
-        progress = Progress.from_dict({key: checkpoint.state[key] for key in Progress().to_dict()})
-        restore(checkpoint, accelerator, model, optimizer, scheduler)
-        say(f"resume: from {checkpoint.path}, at step {progress.step} of {plan.total_optimizer_steps}")
+    def take_best_adapter(self) -> int:
+        """Put the best adapter in place of the last where that is asked for; returns the step that it is of."""
+        progress, path = self.progress, self.checkpoint_path(self.progress.best_step)
+        if self.config.train.keep_adapter == "last" or progress.best is None or progress.best_step == progress.step:
+            return progress.step
+        if not path.is_dir():  # it could not be written, and train.on_save_error=continue
+            _log(self.accelerator, f"warning: {path} is not there, so adapter/ is the last, not the best")
+            return progress.step
+        restore_adapter(find_checkpoint(self.folder, path, self.say, may_rename=False), self.model)
+        progress.after = progress.best
+        return progress.best_step
 
-    eval_every = config.train.eval_steps or plan.optimizer_steps_per_epoch
-    save_every = config.train.save_steps or plan.optimizer_steps_per_epoch
-    model.train()
-    # disable=None: no bar where the output is not a terminal; the log lines say it all.
-    hidden = None if accelerator.is_main_process else True
-    bar = tqdm(total=plan.total_optimizer_steps, initial=progress.step, unit="step", disable=hidden, dynamic_ncols=True)
-    with StopSignals() as signals:
-        for step in range(progress.step, plan.total_optimizer_steps):
-            step_started = time.monotonic()
-            rows = step_rows(plan.num_rows, plan.rows_per_optimizer_step, config.train.seed, step)
-            cuts = batching.cut(rows, train_data.lengths, accelerator.num_processes, accelerator.process_index)
-            batches = [batching.tensors(train_data.dataset, cut) for cut in cuts]
-            try:
-                result = train_step(accelerator, model, optimizer, scheduler, batches, config.train.max_grad_norm)
-            except TrainingError as error:
-                lines = sorted(int(train_data.dataset[int(row)]["line"]) for row in rows)
-                raise TrainingError(
-                    f"step {step + 1}: {error}; its rows: {config.data.train_file} lines {lines}"
-                ) from error
-            step_s = time.monotonic() - step_started
-            num_tokens = int(train_data.lengths[rows].sum())
-            progress.step += 1
-            progress.num_tokens += num_tokens
-            progress.num_supervised_tokens += result.num_supervised_tokens
-            progress.train_time_s += step_s
-            bar.set_postfix(
-                loss=f"{result.loss:.3f}",
-                lr=f"{result.learning_rate:.1e}",
-                tok_s=f"{num_tokens / step_s:.0f}",
-                refresh=False,
+    def finish(self, started: float) -> dict[str, Any]:
+        """Adapter, sample replies, summary and report.
+
+        Args:
+            started: `time.monotonic()` at the start of the run.
+        """
+        config, plan, progress, say = self.config, self.facts.plan, self.progress, self.say
+        adapter_step = self.take_best_adapter()
+        replies_after = self.reply()
+        adapter_dir = self.folder / "adapter"
+        save_adapter(self.accelerator, self.model, self.facts.tokenizer, config, adapter_dir)
+        before, after = progress.before, progress.after
+        eval_data = self.facts.eval_data
+        summary = {
+            "total_optimizer_steps": plan.total_optimizer_steps,
+            "warmup_steps": plan.warmup_steps,
+            "peak_learning_rate": plan.peak_learning_rate,
+            "eval_loss_before": before.loss if before else None,
+            "eval_loss_after": after.loss if after else None,
+            "eval_perplexity_after": after.perplexity if after else None,
+            "eval_token_accuracy_after": after.token_accuracy if after else None,
+            "num_train_conversations": plan.num_rows,
+            "num_dropped_conversations": self.facts.train_data.counts.dropped,
+            "train_rows": self.facts.train_data.counts.to_dict(),
+            "eval_rows": eval_data.counts.to_dict() if eval_data else None,
+            "num_supervised_tokens": progress.num_supervised_tokens,
+            "num_skipped_steps": progress.num_skipped_steps,
+            "stopped_early_at_step": progress.step if progress.step < plan.total_optimizer_steps else None,
+            "best_step": progress.best_step if progress.best else None,
+            "adapter_step": adapter_step,
+            "micro_batch_limit": self.batching.limit,
+            "world_size": self.accelerator.num_processes,
+            "resumed_at_step": self.resumed_at_step,
+            "train_time_s": round(progress.train_time_s, 3),
+            "tokens_per_s": round(progress.num_tokens / progress.train_time_s, 1),
+            "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
+            "adapter_dir": str(adapter_dir),
+            "command": shlex.join(sys.argv),
+            "versions": versions(),
+            "wall_time_s": round(time.monotonic() - started, 3),
+        }
+        samples = [
+            {"prompt": prompt["messages"][-1]["content"], "before": old, "after": new}
+            for prompt, old, new in zip(self.prompts, progress.replies_before or [], replies_after, strict=True)
+        ]
+        for sample in samples:
+            self.metrics.write("sample", **sample)
+            say(f"\nuser:   {printable(sample['prompt'])}")
+            say(f"before: {printable(sample['before'])}\nafter:  {printable(sample['after'])}")
+        if before and after:
+            of_step = "" if adapter_step == progress.step else f", of step {adapter_step}, the best"
+            say(
+                f"\nheld-out loss: {before.loss:.4f} before, {after.loss:.4f} after "
+                f"({after.loss / before.loss - 1:+.1%}){of_step}"
             )
-            bar.update()
-            is_last = progress.step == plan.total_optimizer_steps
-            if progress.step % config.train.logging_steps == 0 or is_last:
-                _log_step(accelerator, metrics, plan, progress.step, result, num_tokens / step_s)
-            if progress.step % eval_every == 0 or is_last:
-                progress.after = measure(progress.step)
-            stopped = signals.any_rank(accelerator)
-            if not is_last and (stopped or progress.step % save_every == 0):
-                save()
-            if stopped and not is_last:
-                raise RunStopped(
-                    f"stopped by {stopped} after step {progress.step} of {plan.total_optimizer_steps}; a checkpoint is "
-                    f"in {folder / 'checkpoints'}; go on with --resume"
-                )
-    bar.close()
-
-    # The plan is the run. This can only fail by a fault in this file, which must not go unseen.
-    if progress.step != plan.total_optimizer_steps or scheduler.last_epoch != plan.total_optimizer_steps:
-        raise TrainingError(
-            f"{plan.total_optimizer_steps} optimizer steps were planned, {progress.step} were taken and the schedule "
-            f"stands at {scheduler.last_epoch}"
+        self.metrics.close()
+        if self.accelerator.is_main_process:
+            write_json(self.folder / "summary.json", summary)
+            try:
+                say(f"report: {write_report(self.folder)}")
+            except ConfigError as error:  # a page that cannot be drawn costs nobody the run
+                say(f"report: not written: {error}")
+        which = f"of step {adapter_step}, the {'best' if config.train.keep_adapter == 'best' else 'last'}"
+        say(
+            f"done: {progress.step} optimizer steps in {progress.train_time_s:.0f} s, "
+            f"{summary['tokens_per_s']:.0f} tokens/s, peak memory "
+            f"{summary['peak_memory_bytes'] / 2**30:.1f} GiB; adapter ({which}) in {adapter_dir}"
         )
-
-    replies_after = reply_to_all(accelerator, model, tokenizer, prompts, config.train.sample_max_new_tokens)
-    adapter_dir = folder / "adapter"
-    save_adapter(accelerator, model, tokenizer, config, adapter_dir)
-    before, after = progress.before, progress.after
-    summary = {
-        "total_optimizer_steps": plan.total_optimizer_steps,
-        "warmup_steps": plan.warmup_steps,
-        "peak_learning_rate": plan.peak_learning_rate,
-        "eval_loss_before": before.loss if before else None,
-        "eval_loss_after": after.loss if after else None,
-        "eval_perplexity_after": after.perplexity if after else None,
-        "eval_token_accuracy_after": after.token_accuracy if after else None,
-        "num_train_conversations": plan.num_rows,
-        "num_dropped_conversations": train_data.counts.dropped,
-        "train_rows": train_data.counts.to_dict(),
-        "eval_rows": eval_data.counts.to_dict() if eval_data else None,
-        "num_supervised_tokens": progress.num_supervised_tokens,
-        "world_size": accelerator.num_processes,
-        "resumed_at_step": checkpoint.step if checkpoint else None,
-        "train_time_s": round(progress.train_time_s, 3),
-        "tokens_per_s": round(progress.num_tokens / progress.train_time_s, 1),
-        "peak_memory_bytes": peak_memory_bytes(accelerator.device),
-        "adapter_dir": str(adapter_dir),
-        "command": shlex.join(sys.argv),
-        "versions": versions(),
-        "wall_time_s": round(time.monotonic() - started, 3),
-    }
-    samples = [
-        {"prompt": prompt["messages"][-1]["content"], "before": old, "after": new}
-        for prompt, old, new in zip(prompts, progress.replies_before or [], replies_after, strict=True)
-    ]
-    for sample in samples:
-        metrics.write("sample", **sample)
-        say(f"\nuser:   {printable(sample['prompt'])}")
-        say(f"before: {printable(sample['before'])}\nafter:  {printable(sample['after'])}")
-    if before and after:
-        say(f"\nheld-out loss: {before.loss:.4f} before, {after.loss:.4f} after ({after.loss / before.loss - 1:+.1%})")
-    metrics.close()
-    if accelerator.is_main_process:
-        write_json(folder / "summary.json", summary)
-        try:
-            say(f"report: {write_report(folder)}")
-        except ConfigError as error:  # a page that cannot be drawn costs nobody the run
-            say(f"report: not written: {error}")
-    say(
-        f"done: {plan.total_optimizer_steps} optimizer steps in {progress.train_time_s:.0f} s, "
-        f"{summary['tokens_per_s']:.0f} tokens/s, peak memory "
-        f"{summary['peak_memory_bytes'] / 2**30:.1f} GiB; adapter in {adapter_dir}"
-    )
-    accelerator.wait_for_everyone()
-    return summary
-
-
-class StopSignals:
-    """While entered, SIGTERM, SIGINT and SIGUSR1 are noted, for the loop to stop after its step; a second acts at once.
-
-    In a thread that is not the main one, signals are left alone: Python handles them in the main one only.
-    """
-
-    def __init__(self) -> None:
-        self._received = 0
-        self._old: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-                if hasattr(signal, name):  # Windows has no SIGUSR1
-                    number = getattr(signal, name)
-                    self._old[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: object) -> None:
-        if self._received:
-            raise KeyboardInterrupt
-        self._received = number
-
-    def any_rank(self, accelerator: Accelerator) -> str | None:
-        """The name of a signal that any rank has received; all ranks get the same answer."""
-        number = self._received
-        if accelerator.num_processes > 1:
-            numbers = accelerator.gather(torch.tensor([number], device=accelerator.device))
-            assert isinstance(numbers, Tensor)
-            number = int(numbers.max())
-        return signal.Signals(number).name if number else None
+        if progress.num_skipped_steps:
+            say(f"warning: {counted(progress.num_skipped_steps, 'step')} not applied: loss or gradient not finite")
+        self.accelerator.wait_for_everyone()
+        return summary
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -405,7 +592,7 @@ def describe_plan(plan: SchedulePlan, config: RunConfig) -> str:
 
 def _log(accelerator: Accelerator, line: str) -> None:
     if accelerator.is_main_process:
-        tqdm.write(line, file=sys.stdout)
+        tqdm.write(showable(line), file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -459,23 +646,28 @@ def save_adapter(
             adapted.save_pretrained(folder, state_dict=adapter_state, save_embedding_layers=False)
             tokenizer.save_pretrained(folder)
             write_text(folder / "README.md", model_card(config))
+            # PEFT wrote the model's name into it.
+            adapter_config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+            write_json(folder / "adapter_config.json", adapter_config)
     accelerator.wait_for_everyone()
 
 
 def model_card(config: RunConfig) -> str:
-    """What someone who finds the adapter needs to know."""
+    """What someone who finds the adapter needs to know. Names are escaped: Markdown may hold HTML."""
     targets = config.lora.target_modules
-    modules = targets if isinstance(targets, str) else ", ".join(targets)
+    modules = html.escape(targets if isinstance(targets, str) else ", ".join(targets))
+    front_matter = {
+        "base_model": config.model.name_or_path,
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "lora_core"],
+    }
     train = config.train
     length = f"{train.max_steps} steps" if train.max_steps else f"{train.num_train_epochs} epochs"
     return f"""---
-base_model: {json.dumps(config.model.name_or_path)}
-library_name: peft
-pipeline_tag: text-generation
-tags: [lora, lora_core]
----
+{yaml.safe_dump(values_without_secrets(front_matter), sort_keys=False, allow_unicode=True)}---
 
-# LoRA adapter for {config.model.name_or_path}
+# LoRA adapter for {html.escape(config.model.name_or_path)}
 
 Rank {config.lora.rank}, alpha {config.lora.alpha}, on {modules}; learning rate {train.learning_rate:g}, {length};
 trained with lora_core {__version__}.

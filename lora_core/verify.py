@@ -12,7 +12,6 @@ base model is in memory once at a time.
 
 from __future__ import annotations
 
-import gc
 import io
 import json
 import os
@@ -39,6 +38,7 @@ from lora_core.data import EncodedFile, load_data, pad_id
 from lora_core.devices import build_accelerator, device_memory
 from lora_core.errors import ConfigError, ContractBroken, DataError, TrainingError, counted
 from lora_core.evaluate import evaluate, load_adapter
+from lora_core.faults import free_memory
 from lora_core.loss import CausalLMLoss
 from lora_core.memory import MicroBatch, predict_memory
 from lora_core.messages import Conversation, Message, parse_json_row
@@ -149,17 +149,17 @@ def verify(config: RunConfig, say: Callable[[str], None] = print) -> Verificatio
         interrupted = run_interrupted(short, Path(name) / "interrupted")
         say("plan: the same run, uninterrupted")
         problem = run_whole(short, Path(name) / "whole")
-        _free_memory()
+        free_memory()
         checks.append(check_plan(short, Path(name) / "whole", problem))
         checks.append(check_resume(Path(name) / "whole", interrupted, problem))
         say("reload: the adapter that it wrote")
         if problem is None:
             checks.append(check_reload(short.config, Path(name) / "whole"))
-            _free_memory()
+            free_memory()
             checks.append(check_merge(short.config, Path(name) / "whole/adapter", train_data, tokenizer))
         else:
             checks += [Check.not_applicable("reload", what, "the short run did not end") for what in ("loss", "logits")]
-    _free_memory()
+    free_memory()
     say("gradient: one step, cut in several ways")
     checks += check_gradients(config, train_data, tokenizer)
     order = ("mask", "gradient", "plan", "resume", "reload")
@@ -512,12 +512,6 @@ def short_rows(lengths: RowIndices, number: int) -> RowIndices:
     number = min(number, len(candidates))
     chosen: RowIndices = candidates[np.linspace(0, len(candidates) - 1, number).round().astype(np.int64)]
     return chosen
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 # ---------------------------------------------------------------------------------------------------------------

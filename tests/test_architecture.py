@@ -13,7 +13,9 @@ from .conftest import ROOT
 
 ORDER = [
     "_version",
+    "safe_text",
     "errors",
+    "limits",
     "config",
     "schedule",
     "messages",
@@ -29,6 +31,7 @@ ORDER = [
     "devices",
     "checkpoint",
     "evaluate",
+    "faults",
     "memory",
     "checks",
     "preflight",
@@ -46,6 +49,7 @@ NEEDS_TORCH = {
     "optimizer",
     "devices",
     "evaluate",
+    "faults",
     "memory",
     "train",
     "verify",

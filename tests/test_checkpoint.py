@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_core.checkpoint import find_checkpoint, save_checkpoint
+from lora_core.checkpoint import CheckpointWriter, find_checkpoint, take_snapshot
 from lora_core.config import load_config
 from lora_core.devices import build_accelerator
 from lora_core.errors import ConfigError
@@ -61,8 +61,9 @@ def losses(folder: Path) -> list[tuple[Any, ...]]:
         ([], (2, 6)),
         (["data.packing=false", "train.optim=adamw_torch"], (4,)),
         (["model.quantization=nf4", "train.eval_steps=1"], (4,)),
+        (["train.keep_adapter=best", "train.eval_steps=1", "train.learning_rate=0.3"], (2, 6)),
     ],
-    ids=["packed-8bit", "padded-torch", "nf4"],
+    ids=["packed-8bit", "padded-torch", "nf4", "best"],
 )
 def test_a_run_resumed_anywhere_ends_as_if_it_had_never_stopped(
     settings: list[str], overrides: list[str], steps: tuple[int, ...]
@@ -71,10 +72,8 @@ def test_a_run_resumed_anywhere_ends_as_if_it_had_never_stopped(
     folder = Path(config.output_dir)
     whole = train(config)
     expected = adapter(folder), losses(folder)
-    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [
-        f"step-{step:06d}"
-        for step in (2, 4, 6, 8)  # of 9 steps, three an epoch
-    ]
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert names >= {f"step-{step:06d}" for step in (2, 4, 6, 8)}  # of 9 steps, three an epoch
     for step in steps:
         shutil.rmtree(folder / "adapter")
         resumed = train(config, folder / f"checkpoints/step-{step:06d}")
@@ -178,16 +177,21 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before_whole(tiny_model_dir: 
     ids = torch.arange(16)[None]
     model(input_ids=ids, loss_mask=ids > 4).loss_sum.backward()
     optimizer.step()
+    writer = CheckpointWriter(accelerator)
 
     def save(step: int) -> None:
         path = tmp_path / f"checkpoints/step-{step:06d}"
-        save_checkpoint(path, accelerator, model, optimizer, scheduler, {"step": step})
+        writer.start(path, take_snapshot(accelerator, model, optimizer, scheduler, {"step": step}), limit=2)
+        writer.wait()
 
     save(1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # no file may grow larger
     try:
-        with pytest.raises(OSError, match="too large"):
+        with pytest.raises(
+            OSError,
+            match=r"step-000002 could not be written: .*too large.* \(it takes 0\.\d MiB and the disk has .* MiB left",
+        ):
             save(2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -1,14 +1,10 @@
 from __future__ import annotations
 
-import contextlib
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from lora_core.config import ALL_SEVEN_PROJECTIONS, RunConfig, config_keys, load_config
 from lora_core.errors import ConfigError
@@ -152,18 +148,3 @@ def test_legacy_training_args_work_as_they_are(tmp_path: Path) -> None:
     file.write_text(LEGACY.replace("lora_rank: 8", "lora_rnk: 8"))
     assert "lora_rnk = 8: unknown key; nearest: lora_rank" in problems(cfg=file, model="Qwen/Qwen2.5-7B-Instruct")
     assert "only for a legacy file" in problems(cfg="qwen7b", model="x/y")
-
-
-json_values: st.SearchStrategy[Any] = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=3,
-)
-
-
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
-@given(st.dictionaries(st.sampled_from([*config_keys(), "train", "x", "model.y"]), json_values, max_size=6))
-def test_any_override_gives_a_config_or_one_clear_error(values: dict[str, Any]) -> None:
-    overrides = [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in values.items()]
-    with contextlib.suppress(ConfigError):  # anything else is a fault
-        assert load_config("qwen0.5b", overrides).train.num_train_epochs >= 1

@@ -208,8 +208,35 @@ def test_what_does_not_fit_gets_the_cheapest_change_that_does(look: Any, find: A
     assert "memory_too_small" not in find(*overrides, found.fix, device=device)
 
 
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_with_auto_batch_size_smaller_micro_batches_are_noted_where_they_fit(
+    look: Any, find: Any, packing: str
+) -> None:
+    overrides = ["data.eval_file=null", "data.eval_fraction=0", f"data.packing={packing}", "train.auto_batch_size=true"]
+    facts = look(*overrides)
+    assert facts.memory is not None
+    one_row = [f"train.max_tokens_per_device_batch={facts.train_data.lengths.max()}"]
+    if packing == "false":
+        one_row = ["train.per_device_train_batch_size=1"]
+    smallest = facts.predict_memory(with_overrides(facts.config, one_row))
+    device = replace(facts.environment.device, limit_bytes=(facts.memory.total_bytes + smallest.total_bytes) // 2)
+    found = find(*overrides, device=device)
+    assert "memory_too_small" not in found
+    assert found["micro_batches_smaller"].severity == "note"
+    assert "a micro-batch holds at most" in found["micro_batches_smaller"].message
+    too_small = replace(device, limit_bytes=smallest.total_bytes // 2)
+    assert "memory_too_small" in find(*overrides, device=too_small)
+
+
 def test_every_finding_that_a_check_may_yield_is_tripped_here() -> None:
-    elsewhere = {"rows_unsupervised", "turn_end_not_eos", "template_adds_system", "bos_doubled", "tokens_cut_at_border"}
+    elsewhere = {
+        "micro_batches_smaller",
+        "rows_unsupervised",
+        "turn_end_not_eos",
+        "template_adds_system",
+        "bos_doubled",
+        "tokens_cut_at_border",
+    }
     assert {name for _, ids in CHECKS for name in ids} == {*TRIPS, *AROUND, *ROWS, *elsewhere}
 
 

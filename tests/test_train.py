@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import filecmp
 import json
+import math
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import peft
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
 
 from lora_core.config import LoraConfig, ModelConfig, load_config
 from lora_core.errors import ConfigError, PreflightError, TrainingError
@@ -19,7 +23,7 @@ from lora_core.loss import CausalLMLoss
 from lora_core.model import add_adapter, check_target_modules, count_parameters, load_base_model
 from lora_core.run_folder import write_json
 from lora_core.schedule import plan_schedule
-from lora_core.train import train
+from lora_core.train import StepResult, train, train_step
 
 from .conftest import ROOT, chat, make_model
 
@@ -178,17 +182,73 @@ def test_a_run_that_would_not_learn_is_refused_before_it_starts_unless_told_to(
     assert "warmup_past_end" in [f["id"] for f in json.loads((folder / "preflight.json").read_text())["findings"]]
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows(tiny_run: Any) -> None:
-    with pytest.raises(
-        TrainingError, match=r"step 1: loss .* gradient norm inf: .*not applied; its rows: .*rows\.jsonl lines \[\d+, "
-    ):
-        tiny_run(
-            "demo",
-            "train.learning_rate=1.0",
-            "train.warmup_ratio=0",
-            "train.max_grad_norm=null",
-            "lora.alpha=1" + 30 * "0",
-        )
+def test_steps_that_are_not_finite_are_left_out_and_stop_the_run_when_they_do_not_end(
+    tiny_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = ("train.learning_rate=1.0", "train.warmup_ratio=0", "train.max_grad_norm=null", "lora.alpha=1" + 30 * "0")
+    with pytest.raises(TrainingError, match=r"2 steps in a row .*were not applied; .*step-000002"):
+        tiny_run("demo", *broken, "train.max_skipped_steps=2")
+    said = capsys.readouterr().out
+    assert re.search(r"step 1: loss .*, gradient norm inf: not finite, .*rows\.jsonl lines \[\d+, ", said)
+    assert [event["step"] for event in events(tmp_path / "run", "skipped")] == [1, 2]
+    saved = load_file(tmp_path / "run/checkpoints/step-000002/adapter.safetensors")
+    assert all(not tensor.any() for name, tensor in saved.items() if "lora_B" in name)  # as the run began
+
+
+def test_a_step_that_is_not_finite_costs_that_step_and_no_other(tiny_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def with_one_bad_step(accelerator: Any, model: Any, *rest: Any) -> StepResult:
+        calls.append(0)
+        parameter = next(p for p in model.parameters() if p.requires_grad)
+        hook = parameter.register_hook(lambda gradient: gradient * (math.inf if len(calls) == 3 else 1.0))
+        result = train_step(accelerator, model, *rest)
+        hook.remove()
+        return result
+
+    monkeypatch.setattr(sys.modules["lora_core.train"], "train_step", with_one_bad_step)
+    summary, folder = tiny_run("demo", "train.num_train_epochs=1")
+    assert (summary["num_skipped_steps"], summary["total_optimizer_steps"]) == (1, 10)
+    assert [event["step"] for event in events(folder, "skipped")] == [3]
+    trained = events(folder, "train")
+    assert [event["step"] for event in trained] == [1, 2, 4, 5, 6, 7, 8, 9, 10]
+    plan = plan_schedule(
+        78, per_device_train_batch_size=2, gradient_accumulation_steps=4, learning_rate=1e-4, warmup_ratio=0.1
+    )
+    assert [event["learning_rate"] for event in trained] == pytest.approx(
+        [rate for step, rate in enumerate(plan.learning_rates(), 1) if step != 3]
+    )
+    assert all(math.isfinite(event["loss"]) for event in trained)
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_the_adapter_is_the_best_or_the_last_and_says_which(
+    tiny_run: Any, keep: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary, folder = tiny_run(
+        "demo",
+        f"train.keep_adapter={keep}",
+        "train.early_stopping_patience=3",
+        "train.eval_steps=2",
+        "train.save_steps=2",
+        "train.save_total_limit=1",
+        "train.learning_rate=0.02",  # held-out loss falls, then rises
+    )
+    losses = {event["step"]: event["loss"] for event in events(folder, "eval") if event["step"] > 0}
+    best, last = min(losses, key=lambda step: losses[step]), max(losses)
+    assert last == best + 6 < 50  # three evaluations, two steps apart
+    assert summary["stopped_early_at_step"] == last
+    assert (summary["best_step"], summary["adapter_step"]) == (best, best if keep == "best" else last)
+    assert summary["eval_loss_after"] == losses[summary["adapter_step"]]
+    assert f"adapter (of step {summary['adapter_step']}, the {keep})" in capsys.readouterr().out
+    kept = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert kept == {f"step-{last - 2:06d}"} | ({f"step-{best:06d}"} if keep == "best" else set())
+    if keep == "best":
+        written = load_file(folder / "adapter/adapter_model.safetensors")
+        saved = load_file(folder / f"checkpoints/step-{best:06d}/adapter.safetensors")
+        assert [tensor.tolist() for _, tensor in sorted(written.items())] == [
+            tensor.tolist() for _, tensor in sorted(saved.items())
+        ]
 
 
 def test_a_module_that_matches_nothing_is_an_error_that_lists_what_there_is() -> None:

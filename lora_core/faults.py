@@ -1,0 +1,110 @@
+"""What can befall a run from outside: signals, memory that runs out, a rank that is lost."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from lora_core.errors import RankFault
+
+_SECONDS_TO_ANSWER = 5.0
+
+
+class StopSignals:
+    """While entered, SIGTERM, SIGINT and SIGUSR1 are noted, for the loop to stop after its step; a second acts at once.
+
+    In a thread that is not the main one, signals are left alone: Python handles them in the main one only.
+    """
+
+    def __init__(self) -> None:
+        self._received = 0
+        self._old: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+                if hasattr(signal, name):  # Windows has no SIGUSR1
+                    number = getattr(signal, name)
+                    self._old[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        if self._received:
+            raise KeyboardInterrupt
+        self._received = number
+
+    def any_rank(self, accelerator: Accelerator) -> str | None:
+        """The name of a signal that any rank has received; all ranks get the same answer."""
+        number = self._received
+        if accelerator.num_processes > 1:
+            numbers = accelerator.gather(torch.tensor([number], device=accelerator.device))
+            assert isinstance(numbers, Tensor)
+            number = int(numbers.max())
+        return signal.Signals(number).name if number else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the machine had no memory left. (A Linux that overcommits may kill the process instead.)"""
+    said = ("can't allocate memory", "not enough memory")  # torch's CPU allocator, on Linux and Windows
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in said)
+
+
+def free_memory() -> None:
+    """Let go of what a failed step held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def naming_lost_ranks(accelerator: Accelerator, timeout_s: int) -> Iterator[None]:
+    """While entered, a failure to reach another rank becomes an error that names it.
+
+    Raises:
+        RankFault: a rank died, or took longer than `timeout_s` to come to the same point.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if accelerator.num_processes == 1 or not _is_connection_failure(error):
+            raise
+        lost = _silent_ranks(accelerator)
+        who = f"rank{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))}" if lost else "a rank"
+        raise RankFault(
+            f"{who} of {accelerator.num_processes} died or did not answer within {timeout_s} s "
+            f"(train.rank_timeout_s), so rank {accelerator.process_index} stops; what it was doing: "
+            f"{str(error).splitlines()[0]}. Fix: look at the lost rank's output above, then --resume"
+        ) from error
+
+
+def _is_connection_failure(error: RuntimeError) -> bool:
+    said = str(error)
+    return isinstance(error, torch.distributed.DistError) or "gloo" in said or "Connection" in said
+
+
+def _silent_ranks(accelerator: Accelerator) -> list[int]:
+    """Ranks that do not say within some seconds that they are there: they are dead, or hang where no error reaches."""
+    store = torch.distributed.distributed_c10d._get_default_store()
+    waiting = set(range(accelerator.num_processes)) - {accelerator.process_index}
+    deadline = time.monotonic() + _SECONDS_TO_ANSWER
+    try:
+        store.set(f"lora_core/alive/{accelerator.process_index}", "")
+        while waiting and time.monotonic() < deadline:
+            waiting -= {rank for rank in waiting if store.check([f"lora_core/alive/{rank}"])}
+            time.sleep(0.05)
+    except RuntimeError:  # the store went with the process that held it: rank 0, unless torchrun holds it
+        return []
+    return sorted(waiting)
