@@ -30,7 +30,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import date
 from itertools import pairwise
 from multiprocessing.process import BaseProcess
@@ -42,6 +42,7 @@ import psutil
 from lora_core.checkpoint import find_checkpoint
 from lora_core.errors import ConfigError
 from lora_core.run_folder import write_json
+from lora_core.train import versions
 from tests.tiny import ROOT, chat, make_tokenizer, save_tiny_model, write_jsonl
 
 NUM_STEPS = 9
@@ -277,9 +278,9 @@ def hit(folder: Path) -> str:
     if any(folder.glob("checkpoints/.step-*")):
         return "a save"
     if any(folder.glob(".*")):
-        return "another file's writing"
+        return "the writing of another file"
     steps = logged_steps(folder)
-    return "before the first step" if steps == 0 else "after the last step" if steps == NUM_STEPS else "between"
+    return "before the first step" if steps == 0 else "after the last" if steps == NUM_STEPS else "between saves"
 
 
 def newest_whole(folder: Path) -> int | None:
@@ -329,6 +330,15 @@ class Case:
     damaged_taken: list[str]
     problem: str | None
     """What missed the bar."""
+    ended_after_s: float | None = None
+    """How long torchrun and the other rank went on."""
+
+    def __str__(self) -> str:
+        went_on = "anew" if self.resumed_from is None else f"from step {self.resumed_from}"
+        taken = f"; damaged taken for whole: {', '.join(self.damaged_taken)}" if self.damaged_taken else ""
+        missed = f"; {self.problem}" if self.problem else ""
+        became = f"exit code {self.exit_code}; went on {went_on}"
+        return f"{self.run}: {self.disturbed}: hit {self.hit}; {became}{taken}{missed}"
 
 
 def examine(run: Run, started: Started, disturbed: str, exit_code: int | str, problem: str | None) -> Case:
@@ -382,8 +392,10 @@ def rank_cases(run: Run, count: int, draw: random.Random, work: Path) -> list[Ca
                 sorted(ranks, key=lambda child: child.pid)[rank].kill()
                 killed_at = time.monotonic()
                 exit_code = started.end()
-                disturbed = f"rank {rank}, {instant}; torchrun ended {time.monotonic() - killed_at:.1f} s later"
-                cases.append(examine(run, started, disturbed, exit_code, still_there(started, exit_code)))
+                ended_after_s = time.monotonic() - killed_at
+                problem = still_there(started, exit_code)
+                case = examine(run, started, f"rank {rank}, {instant}", exit_code, problem)
+                cases.append(replace(case, ended_after_s=ended_after_s))
         started.end()
         shutil.rmtree(folder, ignore_errors=True)
     return cases
@@ -392,7 +404,7 @@ def rank_cases(run: Run, count: int, draw: random.Random, work: Path) -> list[Ca
 def still_there(started: Started, exit_code: int | str) -> str | None:
     if isinstance(exit_code, str):
         return exit_code
-    orphans = session_of(started.process)
+    _, orphans = psutil.wait_procs(session_of(started.process), timeout=10)
     for process in orphans:
         process.kill()
     return f"orphans: {[process.pid for process in orphans]}" if orphans else None
@@ -527,6 +539,10 @@ class Damage:
     length: int
     problem: str | None = None
 
+    def __str__(self) -> str:
+        missed = f"; {self.problem}" if self.problem else ""
+        return f"{self.file}: {self.length} bytes from {self.first} on {self.way}{missed}"
+
 
 def damage_cases(run: Run, count: int, draw: random.Random, work: Path) -> list[Damage]:
     """A checkpoint's files, damaged one at a time; the checkpoint before it is whole."""
@@ -608,14 +624,14 @@ def summary_of(cases: Sequence[Case]) -> str:
     anew = sum(case.resumed_from is None for case in cases)
     parts = [f"{same} of {len(cases)} bit-identical", f"{taken} damaged taken for whole"]
     if anew:
-        parts.append(f"{anew} had no checkpoint yet and were started anew")
+        parts.append(f"killed before the first checkpoint and started anew: {anew}")
     return ", ".join(parts)
 
 
 def hits_of(cases: Sequence[Case]) -> str:
     counts = Counter(case.hit for case in cases)
     left = sum(bool(case.left_in_the_end) for case in cases)
-    hits = ", ".join(f"{number} {name}" for name, number in counts.most_common())
+    hits = ", ".join(f"{name} {number}" for name, number in counts.most_common())
     return f"hit: {hits}; temporary files left in the end: {left}"
 
 
@@ -677,8 +693,10 @@ def torture(work: Path, quick: bool, seed: int) -> list[Row]:
     say(f"one rank of two killed, {some} times")
     [(name, settings)] = TWO_RANKS.items()
     ranks = rank_cases(undisturbed(work, inputs, name, settings, ranks=2), some, draw, work)
-    bar = f"{some} bit-identical, no orphan"
-    rows.append(Row(f"SIGKILL to one rank of two, {some}", bar, f"{summary_of(ranks)}; {hits_of(ranks)}", ranks))
+    bar = f"{some} bit-identical, the others end, no orphan"
+    slowest = max(case.ended_after_s or 0 for case in ranks)
+    measured = f"{summary_of(ranks)}, all ended within {slowest:.1f} s; {hits_of(ranks)}"
+    rows.append(Row(f"SIGKILL to one rank of two, {some}", bar, measured, ranks))
     return rows
 
 
@@ -705,7 +723,8 @@ def main() -> None:
         "seed": arguments.seed,
         "cores": len(os.sched_getaffinity(0)),
         "wall_time_s": round(wall_time_s, 1),
-        "rows": [{**asdict(row), "held": not row.missed} for row in rows],
+        "versions": versions(),
+        "rows": [{**vars(row), "cases": [str(case) for case in row.cases], "held": not row.missed} for row in rows],
     }
     write_json(ROOT / "benchmarks/torture.json", result)
     sys.exit(1 if missed else 0)
