@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from lora_core.config import RunConfig
 from lora_core.data import EncodedFile
 from lora_core.errors import ConfigError
-from lora_core.run_folder import whole_folder, write_json
+from lora_core.run_folder import json_text, remove_leftovers, whole_folder, write_json
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
@@ -174,11 +174,18 @@ def keep_newest(folder: Path, limit: int, best: str | None = None) -> None:
 def find_checkpoint(run_folder: Path, asked: Path | None, say: Callable[[str], None], may_rename: bool) -> Checkpoint:
     """The newest whole checkpoint of a run, or the one asked for.
 
-    A damaged one is named and set aside (`damaged-step-000050`), and the one before it is taken.
+    A damaged one is named and set aside (`damaged-step-000050`), and the one before it is taken. What saves that were
+    cut off have left is removed.
+
+    Args:
+        may_rename: change the folder; one process of a run does, and while none writes.
 
     Raises:
         ConfigError: there is none, or the one asked for is damaged.
     """
+    if may_rename:
+        remove_leftovers(run_folder)
+        remove_leftovers(run_folder / "checkpoints")
     if asked is not None:
         problem = _damage(asked)
         if problem is not None:
@@ -190,7 +197,9 @@ def find_checkpoint(run_folder: Path, asked: Path | None, say: Callable[[str], N
             return _read(path)
         say(f"checkpoint {path} is damaged ({problem}); set aside, the one before it is taken")
         if may_rename:
-            path.rename(path.with_name(f"damaged-{path.name}"))
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)  # the same step may have been damaged, and written anew, before
+            path.rename(aside)
     raise ConfigError(
         f"--resume: {run_folder} holds no whole checkpoint; fix: start without --resume, and set train.save_steps"
     )
@@ -319,7 +328,10 @@ def _identity(file: Path) -> dict[str, Any]:
 def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint; None if it is whole."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        text = (path / "manifest.json").read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        if text != json_text(manifest):  # nothing vouches for the manifest itself: not even a space may differ
+            return "its manifest.json is not as it was written"
         wrong = [
             name
             for name, identity in manifest.items()
@@ -328,8 +340,8 @@ def _damage(path: Path) -> str | None:
     except (OSError, ValueError, AttributeError) as error:
         return f"its manifest.json cannot be read: {error}"
     if not {"adapter.safetensors", "optimizer.safetensors", "state.json"} <= manifest.keys():
-        return "its manifest names too few files"
-    return f"{', '.join(wrong)} differs from its manifest" if wrong else None
+        return "its manifest.json names too few files"
+    return f"{', '.join(wrong)} differs from its manifest.json" if wrong else None
 
 
 def _read(path: Path) -> Checkpoint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -59,7 +60,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(values_without_secrets(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """As `write_json` writes it."""
+    return json.dumps(values_without_secrets(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 @contextmanager
@@ -81,6 +87,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)  # there is none most of the time
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone already if all went well
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files and folders of writes that were cut off, such as by SIGKILL."""
+    for path in folder.glob(".*"):
+        if re.fullmatch(r"\..+\.[0-9a-f]{32}", path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _fsync(path: Path) -> None:

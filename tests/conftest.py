@@ -1,45 +1,24 @@
-"""Small real things to test with: a byte-level BPE tokenizer trained here, a random Qwen2, the demo's model."""
+"""What the tests share: quiet libraries, the tiny model and the demo's, rows in a file."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast
 
 from lora_core.cli import quiet_libraries
 from lora_core.devices import reuse_freed_memory
 
-ROOT = Path(__file__).resolve().parent.parent
-DEMO_MODEL = Path("~/.cache/lora_core/models/SmolLM2-135M-Instruct").expanduser()
+from .tiny import CHATML, ROOT, chat, make_model, make_tokenizer, save_tiny_model, write_jsonl
 
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+__all__ = ["CHATML", "DEMO_MODEL", "ROOT", "chat", "make_model", "make_tokenizer"]
+
+DEMO_MODEL = Path("~/.cache/lora_core/models/SmolLM2-135M-Instruct").expanduser()
 
 quiet_libraries()
 reuse_freed_memory()
-
-
-def make_tokenizer(chat_template: str = CHATML, pad_token: str = "<|im_end|>") -> PreTrainedTokenizerFast:
-    """Pad is EOS unless asked otherwise, as in SmolLM2: the case that unlearns EOS when done wrong."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    backend.train_from_iterator((ROOT / "examples/train.jsonl").read_text(encoding="utf-8").splitlines(), trainer)
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "<turn>", "<end_of_turn>"]
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token=pad_token)
-    tokenizer.chat_template = chat_template
-    return tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -47,27 +26,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()
 
 
-def make_model(vocab_size: int, seed: int = 0) -> Qwen2ForCausalLM:
-    torch.manual_seed(seed)
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=vocab_size,
-            hidden_size=64,  # NF4 packs blocks of 64
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=2048,
-            tie_word_embeddings=True,
-        )
-    )
-
-
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     folder = tmp_path_factory.mktemp("tiny-qwen2")
-    make_model(len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tiny_model(folder, tokenizer)
     return folder
 
 
@@ -80,14 +42,6 @@ def demo_model_dir() -> Path:
 @pytest.fixture
 def write_rows(tmp_path: Path) -> Any:
     def write(rows: list[Any], name: str = "rows.jsonl") -> Path:
-        path = tmp_path / name
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        return path
+        return write_jsonl(tmp_path / name, rows)
 
     return write
-
-
-def chat(*contents: str) -> dict[str, Any]:
-    """A row of alternating user and assistant turns."""
-    roles = ("user", "assistant")
-    return {"messages": [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]}

@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 
 from lora_core.errors import ConfigError
-from lora_core.run_folder import MetricsFile, check_run_folder, clear_run_folder, whole_folder, write_json
+from lora_core.run_folder import (
+    MetricsFile,
+    check_run_folder,
+    clear_run_folder,
+    remove_leftovers,
+    whole_folder,
+    write_json,
+)
 
 
 def test_an_earlier_run_is_replaced_only_when_asked(tmp_path: Path) -> None:
@@ -58,3 +65,14 @@ def test_numbers_that_json_does_not_have_are_never_written(tmp_path: Path) -> No
         write_json(tmp_path / "summary.json", {"loss": float("inf")})
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
     metrics.close()
+
+
+def test_what_cut_off_writes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    unique = "0123456789abcdef" * 2
+    (tmp_path / f".step-000001.{unique}").mkdir()
+    (tmp_path / f".step-000001.{unique}/adapter.safetensors").write_text("half")
+    (tmp_path / f".config.yaml.{unique}").write_text("half")
+    for kept in (".gitignore", f"step-000001.{unique}", ".step-000002"):
+        (tmp_path / kept).write_text("x")
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".gitignore", ".step-000002", f"step-000001.{unique}"]
