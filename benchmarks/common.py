@@ -19,7 +19,6 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
-from torch import nn  # noqa: E402
 
 from lora_core.attention import use_segment_attention  # noqa: E402
 from lora_core.config import RunConfig, load_config  # noqa: E402
@@ -42,7 +41,8 @@ class Training:
     config: RunConfig
     plan: SchedulePlan
     accelerator: Accelerator
-    model: nn.Module
+    model: Any
+    """`CausalLMLoss`, prepared."""
     optimizer: Any
     scheduler: Any
 
@@ -78,11 +78,11 @@ def cpu_accelerator(config: RunConfig) -> Accelerator:
     return build_accelerator(config)
 
 
-def random_llama(num_layers: int, **shape: int) -> Any:
+def random_llama(num_layers: int, **shape: Any) -> Any:
     """A frozen Llama, random bfloat16 weights, attending over packed segments; of the demo's shape unless said."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    demo = {
+    demo: dict[str, Any] = {
         "vocab_size": 49_152,
         "hidden_size": 576,
         "intermediate_size": 1536,

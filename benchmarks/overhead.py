@@ -127,7 +127,7 @@ class BareLoop:
         return loss
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def clip(self) -> None:
         nn.utils.clip_grad_norm_(self.parameters, 1.0)

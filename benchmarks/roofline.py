@@ -25,7 +25,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -178,25 +178,25 @@ class NamedBitMask:
 
 def name_parts(training: Training) -> None:
     """Mark the parts of the model and of the step for the profiler."""
-    use_lean_lora(training.model.model, NamedBitMask)  # type: ignore[arg-type]
-    module: Any
+    use_lean_lora(training.model.model, NamedBitMask)
     for module in training.model.modules():
         if isinstance(module, modeling_llama.LlamaRMSNorm):
-            module.forward = named(NORMS, module.forward)
+            name_method(module, "forward", NORMS)
         elif isinstance(module, LoraLayer):
-            module.forward = named(LINEAR, module.forward)
+            name_method(module, "forward", LINEAR)
         elif isinstance(module, modeling_llama.LlamaMLP):
-            module.forward = named(ACTIVATION, module.forward)  # the linear layers in it have their own name
-    rotary: Any = modeling_llama
-    rotary.apply_rotary_pos_emb = named(ROTARY, rotary.apply_rotary_pos_emb)
-    inner: Any = attention
-    inner._attend = named(ATTENTION, inner._attend)
-    head: Any = loss
-    head._HeadLoss.forward = staticmethod(named(CROSS_ENTROPY, head._HeadLoss.forward))
-    head._HeadLoss.backward = staticmethod(named(CROSS_ENTROPY, head._HeadLoss.backward))
-    accelerator, optimizer = training.accelerator, training.optimizer
-    accelerator.clip_grad_norm_ = named(OPTIMIZER, accelerator.clip_grad_norm_)
-    optimizer.step, optimizer.zero_grad = named(OPTIMIZER, optimizer.step), named(OPTIMIZER, optimizer.zero_grad)
+            name_method(module, "forward", ACTIVATION)  # the linear layers in it have their own name
+    name_method(modeling_llama, "apply_rotary_pos_emb", ROTARY)
+    name_method(attention, "_attend", ATTENTION)
+    name_method(training.accelerator, "clip_grad_norm_", OPTIMIZER)
+    name_method(training.optimizer, "step", OPTIMIZER)
+    name_method(training.optimizer, "zero_grad", OPTIMIZER)
+    head: Any = loss._HeadLoss
+    head.forward = staticmethod(named(CROSS_ENTROPY, head.forward))
+
+
+def name_method(owner: Any, method: str, part: str) -> None:
+    setattr(owner, method, named(part, getattr(owner, method)))
 
 
 def profile_step(training: Training, batches: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -207,7 +207,7 @@ def profile_step(training: Training, batches: Sequence[dict[str, Any]]) -> dict[
         whole = time.perf_counter() - started
     events = sorted(profiled.events() or [], key=lambda event: event.time_range.start)
     parts = part_of_each(events)
-    seconds: Counter[str] = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
     for event, part in zip(events, parts, strict=True):
         if event.name.startswith(("aten::", "mkldnn", "torch::")):
             seconds["matrix products" if event.name in PRODUCTS else part] += event.self_cpu_time_total / 1e6
@@ -262,7 +262,7 @@ def measure(
         started = now()
         training.step(batches)
         step_s.append(now() - started)
-        of_step: Counter[str] = Counter()
+        of_step: defaultdict[str, float] = defaultdict(float)
         for batch in batches:
             for part, products in required_products(training.model.model, batch).items():
                 run_products(products)

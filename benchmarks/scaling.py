@@ -27,7 +27,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -139,17 +140,15 @@ def step_memory(case: Case) -> int:
     return resident("VmHWM") - before
 
 
-def rank_time(case: Case) -> dict[str, float]:
+def rank_time(case: Case) -> float:
     """Wall seconds of a step that all ranks of this launch share."""
-    import time
-
     training = training_of(case)
     accelerator = training.accelerator
     batches = batches_of(case, accelerator.process_index, accelerator.num_processes)
     training.step(batches)
     started = time.perf_counter()
     training.step(batches)
-    return {"seconds": time.perf_counter() - started, "ranks": accelerator.num_processes}
+    return time.perf_counter() - started
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -235,7 +234,7 @@ def in_a_process(what: str, argument: Any, launcher: Sequence[str] = (sys.execut
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-MEASUREMENTS = {
+MEASUREMENTS: dict[str, Callable[[Any], Any]] = {
     "times": lambda cases: step_times([Case(**case) for case in cases]),
     "memory": lambda case: step_memory(Case(**case)),
     "ranks": lambda case: rank_time(Case(**case)),
@@ -273,8 +272,8 @@ def measure_ranks() -> dict[str, list[float]]:
     two = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     seconds: dict[str, list[float]] = {"one": [], "two": []}
     for _ in range(ALTERNATIONS):
-        seconds["one"].append(in_a_process("ranks", case)["seconds"])
-        seconds["two"].append(in_a_process("ranks", case, two)["seconds"])
+        seconds["one"].append(in_a_process("ranks", case))
+        seconds["two"].append(in_a_process("ranks", case, two))
     return seconds
 
 
