@@ -1,0 +1,313 @@
+"""How much of an optimizer step is matrix products that the maths requires, and where the rest goes.
+
+    python benchmarks/roofline.py [--rows FILE.jsonl] [--alternations 5]
+
+The demo's model, LoRA as `configs/base.yaml` has it (rank 16, all seven projections), bfloat16, 8 conversations a step,
+packed as the loop packs them. In one process, in turn: an optimizer step, and then the products that this step needs,
+alone, at its own shapes and with the model's own weights:
+
+    base layers    forward, and the gradient to the input (not of q, k, v of the first layer: nothing trains below)
+    LoRA           A and B forward, the gradients to both, and through both to the input
+    attention      scores and values of every segment, forward, and their four gradients; whole squares, as the loop
+                   computes them, of which causal attention uses half
+    head           logits of supervised positions, and the gradient to their hidden states
+
+Every product runs once before it is timed, so that no time is spent on compiling kernels; the step has no such help,
+because its shapes are new with every batch. On one core, the times are the process's own CPU time. Then as many steps
+are profiled, and every operation counted under the part of the model that it belongs to, in the backward under the
+part whose gradient it computes.
+
+Prints tables, writes roofline.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import DEMO_MODEL, HERE, ROOT, Training, base_config, cpu_accelerator, now, ratios, set_up, spread, write
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile, record_function
+from transformers.models.llama import modeling_llama
+
+from lora_core import attention, loss
+from lora_core.attention import causal_lm_of
+from lora_core.cli import quiet_libraries
+from lora_core.data import EncodedFile, load_data, pad_id
+from lora_core.lora_linear import BitMask, use_lean_lora
+from lora_core.model import load_base_model, load_tokenizer
+from lora_core.packing import step_rows, train_batching
+
+BAR = 0.75
+WARM_UP_STEPS = 3
+Product = Callable[[], Tensor]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The products that one micro-batch needs
+
+
+def required_products(model: nn.Module, batch: dict[str, Any]) -> dict[str, list[Product]]:
+    """Part of the model -> its products, ready to run."""
+    config = causal_lm_of(model).config
+    num_tokens = batch["input_ids"].shape[1]
+    num_supervised = int(batch["loss_mask"].sum())
+    layers = list(lora_layers(model))
+    head = causal_lm_of(model).get_output_embeddings().weight
+    return {
+        "base layers": [product for _, layer, to_input in layers for product in of_base(layer, num_tokens, to_input)],
+        "LoRA": [product for _, layer, to_input in layers for product in of_adapter(layer, num_tokens, to_input)],
+        "attention": [
+            product
+            for _ in range(config.num_hidden_layers)
+            for length in batch["segment_lengths"]
+            for product in of_attention(config.num_attention_heads, config.num_key_value_heads, config.head_dim, length)
+        ],
+        "head": [*of_linear(head, num_supervised, to_input=True)],
+    }
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any, bool]]:
+    """(name, layer, its input has a gradient): nothing trains before q, k and v of the first layer."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            first = ".layers.0.self_attn." in name and not name.endswith("o_proj")
+            yield name, module, not first
+
+
+def of_base(layer: Any, num_tokens: int, to_input: bool) -> Iterator[Product]:
+    return of_linear(layer.get_base_layer().weight, num_tokens, to_input)
+
+
+def of_linear(weight: Tensor, num_tokens: int, to_input: bool) -> Iterator[Product]:
+    """weight: (out, in)."""
+    out_features, in_features = weight.shape
+    yield partial(torch.mm, values(num_tokens, in_features), weight.t())
+    if to_input:
+        yield partial(torch.mm, values(num_tokens, out_features), weight)
+
+
+def of_adapter(layer: Any, num_tokens: int, to_input: bool) -> Iterator[Product]:
+    a = layer.lora_A["default"].weight.detach().bfloat16()  # (r, in)
+    b = layer.lora_B["default"].weight.detach().bfloat16()  # (out, r)
+    x, inner, y = (values(num_tokens, size) for size in (a.shape[1], a.shape[0], b.shape[0]))
+    yield partial(torch.mm, x, a.t())
+    yield partial(torch.mm, inner, b.t())
+    yield partial(torch.mm, y, b)  # to inner
+    yield partial(torch.mm, inner.t(), x)  # to A
+    yield partial(torch.mm, y.t(), inner)  # to B
+    if to_input:
+        yield partial(torch.mm, inner, a)
+
+
+def of_attention(heads: int, key_heads: int, dim: int, length: int) -> Iterator[Product]:
+    """One segment. The query heads that share a key head are rows of one product."""
+    rows = heads // key_heads * length
+    query, scores = values(key_heads, rows, dim), values(key_heads, rows, length)
+    key = values(key_heads, length, dim)
+    yield partial(torch.bmm, query, key.transpose(1, 2))  # scores
+    yield partial(torch.bmm, scores, key)  # output
+    yield partial(torch.bmm, query, key.transpose(1, 2))  # to weights
+    yield partial(torch.bmm, scores.transpose(1, 2), query)  # to values
+    yield partial(torch.bmm, scores, key)  # to queries
+    yield partial(torch.bmm, scores.transpose(1, 2), query)  # to keys
+
+
+_values: dict[tuple[int, ...], Tensor] = {}
+
+
+def values(*shape: int) -> Tensor:
+    """Random values; one tensor a shape, so that all layers share it."""
+    if shape not in _values:
+        _values[shape] = torch.randn(shape, dtype=torch.bfloat16)
+    return _values[shape]
+
+
+@torch.no_grad()
+def run_products(products: Sequence[Product]) -> float:
+    """Seconds of all products, one after another."""
+    started = now()
+    for product in products:
+        product()
+    return now() - started
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Where the step goes
+
+# Names of operations that are products, wherever they run.
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mkldnn_linear", "aten::linear"}
+PARTS = (
+    "norms",
+    "rotary positions",
+    "attention: softmax, mask, copies",
+    "activation of the MLP",
+    "LoRA: dropout masks",
+    "LoRA and base layers: casts and copies",
+    "cross-entropy",
+    "residual sums, sums of gradients, embedding",
+    "clipping and optimizer",
+)
+NORMS, ROTARY, ATTENTION, ACTIVATION, DROPOUT, LINEAR, CROSS_ENTROPY, OTHER, OPTIMIZER = PARTS
+
+
+def named(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with everything in it counted under a part."""
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with record_function(part):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+class NamedBitMask:
+    """`BitMask`, counted under its part."""
+
+    draw = staticmethod(named(DROPOUT, BitMask.draw))
+    apply = staticmethod(named(DROPOUT, BitMask.apply))
+
+
+def name_parts(training: Training) -> None:
+    """Mark the parts of the model and of the step for the profiler."""
+    use_lean_lora(training.model.model, NamedBitMask)
+    for module in training.model.modules():
+        if isinstance(module, modeling_llama.LlamaRMSNorm):
+            name_method(module, "forward", NORMS)
+        elif isinstance(module, LoraLayer):
+            name_method(module, "forward", LINEAR)
+        elif isinstance(module, modeling_llama.LlamaMLP):
+            name_method(module, "forward", ACTIVATION)  # the linear layers in it have their own name
+    name_method(modeling_llama, "apply_rotary_pos_emb", ROTARY)
+    name_method(attention, "_attend", ATTENTION)
+    name_method(training.accelerator, "clip_grad_norm_", OPTIMIZER)
+    name_method(training.optimizer, "step", OPTIMIZER)
+    name_method(training.optimizer, "zero_grad", OPTIMIZER)
+    head: Any = loss._HeadLoss
+    head.forward = staticmethod(named(CROSS_ENTROPY, head.forward))
+
+
+def name_method(owner: Any, method: str, part: str) -> None:
+    setattr(owner, method, named(part, getattr(owner, method)))
+
+
+def profile_step(training: Training, batches: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Name -> wall seconds of one step (the profiler knows no other). What is in no operation is Python's."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        started = time.perf_counter()
+        training.step(batches)
+        whole = time.perf_counter() - started
+    events = sorted(profiled.events() or [], key=lambda event: event.time_range.start)
+    parts = part_of_each(events)
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for event, part in zip(events, parts, strict=True):
+        if event.name.startswith(("aten::", "mkldnn", "torch::")):
+            seconds["matrix products" if event.name in PRODUCTS else part] += event.self_cpu_time_total / 1e6
+        elif part in (DROPOUT, OPTIMIZER) and event.name in PARTS:
+            seconds[part] += event.self_cpu_time_total / 1e6  # numpy, bitsandbytes
+    seconds["Python, autograd and dispatch between operations"] = whole - sum(seconds.values())
+    return dict(seconds)
+
+
+def part_of_each(events: Sequence[Any]) -> list[str]:
+    """The part of each operation: the innermost marked one around it, or around what it is the gradient of.
+
+    Autograd numbers its nodes: an operation of the forward and its gradient have the same number.
+    """
+    part_of_node: dict[int, str] = {}
+    parts = []
+    for event in events:
+        part, node = None, None
+        around = event
+        while around is not None and part is None:
+            if around.name in PARTS:
+                part = around.name
+            elif around.name.startswith("autograd::engine::evaluate_function"):
+                node = around.sequence_nr
+                part = part_of_node.get(node, OTHER)
+            around = around.cpu_parent
+        part = part or OTHER
+        if node is None and event.sequence_nr >= 0:
+            part_of_node[event.sequence_nr] = part
+        parts.append(part)
+    return parts
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def measure(
+    training: Training, data: EncodedFile, pad_token_id: int, alternations: int
+) -> tuple[list[float], list[dict[str, float]], list[dict[str, float]]]:
+    """(seconds of each step, of its products by part, of the parts of as many profiled steps)."""
+    batching = train_batching(training.config, pad_token_id)
+
+    def batches_of(step: int) -> list[dict[str, Any]]:
+        rows = step_rows(len(data.lengths), training.plan.rows_per_optimizer_step, training.config.train.seed, step)
+        return [batching.tensors(data.dataset, cut) for cut in batching.cut(rows, data.lengths)]
+
+    for step in range(WARM_UP_STEPS):
+        training.step(batches_of(step))
+    step_s, product_s = [], []
+    for step in range(WARM_UP_STEPS, WARM_UP_STEPS + alternations):
+        batches = batches_of(step)
+        started = now()
+        training.step(batches)
+        step_s.append(now() - started)
+        of_step: defaultdict[str, float] = defaultdict(float)
+        for batch in batches:
+            for part, products in required_products(training.model.model, batch).items():
+                run_products(products)
+                of_step[part] += run_products(products)
+        _values.clear()
+        product_s.append(dict(of_step))
+        tokens = sum(batch["input_ids"].shape[1] for batch in batches)
+        share = sum(of_step.values()) / step_s[-1]
+        print(f"step {step}: {tokens} tokens in {step_s[-1]:.1f} s, products {share:.3f} of it", flush=True)
+    name_parts(training)
+    first = WARM_UP_STEPS + alternations
+    return step_s, product_s, [profile_step(training, batches_of(step)) for step in range(first, first + alternations)]
+
+
+def tables(step_s: Sequence[float], product_s: Sequence[dict[str, float]], profiles: Sequence[dict[str, float]]) -> str:
+    whole = ratios([sum(of_step.values()) for of_step in product_s], step_s)
+    verdict = "met" if statistics.median(whole) >= BAR else "NOT met"
+    lines = ["| required products alone / step | |", "|---|---|"]
+    for part in product_s[0]:
+        lines.append(f"| {part} | {spread(ratios([of_step[part] for of_step in product_s], step_s), '.3f')} |")
+    lines.append(f"| **all** (bar {BAR}: {verdict}) | **{spread(whole, '.3f')}** |")
+    lines += ["", "| where a step goes (profiled) | share |", "|---|---|"]
+    shares = {name: [parts[name] / sum(parts.values()) for parts in profiles] for name in profiles[0]}
+    by_size = sorted(shares.items(), key=lambda item: -statistics.median(item[1]))
+    return "\n".join([*lines, *(f"| {name} | {spread(each, '.1%')} |" for name, each in by_size)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, default=ROOT / "examples" / "train.jsonl", help="rows in any shape")
+    parser.add_argument("--alternations", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=HERE / "roofline.json")
+    options = parser.parse_args()
+    quiet_libraries()
+    config = base_config(f"model.name_or_path={DEMO_MODEL}", f"data.train_file={options.rows}")
+    accelerator = cpu_accelerator(config)
+    tokenizer = load_tokenizer(config.model)
+    data, _ = load_data(config, tokenizer)
+    base = load_base_model(config.model, accelerator.device, packing=True)
+    training = set_up(config, accelerator, base, len(data.lengths))
+    step_s, product_s, profiles = measure(training, data, pad_id(tokenizer), options.alternations)
+    table = tables(step_s, product_s, profiles)
+    results = {"rows": str(options.rows), "bar": BAR, "step_s": step_s, "product_s": product_s, "profile_s": profiles}
+    write(options.output, table, **results)
+
+
+if __name__ == "__main__":
+    main()
