@@ -326,7 +326,9 @@ def main() -> None:
     quiet_libraries()
     if options.measure:
         what, argument = options.measure
-        print(json.dumps(MEASUREMENTS[what](json.loads(argument))), flush=True)
+        result = MEASUREMENTS[what](json.loads(argument))
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(result), flush=True)
         return
     sweeps = {name: measure_sweep(name) for name in SWEEPS}
     ranks = measure_ranks() if options.two_ranks else None
