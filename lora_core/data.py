@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from lora_core import chat, messages
 from lora_core.chat import ChatEncoder, EncodedChat
 from lora_core.config import RunConfig
 from lora_core.errors import ConfigError, DataError, RowError, counted, problem_list
+from lora_core.limits import allowed_cores
 from lora_core.messages import Conversation, parse_json_row
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def encode_file(
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}", "data_file_missing") from error
     if num_proc is None:
-        num_proc = min(os.cpu_count() or 1, max(1, len(starts) // _ROWS_WORTH_A_PROCESS))
+        num_proc = min(allowed_cores(), max(1, len(starts) // _ROWS_WORTH_A_PROCESS))
     encoder = ChatEncoder(tokenizer)
     fingerprint = _fingerprint(path, tokenizer, max_seq_length)
     encoded = _encode_lines(

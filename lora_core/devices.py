@@ -23,6 +23,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from lora_core.config import RunConfig
 from lora_core.errors import ConfigError
+from lora_core.limits import allowed_cores
 from lora_core.run_folder import check_run_folder
 
 
@@ -74,7 +75,7 @@ def use_all_cores() -> None:
     """
     import psutil  # comes with Accelerate
 
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed = allowed_cores()
     cores = min(allowed, psutil.cpu_count(logical=False) or allowed)  # two threads of one core share its arithmetic
     torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 

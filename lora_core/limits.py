@@ -13,6 +13,7 @@ their main thread.)
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import sys
@@ -21,6 +22,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def allowed_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class OutOfTime(BaseException):

@@ -92,7 +92,8 @@ class Batching:
 
     def tensors(self, dataset: Any, cut: MicroBatchRows) -> dict[str, Any]:
         """One micro-batch, as `CausalLMLoss` takes it."""
-        rows = [dataset[int(row)] for row in cut.rows]
+        columns = dataset[cut.rows.tolist()]  # in one read: a read a row takes twice the time
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         if self.max_tokens is None:
             return collate(rows, self.pad_token_id, cut.is_filler)
         return collate_packed(rows, cut.is_filler)
