@@ -12,6 +12,7 @@ their sum. Registered with transformers under `SEGMENT_ATTENTION`; the model pas
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -153,6 +154,11 @@ def check_packing(model: nn.Module) -> None:
     packed = hidden(torch.cat(segments, 1), torch.cat(positions, 1), (7, 5))
     model.train(was_training)
     difference = ((packed - alone).norm() / alone.norm()).item()
+    if not math.isfinite(difference):
+        raise ConfigError(
+            f"{type(causal_lm).__name__} gives values that are not finite; fix: another model or model.dtype, its weights "
+            "are broken or do not suit the precision"
+        )
     if not difference < 0.05:
         raise ConfigError(
             f"data.packing=true: {type(causal_lm).__name__} lets packed conversations see each other (their hidden "

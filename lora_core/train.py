@@ -450,6 +450,15 @@ class _Run:
         result = evaluate(
             self.accelerator, self.model, self.facts.eval_data, eval_batching(self.config, pad_id(self.facts.tokenizer))
         )
+        if not math.isfinite(result.loss):
+            raise TrainingError(
+                f"held-out loss at step {self.progress.step} is {result.loss}: the model gives no numbers. Fix: "
+                + (
+                    "another model or model.dtype; its weights are broken or do not suit the precision"
+                    if self.progress.step == 0
+                    else "a lower train.learning_rate, and --resume from a checkpoint before that step"
+                )
+            )
         self.metrics.write("eval", step=self.progress.step, **result.to_dict())
         _log(self.accelerator, f"eval at step {self.progress.step}: {result}")
         return result

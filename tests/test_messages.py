@@ -4,8 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings
 
 from lora_core.errors import RowError
 from lora_core.messages import parse_json_row, parse_row
@@ -115,6 +114,8 @@ json_values: st.SearchStrategy[Any] = st.recursive(
 )
 
 
+# Drawing rows takes as long as the machine is busy: not what is tested.
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from(["messages", "conversations", "system", "tools", "prompt", "completion"]), json_values

@@ -6,6 +6,7 @@ import filecmp
 import json
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import peft
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lora_core.config import LoraConfig, ModelConfig, load_config
 from lora_core.errors import ConfigError, PreflightError, TrainingError
@@ -182,12 +183,32 @@ def test_a_run_that_would_not_learn_is_refused_before_it_starts_unless_told_to(
     assert "warmup_past_end" in [f["id"] for f in json.loads((folder / "preflight.json").read_text())["findings"]]
 
 
+@pytest.fixture
+def spoil(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Give a gradient of some steps an infinite value."""
+
+    def spoil(is_spoiled: Any) -> None:
+        calls = []
+
+        def with_bad_steps(accelerator: Any, model: Any, *rest: Any) -> StepResult:
+            calls.append(0)
+            parameter = next(p for p in model.parameters() if p.requires_grad)
+            hook = parameter.register_hook(lambda gradient: gradient + (math.inf if is_spoiled(len(calls)) else 0.0))
+            result = train_step(accelerator, model, *rest)
+            hook.remove()
+            return result
+
+        monkeypatch.setattr(sys.modules["lora_core.train"], "train_step", with_bad_steps)
+
+    return spoil
+
+
 def test_steps_that_are_not_finite_are_left_out_and_stop_the_run_when_they_do_not_end(
-    tiny_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Any
 ) -> None:
-    broken = ("train.learning_rate=1.0", "train.warmup_ratio=0", "train.max_grad_norm=null", "lora.alpha=1" + 30 * "0")
+    spoil(lambda step: True)
     with pytest.raises(TrainingError, match=r"2 steps in a row .*were not applied; .*step-000002"):
-        tiny_run("demo", *broken, "train.max_skipped_steps=2")
+        tiny_run("demo", "train.max_skipped_steps=2")
     said = capsys.readouterr().out
     assert re.search(r"step 1: loss .*, gradient norm inf: not finite, .*rows\.jsonl lines \[\d+, ", said)
     assert [event["step"] for event in events(tmp_path / "run", "skipped")] == [1, 2]
@@ -195,18 +216,8 @@ def test_steps_that_are_not_finite_are_left_out_and_stop_the_run_when_they_do_no
     assert all(not tensor.any() for name, tensor in saved.items() if "lora_B" in name)  # as the run began
 
 
-def test_a_step_that_is_not_finite_costs_that_step_and_no_other(tiny_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-
-    def with_one_bad_step(accelerator: Any, model: Any, *rest: Any) -> StepResult:
-        calls.append(0)
-        parameter = next(p for p in model.parameters() if p.requires_grad)
-        hook = parameter.register_hook(lambda gradient: gradient * (math.inf if len(calls) == 3 else 1.0))
-        result = train_step(accelerator, model, *rest)
-        hook.remove()
-        return result
-
-    monkeypatch.setattr(sys.modules["lora_core.train"], "train_step", with_one_bad_step)
+def test_a_step_that_is_not_finite_costs_that_step_and_no_other(tiny_run: Any, spoil: Any) -> None:
+    spoil(lambda step: step == 3)
     summary, folder = tiny_run("demo", "train.num_train_epochs=1")
     assert (summary["num_skipped_steps"], summary["total_optimizer_steps"]) == (1, 10)
     assert [event["step"] for event in events(folder, "skipped")] == [3]
@@ -219,6 +230,18 @@ def test_a_step_that_is_not_finite_costs_that_step_and_no_other(tiny_run: Any, m
         [rate for step, rate in enumerate(plan.learning_rates(), 1) if step != 3]
     )
     assert all(math.isfinite(event["loss"]) for event in trained)
+
+
+def test_a_model_that_gives_no_number_is_said_so(tiny_run: Any, tiny_model_dir: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model_dir, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = math.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="values that are not finite"):
+        tiny_run("demo", f"model.name_or_path={broken}")
+    with pytest.raises(TrainingError, match="held-out loss at step 0 is nan"):
+        tiny_run("demo", f"model.name_or_path={broken}", "data.packing=false")
 
 
 @pytest.mark.parametrize("keep", ["best", "last"])
