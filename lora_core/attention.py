@@ -156,8 +156,8 @@ def check_packing(model: nn.Module) -> None:
     difference = ((packed - alone).norm() / alone.norm()).item()
     if not math.isfinite(difference):
         raise ConfigError(
-            f"{type(causal_lm).__name__} gives values that are not finite; fix: another model or model.dtype, its weights "
-            "are broken or do not suit the precision"
+            f"{type(causal_lm).__name__} gives values that are not finite; fix: another model or model.dtype, its "
+            "weights are broken or do not suit the precision"
         )
     if not difference < 0.05:
         raise ConfigError(

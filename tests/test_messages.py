@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lora_core.errors import RowError
 from lora_core.messages import parse_json_row, parse_row
