@@ -205,6 +205,20 @@ def find_checkpoint(run_folder: Path, asked: Path | None, say: Callable[[str], N
     )
 
 
+def set_aside_newer(checkpoint: Checkpoint) -> list[str]:
+    """Rename the run's checkpoints of later steps: the run that goes on from this one will make its own.
+
+    Returns:
+        Their names now, such as `superseded-step-000080`.
+    """
+    newer = [path for path in checkpoint.path.parent.glob("step-*") if path.name > checkpoint.path.name]
+    for path in newer:
+        target = path.with_name(f"superseded-{path.name}")
+        shutil.rmtree(target, ignore_errors=True)  # of an earlier time
+        path.rename(target)
+    return sorted(f"superseded-{path.name}" for path in newer)
+
+
 def check_same_run(checkpoint: Checkpoint, config: RunConfig, data: str, world_size: int) -> list[str]:
     """What differs and does not matter, one line each.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -15,6 +16,9 @@ from typing import NoReturn
 from lora_core.config import config_keys
 from lora_core.errors import LoraCoreError, RankFault
 from lora_core.safe_text import showable
+
+# The disk, not the program: full, over a quota, read-only, a file too large, broken.
+_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO})
 
 
 def run_command(command: Callable[[], None]) -> int:
@@ -31,6 +35,11 @@ def run_command(command: Callable[[], None]) -> int:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankFault):
             print(f"\nerror: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        print(f"\nerror: {showable(str(error))}. Fix: room on the disk, or another output_dir", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130

@@ -138,6 +138,11 @@ def check_head(model: nn.Module) -> None:
     hidden = causal_lm.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
     ours = project(model, hidden[0]).float()
     model.train(was_training)
+    if not bool(own.isfinite().all()):
+        raise TrainingError(
+            f"{type(causal_lm).__name__} gives values that are not finite; fix: another model or model.dtype, its "
+            "weights are broken or do not suit the precision"
+        )
     difference = (own - ours).abs().max().item()
     if not difference <= 1e-3 * max(1.0, own.abs().max().item()):
         raise TrainingError(

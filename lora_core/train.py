@@ -31,6 +31,7 @@ from lora_core.checkpoint import (
     find_checkpoint,
     restore,
     restore_adapter,
+    set_aside_newer,
     take_snapshot,
 )
 from lora_core.config import RunConfig
@@ -240,6 +241,8 @@ def _set_up(config: RunConfig, accelerator: Accelerator, resume: str | Path | No
             clear_run_folder(folder)
         else:
             cut_metrics(folder / "metrics.jsonl", checkpoint.step)
+            for name in set_aside_newer(checkpoint):
+                say(f"resume: a later checkpoint is set aside as {name}")
         write_text(folder / "config.yaml", config.to_yaml())
         write_json(folder / "preflight.json", report(facts, findings))
         write_json(folder / "rows.json", rows_as_seen(tokenizer, train_data))
@@ -452,12 +455,8 @@ class _Run:
         )
         if not math.isfinite(result.loss):
             raise TrainingError(
-                f"held-out loss at step {self.progress.step} is {result.loss}: the model gives no numbers. Fix: "
-                + (
-                    "another model or model.dtype; its weights are broken or do not suit the precision"
-                    if self.progress.step == 0
-                    else "a lower train.learning_rate, and --resume from a checkpoint before that step"
-                )
+                f"held-out loss at step {self.progress.step} is {result.loss}: the model gives no numbers any more. "
+                "Fix: a lower train.learning_rate"
             )
         self.metrics.write("eval", step=self.progress.step, **result.to_dict())
         _log(self.accelerator, f"eval at step {self.progress.step}: {result}")

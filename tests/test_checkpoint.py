@@ -147,6 +147,17 @@ def test_damage_anywhere_is_named_and_the_checkpoint_before_is_taken(settings: l
                 find_checkpoint(copy, copy / "checkpoints/damaged-step-000004", said.append, may_rename=False)
 
 
+def test_going_on_from_an_older_checkpoint_sets_the_newer_ones_aside(settings: list[str]) -> None:
+    config = load_config("demo", [*settings, "train.save_total_limit=1"])
+    folder = Path(config.output_dir)
+    train(load_config("demo", settings))
+    expected = adapter(folder), losses(folder)
+    train(config, folder / "checkpoints/step-000002")  # keeps one: the newest of this run, not of the other
+    assert (adapter(folder), losses(folder)) == expected
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["step-000008", *(f"superseded-step-{step:06d}" for step in (4, 6, 8))]
+
+
 def test_only_what_changes_nothing_may_differ(settings: list[str], write_rows: Any) -> None:
     config = load_config("demo", [*settings, "train.max_steps=5"])
     train(config)

@@ -240,7 +240,7 @@ def test_a_model_that_gives_no_number_is_said_so(tiny_run: Any, tiny_model_dir: 
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match="values that are not finite"):
         tiny_run("demo", f"model.name_or_path={broken}")
-    with pytest.raises(TrainingError, match="held-out loss at step 0 is nan"):
+    with pytest.raises(TrainingError, match="values that are not finite"):
         tiny_run("demo", f"model.name_or_path={broken}", "data.packing=false")
 
 
