@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import platform
 import resource
 import shutil
+import signal
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import yaml
@@ -25,6 +27,9 @@ from lora_core.config import RunConfig
 from lora_core.errors import ConfigError
 from lora_core.limits import allowed_cores
 from lora_core.run_folder import check_run_folder
+
+if TYPE_CHECKING:
+    import psutil
 
 
 def build_accelerator(config: RunConfig) -> Accelerator:
@@ -86,8 +91,6 @@ def reuse_freed_memory() -> None:
     About a third of a step's time on a CPU. The same as MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1
     MALLOC_TOP_PAD_=268435456 in the environment. Does nothing with another C library.
     """
-    import ctypes
-
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # from malloc.h
@@ -202,23 +205,47 @@ def _asked_processes() -> int | None:
     """What the `accelerate launch` above this process was told; it passes the number on only where it obeys it."""
     import psutil
 
-    for parent in psutil.Process().parents()[:2]:
-        try:
-            command = parent.cmdline()
-        except psutil.Error:
-            continue
-        if not any("accelerate" in part for part in command[:4]):
-            continue
-        options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        options.add_argument("--num_processes", "--num-processes", type=int)
-        options.add_argument("--config_file", "--config-file")
-        known, _ = options.parse_known_args(command)
-        if known.num_processes is not None:
-            return int(known.num_processes)
-        if known.config_file is not None and Path(known.config_file).is_file():
-            asked = yaml.safe_load(Path(known.config_file).read_text(encoding="utf-8")).get("num_processes")
-            return asked if isinstance(asked, int) else None
+    command = next(filter(None, map(_accelerate_launch, psutil.Process().parents()[:2])), None)
+    if command is None:
+        return None
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("--num_processes", "--num-processes", type=int)
+    options.add_argument("--config_file", "--config-file")
+    known, _ = options.parse_known_args(command)
+    if known.num_processes is not None:
+        return int(known.num_processes)
+    if known.config_file is not None and Path(known.config_file).is_file():
+        asked = yaml.safe_load(Path(known.config_file).read_text(encoding="utf-8")).get("num_processes")
+        return asked if isinstance(asked, int) else None
     return None
+
+
+def _accelerate_launch(process: psutil.Process) -> list[str] | None:
+    """The command line of a process that is an `accelerate launch`; None of another."""
+    import psutil
+
+    try:
+        command = process.cmdline()
+    except psutil.Error:  # gone, or another user's
+        return None
+    return command if any("accelerate" in part for part in command[:4]) else None
+
+
+def end_with_launcher() -> None:
+    """Have the system send this process SIGTERM when the `accelerate launch` that started it ends.
+
+    `accelerate launch` passes no signal on: without this, stopping it leaves the training behind, with nobody to stop
+    it. Linux only; elsewhere the signal has to go to the training process.
+    """
+    import psutil
+
+    launcher = psutil.Process().parent()
+    if platform.system() != "Linux" or launcher is None or _accelerate_launch(launcher) is None:
+        return
+    pr_set_pdeathsig = 1  # from linux/prctl.h
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if not launcher.is_running():  # it ended before it could be followed
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def seed_everything(seed: int, rank: int) -> None:

@@ -20,7 +20,9 @@ _SECONDS_TO_ANSWER = 5.0
 
 
 class StopSignals:
-    """While entered, SIGTERM, SIGINT and SIGUSR1 are noted, for the loop to stop after its step; a second acts at once.
+    """While entered, SIGTERM, SIGINT and SIGUSR1 are noted, for the loop to stop after its step. Ctrl-C after one acts at once.
+
+    Ctrl-C alone: on the first one `accelerate launch` ends, and its end sends SIGTERM here (`end_with_launcher`).
 
     In a thread that is not the main one, signals are left alone: Python handles them in the main one only.
     """
@@ -42,7 +44,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: object) -> None:
-        if self._received:
+        if self._received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._received = number
 

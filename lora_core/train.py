@@ -36,7 +36,7 @@ from lora_core.checkpoint import (
 )
 from lora_core.config import RunConfig
 from lora_core.data import EncodedFile, load_data, pad_id
-from lora_core.devices import build_accelerator, look_around, peak_memory_bytes, seed_everything
+from lora_core.devices import build_accelerator, end_with_launcher, look_around, peak_memory_bytes, seed_everything
 from lora_core.errors import ConfigError, RankFault, RunStopped, TrainingError, counted
 from lora_core.evaluate import EvalResult, evaluate, reply_to_all, sample_prompts
 from lora_core.faults import StopSignals, free_memory, is_out_of_memory, naming_lost_ranks
@@ -188,6 +188,7 @@ def train(config: RunConfig, resume: str | Path | None = None) -> dict[str, Any]
         LoraCoreError: and nothing else for a mistake in configuration or data; the message names value, limit and fix.
     """
     started = time.monotonic()
+    end_with_launcher()
     accelerator = build_accelerator(config)
     with naming_lost_ranks(accelerator, config.train.rank_timeout_s):
         run = _set_up(config, accelerator, resume)

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -91,6 +93,39 @@ def test_smaller_micro_batches_take_the_same_steps(
     assert got["total_optimizer_steps"] == wanted["total_optimizer_steps"] == 5
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+@pytest.mark.parametrize("to_all", [False, True], ids=["SIGTERM to the launcher", "Ctrl-C, which both get"])
+def test_training_ends_with_its_launcher_and_leaves_a_checkpoint(
+    settings: list[str], tmp_path: Path, to_all: bool
+) -> None:
+    log = tmp_path / "log"
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_config.yaml"]
+    command = [*accelerate, "launch/train.py", "--cfg", "demo", *settings, "train.num_train_epochs=500"]
+    with log.open("w") as file:
+        launcher = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        wait_for_step(3, log, [launcher])
+        (training,) = psutil.Process(launcher.pid).children()
+        os.killpg(launcher.pid, signal.SIGINT) if to_all else launcher.terminate()
+        launcher.wait(timeout=30)
+        gone, _ = psutil.wait_procs([training], timeout=30)
+        assert gone == [training]
+        by = "SIGINT" if to_all else "SIGTERM"
+        assert re.search(rf"error: stopped by {by} after step \d+ of 1500", log.read_text())
+        assert list((tmp_path / "run/checkpoints").glob("step-*/manifest.json"))
+    finally:
+        with suppress(ProcessLookupError):  # it should be gone
+            os.killpg(launcher.pid, signal.SIGKILL)
+
+
+def wait_for_step(step: int, log: Path, processes: list[subprocess.Popen[bytes]]) -> None:
+    deadline = time.monotonic() + 120
+    while not re.search(rf"step +{step}/", log.read_text()):
+        assert time.monotonic() < deadline, log.read_text()
+        assert all(process.poll() is None for process in processes), log.read_text()
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize(("doomed", "fault"), [(1, signal.SIGKILL), (1, signal.SIGSTOP)], ids=["dies", "hangs"])
 def test_a_lost_rank_is_named_by_the_one_that_is_left(
     settings: list[str], tmp_path: Path, doomed: int, fault: signal.Signals
@@ -108,11 +143,7 @@ def test_a_lost_rank_is_named_by_the_one_that_is_left(
             )
         )
     try:
-        deadline = time.monotonic() + 120
-        while not re.search(r"step +3/", (tmp_path / "rank0.log").read_text()):
-            assert time.monotonic() < deadline
-            assert all(rank.poll() is None for rank in ranks), (tmp_path / "rank0.log").read_text()
-            time.sleep(0.1)
+        wait_for_step(3, tmp_path / "rank0.log", ranks)
         ranks[doomed].send_signal(fault)
         survivor = ranks[1 - doomed]
         assert survivor.wait(timeout=60) == 1
