@@ -1,6 +1,7 @@
 """Fine-tune: accelerate launch launch/train.py --cfg NAME [--resume [CHECKPOINT]] [key=value ...]"""
 
 import sys
+from pathlib import Path
 
 from lora_core.cli import config_parser, quiet_libraries, run_command
 from lora_core.config import load_config
@@ -16,6 +17,8 @@ def main() -> None:
         help="go on with the run in output_dir, from its newest whole checkpoint or from the one named",
     )
     arguments = parser.parse_intermixed_args()
+    if arguments.resume and "=" in arguments.resume and not Path(arguments.resume).exists():
+        parser.error(f"--resume took {arguments.resume} for a checkpoint; fix: put --resume at the end")
     config = load_config(arguments.cfg, arguments.overrides, arguments.model)
     quiet_libraries()
     from lora_core.train import train

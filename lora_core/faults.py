@@ -20,9 +20,10 @@ _SECONDS_TO_ANSWER = 5.0
 
 
 class StopSignals:
-    """While entered, SIGTERM, SIGINT and SIGUSR1 are noted, for the loop to stop after its step. Ctrl-C after one acts at once.
+    """While entered, SIGTERM, SIGINT and SIGUSR1 are noted, for the loop to stop after its step.
 
-    Ctrl-C alone: on the first one `accelerate launch` ends, and its end sends SIGTERM here (`end_with_launcher`).
+    Of those that follow, only Ctrl-C acts at once: `accelerate launch` ends at the first Ctrl-C, and its end sends
+    SIGTERM here (`end_with_launcher`).
 
     In a thread that is not the main one, signals are left alone: Python handles them in the main one only.
     """

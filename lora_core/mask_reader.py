@@ -6,9 +6,10 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lora_core.chat import EncodedChat
+from lora_core.chat import EncodedChat, render_chat
+from lora_core.errors import ChatTemplateError
 from lora_core.messages import Conversation, Message
 
 if TYPE_CHECKING:
@@ -113,15 +114,9 @@ class MaskReader:
         return None
 
     def _render(self, messages: list[Message], conversation: Conversation, with_prompt: bool = False) -> str | None:
-        tools: Any = conversation.tools
-        # A template is somebody's program and may raise anything, such as for a conversation without a question.
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    messages, tools=tools, tokenize=False, add_generation_prompt=with_prompt
-                )
-            )
-        except Exception:  # noqa: BLE001
+            return render_chat(self._tokenizer, messages, conversation.tools, with_prompt)
+        except ChatTemplateError:  # such as for a conversation without a question
             return None
 
     def _gives_back(self, text: str) -> bool:

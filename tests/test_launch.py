@@ -76,6 +76,12 @@ def test_train_then_evaluate_and_all_that_is_printed_is_ours(settings: list[str]
     assert "holds an earlier run; fix: output_dir=" in again.stderr
 
 
+def test_an_override_after_resume_is_not_taken_for_a_checkpoint() -> None:
+    done = launch("launch/train.py", "--cfg", "demo", "--resume", "train.max_steps=3")
+    assert done.returncode == 2
+    assert "--resume took train.max_steps=3 for a checkpoint; fix: put --resume at the end" in done.stderr
+
+
 def test_two_ranks_train_together_and_only_one_speaks(settings: list[str]) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     done = launch("launch/train.py", "--cfg", "demo", *settings, "train.max_steps=3", prefix=torchrun)
