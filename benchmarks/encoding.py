@@ -1,0 +1,94 @@
+"""Encoding against TRL's preparation: rows/s from a chat JSONL to rows that can be trained on.
+
+    python benchmarks/encoding.py [--rows FILE.jsonl] [--number 4000] [--alternations 5]
+
+The same conversations as messages (those of the file, repeated with a number in each so that no two are the same), the
+demo's tokenizer, supervised answers only, 1,024 tokens at most, nothing encoded before. In turn, each in a process of
+its own: lora_core's `encode_file` in one process, and TRL's `load_dataset` and preparation, which has one process too.
+Ours does more in that time: it finds the mask without `{% generation %}` in the template, checks it, and accounts for
+every row. (TRL is given a template that has it.)
+
+TRL is installed from benchmarks/requirements.txt into an environment of its own. Prints a table, writes encoding.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from common import DEMO_MODEL, HERE, ROOT, base_config, ratios, spread, write
+from scaling import write_rows
+from vs_trl import peer_environment
+
+from lora_core.cli import quiet_libraries
+from lora_core.data import encode_file
+from lora_core.messages import parse_json_row
+from lora_core.model import load_tokenizer
+
+
+def as_messages(path: Path, rows: Path) -> None:
+    """The rows in the one shape that both read."""
+    with path.open("w", encoding="utf-8") as file:
+        for line in rows.read_text(encoding="utf-8").split("\n"):
+            if line.strip():
+                messages = [dict(message) for message in parse_json_row(line).messages]
+                file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+
+
+def encode_ours(rows: Path, scratch: Path) -> float:
+    """Seconds."""
+    tokenizer = load_tokenizer(base_config(f"model.name_or_path={DEMO_MODEL}").model)
+    with tempfile.TemporaryDirectory(dir=scratch) as cache:
+        started = time.perf_counter()
+        encode_file(rows, tokenizer, max_seq_length=1024, cache_dir=cache, num_proc=1)
+        return time.perf_counter() - started
+
+
+def prepare_trl(rows: Path, python: Path) -> float:
+    """Seconds."""
+    template = HERE / "peers" / "smollm2_training.jinja"
+    model = str(Path(DEMO_MODEL).expanduser())
+    command = [str(python), str(HERE / "peers" / "trl_prepare.py"), model, str(template), str(rows)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, default=ROOT / "examples" / "train.jsonl", help="rows in any shape")
+    parser.add_argument("--number", type=int, default=4_000, help="rows to encode")
+    parser.add_argument("--alternations", type=int, default=5)
+    parser.add_argument("--peer-venv", type=Path, default=ROOT / "outputs" / "benchmarks" / "trl-venv")
+    parser.add_argument("--output", type=Path, default=HERE / "encoding.json")
+    options = parser.parse_args()
+    quiet_libraries()
+    python = peer_environment(options.peer_venv)
+    ours, theirs = [], []
+    with tempfile.TemporaryDirectory(prefix="encoding-") as scratch:
+        one_shape, rows = Path(scratch) / "messages.jsonl", Path(scratch) / "rows.jsonl"
+        as_messages(one_shape, options.rows)
+        write_rows(rows, one_shape, options.number)
+        for _ in range(options.alternations):
+            ours.append(encode_ours(rows, Path(scratch)))
+            theirs.append(prepare_trl(rows, python))
+            print(f"lora_core {ours[-1]:.2f} s, TRL {theirs[-1]:.2f} s", flush=True)
+    times = ratios(theirs, ours)
+    met = "met" if min(times) >= 3 else "NOT met"
+    table = "\n".join(
+        [
+            "| encoding | rows/s |",
+            "|---|---|",
+            f"| lora_core | {spread([options.number / s for s in ours], ',.0f')} |",
+            f"| TRL | {spread([options.number / s for s in theirs], ',.0f')} |",
+            f"| **times as fast** (bar 3: {met}) | **{spread(times, '.2f')}** |",
+        ]
+    )
+    write(options.output, table, rows=options.number, ours_s=ours, trl_s=theirs)
+
+
+if __name__ == "__main__":
+    main()
