@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lora_core.chat import EncodedChat, encode_chat, show_chat
+from lora_core.chat import EncodedChat, _mask_tokens, _Span, encode_chat, show_chat
 from lora_core.errors import ChatTemplateError, RowError
 from lora_core.mask_reader import MaskReader
 from lora_core.messages import parse_row
@@ -193,3 +193,18 @@ def test_show_chat_colours_the_supervised_tokens_and_escapes_control_characters(
     assert "\x1b[32;1m<|im_end|>\x1b[0m" in shown
     assert "\x1b[31m" not in shown
     assert "\\x1b" in shown
+
+
+def test_a_tokenizer_saved_with_truncation_and_padding_neither_cuts_nor_pads() -> None:
+    messages = chat("a question of some words", "an answer of some words")["messages"]
+    wanted = encode_chat(make_tokenizer(), messages)
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(5)
+    tokenizer.backend_tokenizer.enable_padding(length=200)
+    assert encode_chat(tokenizer, messages) == wanted
+    assert len(wanted.input_ids) > 5
+
+
+def test_a_token_across_two_turns_has_no_exact_mask() -> None:
+    assert _mask_tokens([(0, 2), (2, 5), (5, 6)], [_Span(2, 3), _Span(4, 6)]) is None
+    assert _mask_tokens([(0, 2), (2, 4), (4, 6)], [_Span(2, 3), _Span(4, 6)]) == [False, True, True]
