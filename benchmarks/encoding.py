@@ -3,8 +3,8 @@
     python benchmarks/encoding.py [--rows FILE.jsonl] [--number 4000] [--alternations 5]
 
 The same conversations as messages (those of the file, repeated with a number in each so that no two are the same), the
-demo's tokenizer, supervised answers only, 1,024 tokens at most, nothing encoded before. In turn, each in a process of
-its own: lora_core's `encode_file` in one process, and TRL's `load_dataset` and preparation, which has one process too.
+demo's tokenizer, supervised answers only, 1,024 tokens at most, nothing encoded before. In turn, wall time:
+lora_core's `encode_file` in this process, and TRL's `load_dataset` and preparation in one process of its own.
 Ours does more in that time: it finds the mask without `{% generation %}` in the template, checks it, and accounts for
 every row. (TRL is given a template that has it.)
 

@@ -6,6 +6,7 @@ import argparse
 import ctypes
 import os
 import platform
+import re
 import resource
 import shutil
 import signal
@@ -30,6 +31,9 @@ from lora_core.run_folder import check_run_folder
 
 if TYPE_CHECKING:
     import psutil
+
+
+_ACCELERATE = re.compile(r"(^|/)accelerate(-launch)?$|accelerate[./]commands[./]")
 
 
 def build_accelerator(config: RunConfig) -> Accelerator:
@@ -228,7 +232,8 @@ def _accelerate_launch(process: psutil.Process) -> list[str] | None:
         command = process.cmdline()
     except psutil.Error:  # gone, or another user's
         return None
-    return command if any("accelerate" in part for part in command[:4]) else None
+    # Not any word that holds "accelerate": a script in a folder of that name may well end before what it started.
+    return command if any(_ACCELERATE.search(part) for part in command[:4]) else None
 
 
 def end_with_launcher() -> None:

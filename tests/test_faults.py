@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from lora_core.config import load_config
+from lora_core.devices import _ACCELERATE
 from lora_core.errors import RankFault
 from lora_core.faults import is_out_of_memory
 from lora_core.train import StepResult, train, train_step
@@ -116,6 +117,19 @@ def test_training_ends_with_its_launcher_and_leaves_a_checkpoint(
     finally:
         with suppress(ProcessLookupError):  # it should be gone
             os.killpg(launcher.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("command", "is_launcher"),
+    [
+        (["python", "/venv/bin/accelerate", "launch", "train.py"], True),
+        (["python", "-m", "accelerate.commands.launch", "train.py"], True),
+        (["bash", "/home/me/accelerate/run.sh"], False),
+        (["bash", "-c", "nohup python launch/train.py --cfg accelerated &"], False),
+    ],
+)
+def test_only_accelerate_launch_is_followed(command: list[str], is_launcher: bool) -> None:
+    assert any(_ACCELERATE.search(part) for part in command[:4]) is is_launcher
 
 
 def wait_for_step(step: int, log: Path, processes: list[subprocess.Popen[bytes]]) -> None:
