@@ -173,6 +173,8 @@ class NamedBitMask:
     """`BitMask`, counted under its part."""
 
     draw = staticmethod(named(DROPOUT, BitMask.draw))
+    pack = staticmethod(named(DROPOUT, BitMask.pack))
+    unpack = staticmethod(named(DROPOUT, BitMask.unpack))
     apply = staticmethod(named(DROPOUT, BitMask.apply))
 
 

@@ -28,8 +28,18 @@ class ByteMask:
 
     @staticmethod
     def draw(x: Tensor, p: float) -> tuple[Tensor, float]:
-        """(what `apply` takes, the probability that it stands for)."""
+        """(True where x is kept, the probability of the rest)."""
         return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p), p
+
+    @staticmethod
+    def pack(kept: Tensor) -> Tensor:
+        """As it is remembered until the backward."""
+        return kept
+
+    @staticmethod
+    def unpack(packed: Tensor, shape: torch.Size) -> Tensor:
+        """What was packed."""
+        return packed
 
     @staticmethod
     def apply(x: Tensor, kept: Tensor) -> Tensor:
@@ -48,19 +58,28 @@ class BitMask:
 
     @staticmethod
     def draw(x: Tensor, p: float) -> tuple[Tensor, float]:
-        """(what `apply` takes, the probability that it stands for)."""
+        """(True where x is kept, the probability of the rest)."""
         generator = np.random.SFC64(int(torch.randint(2**62, ())))
         threshold = min(int(p * 256 + generator.random_raw() / 2**64), 255)
         draws = generator.random_raw((x.numel() + 7) // 8).view(np.uint8)[: x.numel()]
-        return torch.from_numpy(np.packbits(draws >= threshold)), threshold / 256
+        return torch.from_numpy(draws >= threshold).view(x.shape), threshold / 256
+
+    @staticmethod
+    def pack(kept: Tensor) -> Tensor:
+        """As it is remembered until the backward."""
+        return torch.from_numpy(np.packbits(kept.numpy()))
+
+    @staticmethod
+    def unpack(packed: Tensor, shape: torch.Size) -> Tensor:
+        """What was packed."""
+        return torch.from_numpy(np.unpackbits(packed.numpy(), count=shape.numel()).view(np.bool_)).view(shape)
 
     @staticmethod
     def apply(x: Tensor, kept: Tensor) -> Tensor:
         """x with zeros where it is dropped, not scaled."""
-        mask = torch.from_numpy(np.unpackbits(kept.numpy(), count=x.numel()).view(np.bool_)).view(x.shape)
         # On the bits: torch multiplies integers by a mask at ten times the speed of bfloat16.
         bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-        return (x.contiguous().view(bits) * mask).view(x.dtype)
+        return (x.contiguous().view(bits) * kept).view(x.dtype)
 
 
 def use_lean_lora(model: PeftModel, mask: Any = None) -> None:
@@ -105,13 +124,14 @@ class _LoraBranch(torch.autograd.Function):
         ctx.mask, ctx.scaling = mask, scaling / (1 - p)  # what is kept is scaled up here: on r values, not on `in`
         inner = dropped.flatten(0, -2) @ a.to(x.dtype).t()  # (T, r)
         output = torch.addmm(y.flatten(0, -2), inner, b.to(x.dtype).t(), alpha=ctx.scaling)
-        ctx.save_for_backward(x, kept, inner, a, b)
+        ctx.save_for_backward(x, None if kept is None else mask.pack(kept), inner, a, b)
         return output.view(y.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients to x, y, a, b; a's and b's in their own type."""
-        x, kept, inner, a, b = ctx.saved_tensors
+        x, packed, inner, a, b = ctx.saved_tensors
+        kept = None if packed is None else ctx.mask.unpack(packed, x.shape)
         (gradient,) = gradients
         rows = gradient.flatten(0, -2)  # (T, out)
         to_inner = (rows @ b.to(rows.dtype)).mul_(ctx.scaling)  # (T, r)

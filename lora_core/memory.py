@@ -393,13 +393,15 @@ def _fused_attention(
 class _BitMaskWithoutStorage:
     """`BitMask`, which goes through numpy, for tensors that numpy cannot see."""
 
-    @staticmethod
-    def draw(x: Tensor, p: float) -> tuple[Tensor, float]:
-        return torch.empty((x.numel() + 7) // 8, dtype=torch.uint8), p
+    draw, apply = ByteMask.draw, ByteMask.apply
 
     @staticmethod
-    def apply(x: Tensor, kept: Tensor) -> Tensor:
-        return x * torch.empty(x.shape, dtype=torch.bool)
+    def pack(kept: Tensor) -> Tensor:
+        return torch.empty((kept.numel() + 7) // 8, dtype=torch.uint8)
+
+    @staticmethod
+    def unpack(packed: Tensor, shape: torch.Size) -> Tensor:
+        return torch.empty(shape, dtype=torch.bool)
 
 
 def _give_fake_weights(model: nn.Module) -> None:

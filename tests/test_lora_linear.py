@@ -106,6 +106,7 @@ def test_dropout_drops_p_of_the_values_and_repeats_with_the_seed(mask: Any, p: f
         assert abs(float((flat[lag:] * flat[:-lag]).mean())) < 0.003
     torch.manual_seed(0)
     assert torch.equal(mask.draw(x, p)[0], kept)
+    assert torch.equal(mask.unpack(mask.pack(kept), x.shape), kept)
 
 
 @pytest.mark.parametrize("mask", [BitMask, ByteMask])
