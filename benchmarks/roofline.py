@@ -1,6 +1,6 @@
 """How much of an optimizer step is matrix products that the maths requires, and where the rest goes.
 
-    python benchmarks/roofline.py [--rows FILE.jsonl] [--alternations 5]
+    python benchmarks/roofline.py [--rows FILE.jsonl] [--alternations 5] [key=value ...]
 
 The demo's model, LoRA as `configs/base.yaml` has it (rank 16, all seven projections), bfloat16, 8 conversations a step,
 packed as the loop packs them. In one process, in turn: an optimizer step, and then the products that this step needs,
@@ -211,7 +211,7 @@ def profile_step(training: Training, batches: Sequence[dict[str, Any]]) -> dict[
     parts = part_of_each(events)
     seconds: defaultdict[str, float] = defaultdict(float)
     for event, part in zip(events, parts, strict=True):
-        if event.name.startswith(("aten::", "mkldnn", "torch::")):
+        if event.name.startswith(("aten::", "mkldnn", "torch::", "bitsandbytes::")):
             seconds["matrix products" if event.name in PRODUCTS else part] += event.self_cpu_time_total / 1e6
         elif part in (DROPOUT, OPTIMIZER) and event.name in PARTS:
             seconds[part] += event.self_cpu_time_total / 1e6  # numpy, bitsandbytes
@@ -297,9 +297,10 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=ROOT / "examples" / "train.jsonl", help="rows in any shape")
     parser.add_argument("--alternations", type=int, default=5)
     parser.add_argument("--output", type=Path, default=HERE / "roofline.json")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="in place of what configs/base.yaml says")
     options = parser.parse_args()
     quiet_libraries()
-    config = base_config(f"model.name_or_path={DEMO_MODEL}", f"data.train_file={options.rows}")
+    config = base_config(f"model.name_or_path={DEMO_MODEL}", f"data.train_file={options.rows}", *options.overrides)
     accelerator = cpu_accelerator(config)
     tokenizer = load_tokenizer(config.model)
     data, _ = load_data(config, tokenizer)
@@ -307,7 +308,14 @@ def main() -> None:
     training = set_up(config, accelerator, base, len(data.lengths))
     step_s, product_s, profiles = measure(training, data, pad_id(tokenizer), options.alternations)
     table = tables(step_s, product_s, profiles)
-    results = {"rows": str(options.rows), "bar": BAR, "step_s": step_s, "product_s": product_s, "profile_s": profiles}
+    results = {
+        "rows": str(options.rows),
+        "overrides": options.overrides,
+        "bar": BAR,
+        "step_s": step_s,
+        "product_s": product_s,
+        "profile_s": profiles,
+    }
     write(options.output, table, **results)
 
 

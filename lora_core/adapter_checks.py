@@ -139,7 +139,8 @@ def check_optimizer(facts: Facts) -> Iterator[Finding]:
     """The 8-bit or paged optimizer cannot run here.
 
     bitsandbytes has no kernels for Apple's GPUs, and its 8-bit state cannot be sharded by FSDP. Paging is a CUDA
-    feature: elsewhere the same optimizer runs without it, which changes no result.
+    feature: elsewhere the same optimizer runs without it, which changes no result. On a CPU its 8 bits cost time: 7% of
+    a step of the demo, for which adamw_torch keeps 6 bytes more a trainable parameter.
 
     `train.optim=adamw_torch`: the state of an adapter is small.
     """
@@ -160,10 +161,11 @@ def check_optimizer(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "optimizer_not_paged",
             "note",
-            f"train.optim={optim} runs as plain 8-bit AdamW on {environment.device.kind}; paging needs CUDA",
+            f"train.optim={optim} runs as plain 8-bit AdamW on {environment.device.kind}; paging needs CUDA, and "
+            "adamw_torch takes less time here",
             optim,
-            "adamw_8bit",
-            None,
+            "adamw_torch",
+            "train.optim=adamw_torch",
         )
 
 

@@ -81,7 +81,7 @@ AROUND: dict[str, tuple[str, dict[str, Any], list[str], str | None]] = {
         "output_dir=run-2",
     ),
     "optimizer_cannot_run": ("error", {"sharding": "fsdp"}, [], "train.optim=adamw_torch"),
-    "optimizer_not_paged": ("note", {}, ["train.optim=paged_adamw_8bit"], None),
+    "optimizer_not_paged": ("note", {}, ["train.optim=paged_adamw_8bit"], "train.optim=adamw_torch"),
     "fsdp_quant_storage": (
         "error",
         {"sharding": "fsdp"},
