@@ -7,8 +7,9 @@ A random model of 2 layers, 64 wide, with 512 tokens in its vocabulary; rows of 
 turn, in one process, each with a copy of the model and each once before it is timed, so that none compiles kernels
 for another:
 
-    loop     the body of `lora_core.train.train`: choose the rows, cut them, read them from disk, make tensors,
-             `train_step`, progress bar, log line, metrics.jsonl, look for signals
+    loop     the body of `lora_core.train.train`: choose the rows, cut them, read them from disk, make tensors (`train`
+             has a thread do this during the step before), `train_step`, progress bar, log line, metrics.jsonl, look
+             for signals
     bare     the same module and batches, made beforehand: forward, backward, clip, optimizer step, zero_grad
     plain    bare, and the module is plain too: transformers' model with its own loss and attention, PEFT's own layers
 

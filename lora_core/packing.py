@@ -7,7 +7,8 @@ a run can be picked up at any step.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -97,6 +98,41 @@ class Batching:
         if self.max_tokens is None:
             return collate(rows, self.pad_token_id, cut.is_filler)
         return collate_packed(rows, cut.is_filler)
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """One rank's share of an optimizer step."""
+
+    cuts: list[MicroBatchRows]
+    batches: list[dict[str, Any]]
+    """The tensors of each."""
+
+
+class BatchPrefetcher:
+    """Gives each step's micro-batches, and has a thread make the next step's while this one runs."""
+
+    def __init__(self, make: Callable[[int, Batching], StepBatches], num_steps: int) -> None:
+        """
+        Args:
+            make: (step, counted from 0; how to cut it) -> its batches; a function of these alone.
+            num_steps: none is made ahead past them.
+        """
+        self._make = make
+        self._num_steps = num_steps
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._next: tuple[int, Batching, Future[StepBatches]] | None = None
+
+    def take(self, step: int, batching: Batching) -> StepBatches:
+        """What `make` gives, already made where it could be foreseen; raises what `make` raised."""
+        if self._next is not None and self._next[:2] == (step, batching):
+            batches = self._next[2].result()
+        else:
+            batches = self._make(step, batching)
+        self._next = None
+        if step + 1 < self._num_steps:
+            self._next = (step + 1, batching, self._thread.submit(self._make, step + 1, batching))
+        return batches
 
 
 def train_batching(config: RunConfig, pad_token_id: int) -> Batching:

@@ -45,7 +45,16 @@ from lora_core.loss import CausalLMLoss, check_head
 from lora_core.memory_checks import cheapest_change, micro_batch_limit_that_fits
 from lora_core.model import add_adapter, describe_parameters, load_base_model, load_tokenizer
 from lora_core.optimizer import build_optimizer, build_scheduler
-from lora_core.packing import Batching, RowIndices, eval_batching, step_rows, to_device, train_batching
+from lora_core.packing import (
+    Batching,
+    BatchPrefetcher,
+    RowIndices,
+    StepBatches,
+    eval_batching,
+    step_rows,
+    to_device,
+    train_batching,
+)
 from lora_core.preflight import gather_facts, refuse_errors, report, run_checks
 from lora_core.report import write_report
 from lora_core.run_folder import (
@@ -301,6 +310,9 @@ class _Run:
     progress: Progress
     resumed_at_step: int | None
 
+    def __post_init__(self) -> None:
+        self.prefetcher = BatchPrefetcher(self.batches, self.facts.plan.total_optimizer_steps)
+
     def train(self) -> None:
         """All steps that are left, with the evaluations and checkpoints between them."""
         config, plan, progress = self.config.train, self.facts.plan, self.progress
@@ -369,28 +381,25 @@ class _Run:
     def take_step(self) -> tuple[StepResult, float]:
         """The next optimizer step -> (its result, tokens/s). Where memory runs out, in smaller micro-batches."""
         started = time.monotonic()
-        data = self.facts.train_data
-        rows = self.step_rows(self.progress.step)
-        ranks = (self.accelerator.num_processes, self.accelerator.process_index)
+        step, lengths = self.progress.step, self.facts.train_data.lengths
         random_state = torch.get_rng_state()
         while True:
-            cuts = self.batching.cut(rows, data.lengths, *ranks)
-            batches = [self.batching.tensors(data.dataset, cut) for cut in cuts]
+            taken = self.prefetcher.take(step, self.batching)
             try:
                 result = train_step(
                     self.accelerator,
                     self.model,
                     self.optimizer,
                     self.scheduler,
-                    batches,
+                    taken.batches,
                     self.config.train.max_grad_norm,
                 )
                 break
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                smaller = self.batching.halved(cuts, data.lengths)
-                if smaller is None or ranks[0] > 1 or not self.config.train.auto_batch_size:
+                smaller = self.batching.halved(taken.cuts, lengths)
+                if smaller is None or self.accelerator.num_processes > 1 or not self.config.train.auto_batch_size:
                     raise self.out_of_memory(error) from error
             # Past the except, whose traceback would hold the step's tensors.
             self.optimizer.zero_grad()
@@ -398,12 +407,12 @@ class _Run:
             self.batching, self.progress.micro_batch_limit = smaller, smaller.limit
             _log(
                 self.accelerator,
-                f"warning: step {self.progress.step + 1}: out of memory; again with micro-batches of at most "
+                f"warning: step {step + 1}: out of memory; again with micro-batches of at most "
                 f"{self.batching_limit()} (train.auto_batch_size); same step, same gradient",
             )
             free_memory()
         step_s = time.monotonic() - started
-        num_tokens = int(data.lengths[rows].sum())
+        num_tokens = int(lengths[self.step_rows(step)].sum())
         self.progress.step += 1
         self.progress.num_tokens += num_tokens
         self.progress.num_supervised_tokens += result.num_supervised_tokens
@@ -411,6 +420,12 @@ class _Run:
         self.progress.num_skipped_steps += not result.is_finite
         self.progress.skipped_in_a_row = 0 if result.is_finite else self.progress.skipped_in_a_row + 1
         return result, num_tokens / step_s
+
+    def batches(self, step: int, batching: Batching) -> StepBatches:
+        """This rank's share of a step."""
+        data, accelerator = self.facts.train_data, self.accelerator
+        cuts = batching.cut(self.step_rows(step), data.lengths, accelerator.num_processes, accelerator.process_index)
+        return StepBatches(cuts, [batching.tensors(data.dataset, cut) for cut in cuts])
 
     def step_rows(self, step: int) -> RowIndices:
         """The rows of a step, over all ranks."""

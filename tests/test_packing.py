@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_core.packing import (
+    Batching,
+    BatchPrefetcher,
+    MicroBatchRows,
+    StepBatches,
     collate,
     collate_packed,
     epoch_order,
@@ -113,3 +120,26 @@ def test_collate_pads_on_the_right_and_a_pad_that_is_eos_hides_no_eos() -> None:
     filler = collate(rows, pad_token_id=eos, is_filler=True)
     assert not filler["loss_mask"].any()
     assert torch.equal(filler["input_ids"], batch["input_ids"])
+
+
+def test_what_was_made_ahead_is_what_would_have_been_made_then() -> None:
+    made: list[tuple[int, int, bool]] = []
+
+    def make(step: int, batching: Batching) -> StepBatches:
+        made.append((step, batching.limit, threading.current_thread() is threading.main_thread()))
+        if step == 4:
+            raise OSError("the disk is gone")
+        return StepBatches([MicroBatchRows(np.array([step]))], [{"limit": batching.limit}])
+
+    wide = Batching(1, pad_token_id=0, max_tokens=100)
+    prefetcher = BatchPrefetcher(make, num_steps=5)
+    # A step again with a lower limit, as where memory ran out; one out of turn, as where a run is resumed.
+    for step, batching in [(0, wide), (1, wide), (1, wide.limited(50)), (2, wide.limited(50)), (0, wide), (3, wide)]:
+        taken = prefetcher.take(step, batching)
+        assert taken.cuts[0].rows.tolist() == [step]
+        assert taken.batches == [{"limit": batching.limit}]
+    in_turn = [(step, limit) for step, limit, is_main in made if is_main]
+    assert in_turn == [(0, 100), (1, 50), (0, 100), (3, 100)]  # the others were there already
+    with pytest.raises(OSError, match="the disk is gone"):
+        prefetcher.take(4, wide)
+    assert max(step for step, _, _ in made) == 4
