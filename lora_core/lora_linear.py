@@ -4,7 +4,8 @@
 
 As PEFT writes it, autograd keeps a float32 copy of x, a mask in float32 and the dropped x for each of the seven
 projections of a layer: more than half of what a training step holds. Here it keeps x, which q, k and v (gate and up)
-share, the r values of A drop(x), and the mask as one bit a value; drop(x) is made again in the backward. Everything is
+share, the r values of A drop(x), and the mask as one bit a value; drop(x) is made again in the backward. Over a plain
+frozen layer, base and branch are one node of the graph, which adds their results inside the products. Everything is
 computed in the type of base(x), bfloat16 under autocast, where PEFT goes through float32 before and after.
 """
 
@@ -106,31 +107,57 @@ def _forward(mask: Any, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Ten
     (name,) = names
     dropout = layer.lora_dropout[name]
     p = dropout.p if isinstance(dropout, nn.Dropout) and layer.training else 0.0
-    y = layer.base_layer(x)
-    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    apply: Any = _LoraBranch.apply
-    branched: Tensor = apply(x.to(y.dtype), y, a, b, layer.scaling[name], mask, p)
+    branch = (layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], mask, p)
+    base = layer.base_layer
+    apply: Any = _LoraLinear.apply
+    # A layer of 4 or 8 bits, or one that trains, multiplies by itself.
+    if type(base) is nn.Linear and not any(parameter.requires_grad for parameter in base.parameters()):
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.weight.dtype
+        whole: Tensor = apply(x.to(dtype), None, base.weight, base.bias, *branch)
+        return whole
+    y = base(x)
+    branched: Tensor = apply(x.to(y.dtype), y, None, None, *branch)
     return branched
 
 
-class _LoraBranch(torch.autograd.Function):
-    """y + scaling * B A drop(x)."""
+class _LoraLinear(torch.autograd.Function):
+    """y + scaling * B A drop(x), where y = x W^T + bias is given or is computed here, from frozen W and bias.
+
+    Computed here, its gradient to x is added to the branch's inside the product, and so is the branch to y.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scaling: float, mask: Any, p: float) -> Tensor:
-        """x: (..., in), y: (..., out), a: (r, in), b: (out, r) -> (..., out)."""
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        mask: Any,
+        p: float,
+    ) -> Tensor:
+        """x: (..., in), y: (..., out), weight: (out, in), bias: (out,), a: (r, in), b: (out, r) -> (..., out)."""
         kept, p = mask.draw(x, p) if p > 0 else (None, 0.0)
         dropped = x if kept is None else mask.apply(x, kept)
         ctx.mask, ctx.scaling = mask, scaling / (1 - p)  # what is kept is scaled up here: on r values, not on `in`
         inner = dropped.flatten(0, -2) @ a.to(x.dtype).t()  # (T, r)
-        output = torch.addmm(y.flatten(0, -2), inner, b.to(x.dtype).t(), alpha=ctx.scaling)
-        ctx.save_for_backward(x, None if kept is None else mask.pack(kept), inner, a, b)
-        return output.view(y.shape)
+        ctx.save_for_backward(x, None if kept is None else mask.pack(kept), inner, weight, a, b)
+        to_output = (inner, b.to(x.dtype).t())
+        if y is not None:
+            return torch.addmm(y.flatten(0, -2), *to_output, alpha=ctx.scaling).view(y.shape)
+        assert weight is not None
+        output = nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        output.flatten(0, -2).addmm_(*to_output, alpha=ctx.scaling)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients to x, y, a, b; a's and b's in their own type."""
-        x, packed, inner, a, b = ctx.saved_tensors
+        x, packed, inner, weight, a, b = ctx.saved_tensors
         kept = None if packed is None else ctx.mask.unpack(packed, x.shape)
         (gradient,) = gradients
         rows = gradient.flatten(0, -2)  # (T, out)
@@ -142,4 +169,6 @@ class _LoraBranch(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             to_x = (to_inner @ a.to(rows.dtype)).view(x.shape)
             to_x = to_x if kept is None else ctx.mask.apply(to_x, kept)
-        return to_x, gradient, to_a, to_b, None, None, None
+            if weight is not None:
+                to_x.flatten(0, -2).addmm_(rows, weight.to(rows.dtype))
+        return to_x, gradient if ctx.needs_input_grad[1] else None, None, None, to_a, to_b, None, None, None

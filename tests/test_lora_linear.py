@@ -109,9 +109,14 @@ def test_dropout_drops_p_of_the_values_and_repeats_with_the_seed(mask: Any, p: f
     assert torch.equal(mask.unpack(mask.pack(kept), x.shape), kept)
 
 
+class MultipliesByItself(nn.Linear):
+    """Stands for layers of 4 and 8 bits, which give y and its gradient themselves."""
+
+
+@pytest.mark.parametrize("base", [nn.Linear, MultipliesByItself])
 @pytest.mark.parametrize("mask", [BitMask, ByteMask])
-def test_gradients_with_dropout_are_those_of_the_function_that_was_computed(mask: Any) -> None:
-    layer = nn.Sequential(nn.Linear(12, 8)).double()
+def test_gradients_with_dropout_are_those_of_the_function_that_was_computed(mask: Any, base: Any) -> None:
+    layer = nn.Sequential(base(12, 8)).double()
     model: Any = peft.get_peft_model(layer, peft.LoraConfig(r=3, lora_alpha=6, target_modules=["0"], lora_dropout=0.4))
     model = model.double().train()
     nn.init.normal_(model.base_model.model[0].lora_B.default.weight)
