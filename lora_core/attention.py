@@ -7,12 +7,15 @@
                                                           . . . 1 1 . . . .
 
 Each segment is computed on its own, so the cost follows the sum of squared segment lengths and not the square of
-their sum. Registered with transformers under `SEGMENT_ATTENTION`; the model passes `segment_lengths` through.
+their sum: on a CPU by plain products (short segments) or torch's fused kernel; on a GPU by torch's kernel for sequences
+of any length, all segments in one call, where there is one, else by the fused kernel. Registered with transformers
+under `SEGMENT_ATTENTION`; the model passes `segment_lengths` through.
 """
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -81,6 +84,8 @@ def segment_attention(
         apply: Any = _ShortSegments.apply
         q, k, v = (tensor.to(dtype) for tensor in (query, key, value))
         return apply(q, k, v, lengths, query.shape[3] ** -0.5 if scaling is None else scaling, sliding_window), None
+    if len(lengths) > 1 and dropout == 0 and softcap is None and has_varlen_kernel(query):
+        return attend_varlen(query, key, value, lengths, scaling, sliding_window), None
     if len(lengths) == 1:
         return _attend(query, key, value, scaling, dropout, sliding_window, softcap).transpose(1, 2), None
     outputs = [
@@ -88,6 +93,52 @@ def segment_attention(
         for q, k, v in zip(*(torch.split(t, list(lengths), 2) for t in (query, key, value)), strict=True)
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def has_varlen_kernel(query: Tensor) -> bool:
+    """Whether torch has FlashAttention for sequences of any length on this device, in this type and width."""
+    if query.device.type != "cuda" or torch.__version__ < "2.12":  # before, it knew no grouped heads
+        return False
+    suits = query.dtype in (torch.bfloat16, torch.float16) and query.shape[3] % 8 == 0 and query.shape[3] <= 256
+    is_built = torch.backends.cuda.is_flash_attention_available()
+    return suits and is_built and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def attend_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[int, ...],
+    scaling: float | None,
+    window: int | None,
+    kernel: Any = None,
+) -> Tensor:
+    """All segments in one call of the kernel; as `segment_attention` -> (1, T, heads, D).
+
+    Args:
+        kernel: in place of `torch.nn.attention.varlen.varlen_attn`.
+    """
+    if kernel is None:
+        from torch.nn.attention.varlen import varlen_attn as kernel
+    borders = _borders(lengths, query.device)
+    longest = max(lengths)
+    output: Tensor = kernel(
+        *(tensor[0].transpose(0, 1) for tensor in (query, key, value)),  # (T, heads, D)
+        borders,
+        borders,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),  # places to the left, besides one's own
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output[None]
+
+
+@lru_cache(maxsize=4)  # all layers of a micro-batch ask for the same, and each answer is a wait for the device
+def _borders(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """(segments + 1,) where each segment starts, and the end."""
+    return torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32, device=device)
 
 
 class _ShortSegments(torch.autograd.Function):
@@ -230,7 +281,13 @@ def check_packing(model: nn.Module) -> None:
         return state[0].float()
 
     alone = torch.cat([hidden(s, p, (s.shape[1],)) for s, p in zip(segments, positions, strict=True)])
-    packed = hidden(torch.cat(segments, 1), torch.cat(positions, 1), (7, 5))
+    try:
+        packed = hidden(torch.cat(segments, 1), torch.cat(positions, 1), (7, 5))
+    except RuntimeError as error:  # such as a kernel that this GPU has not
+        raise ConfigError(
+            f"data.packing=true: {type(causal_lm).__name__} cannot attend over packed conversations on {device}: "
+            f"{(str(error).splitlines() or [type(error).__name__])[0]}; fix: data.packing=false"
+        ) from error
     model.train(was_training)
     difference = ((packed - alone).norm() / alone.norm()).item()
     if not math.isfinite(difference):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from lora_core import attention
-from lora_core.attention import check_packing, segment_attention, use_segment_attention
+from lora_core.attention import attend_varlen, check_packing, segment_attention, use_segment_attention
 from lora_core.errors import ConfigError
 from lora_core.loss import CausalLMLoss
 from lora_core.packing import collate, collate_packed
@@ -83,3 +85,47 @@ def test_padded_rows_are_refused() -> None:
     use_segment_attention(model)
     with pytest.raises(ValueError, match=r"one row and no mask; got 2 rows; fix: data\.packing=false"):
         model(torch.ones(2, 3, dtype=torch.long))
+
+
+def documented_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """What torch documents of `varlen_attn`, word by word, a query at a time; the kernel itself needs a GPU."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert max_q == int(cu_seq_q.diff().max())
+    assert max_k == int(cu_seq_k.diff().max())
+    groups = query.shape[1] // key.shape[1]
+    assert enable_gqa or groups == 1
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    left, right = window_size
+    outputs = []
+    for start, end in zip(cu_seq_q.tolist(), cu_seq_q.tolist()[1:], strict=False):
+        for at in range(start, end):
+            first = start if left < 0 else max(start, at - left)
+            last = end if right < 0 else min(end, at + right + 1)
+            scores = torch.einsum("hd,khd->hk", query[at], key[first:last]) * (scale or query.shape[2] ** -0.5)
+            outputs.append(torch.einsum("hk,khd->hd", scores.softmax(-1), value[first:last]))
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_gpus_kernel_is_asked_for_what_the_cpu_computes(window: int | None) -> None:
+    torch.manual_seed(0)
+    lengths = (5, 1, 7)
+    query, key, value = (torch.randn(1, heads, 13, 8) for heads in (4, 2, 2))
+    wanted, _ = segment_attention(
+        torch.nn.Identity(), query, key, value, None, segment_lengths=lengths, scaling=0.3, sliding_window=window
+    )
+    got = attend_varlen(query, key, value, lengths, 0.3, window, kernel=documented_varlen)
+    torch.testing.assert_close(got, wanted)
+    assert inspect.signature(documented_varlen).parameters.keys() <= inspect.signature(varlen_attn).parameters.keys()
