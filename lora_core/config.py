@@ -120,6 +120,9 @@ class TrainConfig(_Section):
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward: less memory, more time"
     )
+    torch_compile: bool = Field(
+        False, description="compile the decoder layers at the first steps; on a CPU it gained nothing (see the README)"
+    )
     seed: Annotated[int, Field(ge=0)] = Field(42, description="fixes row order, initial adapter and dropout")
     logging_steps: PositiveInt = Field(1, description="optimizer steps between log lines")
     eval_steps: PositiveInt | None = Field(

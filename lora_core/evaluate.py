@@ -194,7 +194,8 @@ def reply_to_all(
         return []
     adapted = accelerator.unwrap_model(model).model
     mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
-    with accelerator.autocast():
+    # Generation takes a token at a time and grows a cache: train.torch_compile would compile for that anew.
+    with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
         replies = [
             (i, sample_reply(adapted, tokenizer, prompts[i]["messages"], prompts[i]["tools"], max_new_tokens))
             for i in mine

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lora_core.attention import check_packing, use_segment_attention
+from lora_core.attention import (
+    SEGMENT_ATTENTION,
+    causal_lm_of,
+    check_packing,
+    segment_attention,
+    use_segment_attention,
+)
 from lora_core.config import LoraConfig, ModelConfig
 from lora_core.errors import ConfigError, counted
 from lora_core.lora_linear import use_lean_lora
@@ -215,6 +221,33 @@ def add_adapter(
         # Non-reentrant: the reentrant kind needs gradients on its inputs, which a frozen embedding does not give.
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def compile_layers(model: PeftModel) -> None:
+    """Compile each decoder layer with `torch.compile`; equal layers share what is compiled.
+
+    Attention over segments and the LoRA layers stay as they are, between the compiled parts: they are functions of
+    their own for autograd, and the segments' number differs from one micro-batch to the next.
+
+    Raises:
+        ConfigError: this machine cannot compile.
+    """
+    from transformers import AttentionInterface
+
+    device = model.device
+    try:
+        torch.compile(torch.sin)(torch.zeros(8, device=device))
+    except Exception as error:  # a compiler is missing, or too old, or has no room: each raises its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"train.torch_compile=true: torch.compile cannot run on {device}: {reason}; fix: train.torch_compile=false"
+        ) from error
+    for module in model.modules():
+        if "forward" in vars(module):  # a LoRA layer, as `use_lean_lora` left it
+            module.forward = torch.compiler.disable(module.forward)
+    AttentionInterface.register(SEGMENT_ATTENTION, torch.compiler.disable(segment_attention))
+    for layer in causal_lm_of(model).get_decoder().layers:
+        layer.compile(dynamic=True)
 
 
 def check_target_modules(model: nn.Module, target_modules: list[str] | str) -> None:

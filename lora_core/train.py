@@ -43,7 +43,7 @@ from lora_core.faults import StopSignals, free_memory, is_out_of_memory, naming_
 from lora_core.findings import Facts
 from lora_core.loss import CausalLMLoss, check_head
 from lora_core.memory_checks import cheapest_change, micro_batch_limit_that_fits
-from lora_core.model import add_adapter, describe_parameters, load_base_model, load_tokenizer
+from lora_core.model import add_adapter, compile_layers, describe_parameters, load_base_model, load_tokenizer
 from lora_core.optimizer import build_optimizer, build_scheduler
 from lora_core.packing import (
     Batching,
@@ -246,6 +246,8 @@ def _set_up(config: RunConfig, accelerator: Accelerator, resume: str | Path | No
     base = load_base_model(config.model, accelerator.device, config.data.packing)
     adapted = add_adapter(base, config.lora, config.train.seed, config.train.gradient_checkpointing)
     check_head(adapted)
+    if config.train.torch_compile:
+        compile_layers(adapted)
     if accelerator.is_main_process:  # only now, so that a model that cannot be loaded costs nobody an earlier run
         if checkpoint is None:
             clear_run_folder(folder)

@@ -147,6 +147,21 @@ def test_checkpointing_changes_nothing_but_memory_and_really_is_on(
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+def test_compiled_layers_take_the_same_steps(tiny_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ["train.max_steps=3", "train.bf16=false", "model.dtype=float32", "lora.dropout=0"]
+    wanted, _ = tiny_run("demo", *settings, folder="plain")
+    torch._dynamo.reset()
+    got, _ = tiny_run("demo", *settings, "train.torch_compile=true", folder="compiled")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 1  # it really is on
+    assert got["eval_loss_before"] == pytest.approx(wanted["eval_loss_before"], rel=1e-5)
+    assert got["eval_loss_after"] == pytest.approx(wanted["eval_loss_after"], rel=1e-5)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    torch._dynamo.reset()
+    with pytest.raises(ConfigError, match=r"torch_compile=true: torch\.compile cannot run on cpu.*fix: train\.torch_c"):
+        tiny_run("demo", *settings, "train.torch_compile=true", folder="none")
+
+
 def test_intervals_checkpoints_and_a_held_out_fraction(tiny_run: Any) -> None:
     summary, folder = tiny_run(
         "demo",
