@@ -77,8 +77,7 @@ def segment_attention(
             f"segment attention takes one row and no mask; got {query.shape[0]} rows; fix: data.packing=false"
         )
     lengths = segment_lengths or (query.shape[2],)
-    short = query.device.type == "cpu" and max(lengths) < _FUSED_FROM_TOKENS_ON_CPU
-    if short and query.shape[2] == key.shape[2] and dropout == 0 and softcap is None:
+    if takes_short_segments(query, key, lengths, dropout, softcap):
         # What autocast would do to each product; inside a function of autograd it has to be done before.
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
         apply: Any = _ShortSegments.apply
@@ -93,6 +92,14 @@ def segment_attention(
         for q, k, v in zip(*(torch.split(t, list(lengths), 2) for t in (query, key, value)), strict=True)
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def takes_short_segments(
+    query: Tensor, key: Tensor, lengths: tuple[int, ...], dropout: float, softcap: float | None
+) -> bool:
+    """Whether `segment_attention` computes these by plain products, in one node of the graph."""
+    short = query.device.type == "cpu" and max(lengths) < _FUSED_FROM_TOKENS_ON_CPU
+    return short and query.shape[2] == key.shape[2] and dropout == 0 and softcap is None
 
 
 def has_varlen_kernel(query: Tensor) -> bool:

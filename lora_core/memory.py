@@ -2,7 +2,7 @@
 
 Nothing is estimated from parameter counts: the loop's own forward, backward, optimizer step and evaluation run on
 tensors without storage (torch's FakeTensorMode), for the largest micro-batch of the run, and what is alive is counted.
-A decoder of equal layers is run with 2 and with 4 of them, which is enough to know all: every component grows by the
+A decoder of equal layers is run with 1 and with 2 of them, which is enough to know all: every component grows by the
 same bytes a layer.
 """
 
@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from lora_core.attention import causal_lm_of, use_segment_attention
+from lora_core.attention import causal_lm_of, segment_attention, takes_short_segments
 from lora_core.config import RunConfig
 from lora_core.data import EncodedFile
 from lora_core.devices import DeviceMemory
@@ -251,7 +251,8 @@ def _largest(
 # The step, on tensors without storage
 
 
-_LAYERS_RUN = (2, 4)  # an even number between them: some families alternate two kinds of layer
+_LAYERS_RUN = (1, 2)
+_LAYERS_RUN_IF_KINDS_DIFFER = (2, 4)  # an even number between them: some families alternate two kinds of layer
 
 
 def _live_at_peak(
@@ -263,7 +264,9 @@ def _live_at_peak(
         model = _model_without_storage(config, device_kind, micro_batch.packed, num_layers)
         return _simulate(model, config, micro_batch, eval_micro_batch, device_kind)
 
-    few, more = _LAYERS_RUN
+    text_config = load_model_config(config.model).get_text_config()
+    one_kind = len(set(getattr(text_config, "layer_types", None) or [""])) == 1
+    few, more = _LAYERS_RUN if one_kind else _LAYERS_RUN_IF_KINDS_DIFFER
     num_layers = num_hidden_layers(config)
     if num_layers > more:
         first, middle, whole = (_num_parameters(config, n) for n in (few, more, num_layers))
@@ -357,17 +360,15 @@ def _model_without_storage(config: RunConfig, device_kind: str, packed: bool, nu
             base = replace_with_bnb_linear(base, get_keys_to_not_convert(base), quantization)
             keep_4bit_weights_trainable(base)
         base.requires_grad_(False)
-        if packed and device_kind == "cpu":
-            use_segment_attention(base)
-        elif packed:
-            AttentionInterface.register(_FUSED_ATTENTION, _fused_attention)
-            base.set_attn_implementation(_FUSED_ATTENTION)
+        if packed:
+            AttentionInterface.register(_SIMULATED, _segments if device_kind == "cpu" else _fused_attention)
+            base.set_attn_implementation(_SIMULATED)
         model: PeftModel = add_adapter(base, config.lora, config.train.seed, config.train.gradient_checkpointing)
     use_lean_lora(model, ByteMask if device_kind == "cuda" else _BitMaskWithoutStorage)
     return model
 
 
-_FUSED_ATTENTION = "lora_core_simulated_fused"
+_SIMULATED = "lora_core_simulated"
 
 
 def _fused_attention(
@@ -388,6 +389,38 @@ def _fused_attention(
         query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
     )
     return attended.transpose(1, 2).contiguous(), None
+
+
+def _segments(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """`segment_attention` on a CPU, its many short segments at once."""
+    lengths = kwargs["segment_lengths"]
+    if not takes_short_segments(query, key, lengths, kwargs.get("dropout", 0.0), kwargs.get("softcap")):
+        return segment_attention(module, query, key, value, *args, **kwargs)
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    apply: Any = _ShortSegmentsWithoutStorage.apply
+    return apply(*(tensor.to(dtype) for tensor in (query, key, value)), lengths), None
+
+
+class _ShortSegmentsWithoutStorage(torch.autograd.Function):
+    """What `attention`'s short segments hold, in three operations in place of a dozen a segment."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """(1, heads, T, D), (1, key heads, T, D) twice -> (1, T, heads, D)."""
+        heads = query.shape[1]
+        weights = query.new_empty(heads, sum(length**2 for length in lengths))
+        query.new_empty(heads, max(lengths) ** 2)  # scores of one segment
+        ctx.save_for_backward(query, key, value, weights)
+        ctx.longest = max(lengths)
+        return query.new_empty(1, query.shape[2], heads, value.shape[3])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients to query, key and value."""
+        query, key, value, _ = ctx.saved_tensors
+        to_inputs = tuple(map(torch.empty_like, (query, key, value)))
+        query.new_empty(2, query.shape[1], ctx.longest**2)  # to weights and to scores of one segment
+        return *to_inputs, None
 
 
 class _BitMaskWithoutStorage:

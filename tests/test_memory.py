@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from lora_core import memory
+from lora_core.attention import segment_attention
 from lora_core.config import load_config
 from lora_core.devices import DeviceMemory
 from lora_core.memory import MicroBatch, predict_memory
@@ -37,6 +38,17 @@ def test_equal_layers_are_run_few_times_and_known_for_all(monkeypatch: pytest.Mo
         with monkeypatch.context() as patch:
             patch.setattr(memory, "_LAYERS_RUN", (2, 30))  # the demo model has 30: so all are run
             assert predict(*overrides) == short
+
+
+@pytest.mark.parametrize("overrides", [[], ["train.gradient_checkpointing=true"]], ids=["plain", "checkpointing"])
+def test_many_segments_at_once_hold_what_each_on_its_own_does(
+    monkeypatch: pytest.MonkeyPatch, overrides: list[str]
+) -> None:
+    config, batch = load_config("demo", overrides), MicroBatch((150, 7, 400, 33), 300, True)
+    cpu = DeviceMemory("cpu", 24 * 2**30)
+    at_once = predict_memory(config, batch, cpu, eval_micro_batch=batch).components
+    monkeypatch.setattr(memory, "_segments", segment_attention)
+    assert at_once == predict_memory(config, batch, cpu, eval_micro_batch=batch).components
 
 
 def test_layers_of_different_sizes_are_all_run(tmp_path: Path) -> None:
@@ -87,6 +99,7 @@ MEASURE = """
 import sys
 import torch
 from lora_core import memory
+from lora_core.attention import segment_attention
 from lora_core.cli import quiet_libraries
 from lora_core.config import load_config
 from lora_core.devices import build_accelerator, device_memory, peak_memory_bytes
