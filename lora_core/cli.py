@@ -78,9 +78,6 @@ def quiet_libraries() -> None:
 
     For commands; importing lora_core changes none of this.
     """
-    os.environ.setdefault(
-        "TOKENIZERS_PARALLELISM", "false"
-    )  # worker processes encode rows; threads in each would fight
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)

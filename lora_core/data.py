@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +32,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-# Forking and joining worker processes costs more than encoding a few thousand rows.
-_ROWS_WORTH_A_PROCESS = 5_000
+# Forking and joining worker processes costs more than encoding a few thousand rows, which one process does with the
+# tokenizer's own threads.
+_ROWS_WORTH_A_PROCESS = 2_500
 # A row this long has some million tokens, of which max_seq_length are kept; tokenizing it takes 100 bytes each.
 _MAX_ROW_BYTES = 10_000_000
 
@@ -279,18 +282,19 @@ def _encode_lines(
         }
     )
     try:
-        return table.map(
-            _encode_batch,
-            batched=True,
-            batch_size=500,
-            num_proc=num_proc if num_proc > 1 else None,
-            remove_columns=["start", "size"],
-            features=features,
-            fn_kwargs={"path": str(path), "encoder": encoder, "max_seq_length": max_seq_length},
-            cache_file_name=str(cache_dir / f"{fingerprint}-{num_proc}.arrow"),
-            new_fingerprint=f"{fingerprint}-{num_proc}",
-            desc="Encoding rows",
-        )
+        with nullcontext() if num_proc == 1 else _no_tokenizer_threads():
+            return table.map(
+                _encode_batch,
+                batched=True,
+                batch_size=500,
+                num_proc=num_proc if num_proc > 1 else None,
+                remove_columns=["start", "size"],
+                features=features,
+                fn_kwargs={"path": str(path), "encoder": encoder, "max_seq_length": max_seq_length},
+                cache_file_name=str(cache_dir / f"{fingerprint}-{num_proc}.arrow"),
+                new_fingerprint=f"{fingerprint}-{num_proc}",
+                desc="Encoding rows",
+            )
     except RuntimeError as error:
         if "subprocesses has abruptly died" not in str(error):
             raise
@@ -298,6 +302,21 @@ def _encode_lines(
             f"{path}: one of {num_proc} processes that encode rows was killed: for its memory, or for a chat template "
             "that does not end; fix: data.num_proc=1, or another data.chat_template"
         ) from error
+
+
+@contextmanager
+def _no_tokenizer_threads() -> Iterator[None]:
+    """For processes that are forked here: the tokenizer's threads do not live on in them, and would be waited for."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _encode_batch(

@@ -1,7 +1,8 @@
-"""TRL's preparation of a file, for `encoding.py`, in its own environment: `python trl_prepare.py MODEL TEMPLATE ROWS`.
+"""TRL's preparation of a file, for `encoding.py`, in its own environment:
+`python trl_prepare.py MODEL TEMPLATE ROWS PROCESSES`.
 
 Prints the seconds from the file to rows that SFTTrainer can train on: `load_dataset`, and what the trainer does to the
-rows in its `__init__` (as it comes: no packing, one process). Loading the model is not counted.
+rows in its `__init__` (no packing). Loading the model is not counted. PROCESSES is empty for what it comes with, one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class TimedTrainer(SFTTrainer):
 
 
 def main() -> None:
-    model, template, rows = sys.argv[1:]
+    model, template, rows, processes = sys.argv[1:]
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory(prefix="trl-") as folder:
@@ -43,7 +44,13 @@ def main() -> None:
             processing_class=tokenizer,
             train_dataset=dataset,
             args=SFTConfig(
-                output_dir=folder, assistant_only_loss=True, max_length=1024, bf16=True, use_cpu=True, report_to="none"
+                output_dir=folder,
+                assistant_only_loss=True,
+                max_length=1024,
+                bf16=True,
+                use_cpu=True,
+                report_to="none",
+                dataset_num_proc=int(processes) if processes else None,
             ),
         )
         assert len(trainer.train_dataset) == len(dataset)
