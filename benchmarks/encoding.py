@@ -63,15 +63,11 @@ def prepare_trl(rows: Path, python: Path, num_proc: int | None) -> float:
     """Seconds; None is as it comes."""
     template = HERE / "peers" / "smollm2_training.jinja"
     model = str(Path(DEMO_MODEL).expanduser())
-    command = [
-        str(python),
-        str(HERE / "peers" / "trl_prepare.py"),
-        model,
-        str(template),
-        str(rows),
-        str(num_proc or ""),
-    ]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    script = str(HERE / "peers" / "trl_prepare.py")
+    command = [str(python), script, model, str(template), str(rows), str(num_proc or "")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
     return float(done.stdout.splitlines()[-1])
 
 
