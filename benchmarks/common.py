@@ -17,6 +17,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
+from lora_core.cli import quiet_libraries  # noqa: E402
+
+quiet_libraries()
+
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 

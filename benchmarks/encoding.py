@@ -26,7 +26,6 @@ from common import DEMO_MODEL, HERE, ROOT, base_config, ratios, spread, write
 from scaling import write_rows
 from vs_trl import peer_environment
 
-from lora_core.cli import quiet_libraries
 from lora_core.data import encode_file
 from lora_core.limits import allowed_cores
 from lora_core.messages import parse_json_row
@@ -79,7 +78,6 @@ def main() -> None:
     parser.add_argument("--peer-venv", type=Path, default=ROOT / "outputs" / "benchmarks" / "trl-venv")
     parser.add_argument("--output", type=Path, default=HERE / "encoding.json")
     options = parser.parse_args()
-    quiet_libraries()
     python = peer_environment(options.peer_venv)
     times: dict[str, list[float]] = {name: [] for name in SET_UPS}
     with tempfile.TemporaryDirectory(prefix="encoding-") as scratch:

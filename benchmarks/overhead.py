@@ -46,7 +46,6 @@ from common import (
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lora_core.cli import quiet_libraries
 from lora_core.config import RunConfig
 from lora_core.data import load_data
 from lora_core.loss import CausalLMLoss
@@ -312,7 +311,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help=f"timed, in {GROUPS} groups")
     parser.add_argument("--output", type=Path, default=HERE / "overhead.json")
     options = parser.parse_args()
-    quiet_libraries()
     num_steps = WARM_UP_STEPS + 2 * options.steps
     config = base_config(
         f"model.name_or_path={DEMO_MODEL}",

@@ -40,7 +40,6 @@ from transformers.models.llama import modeling_llama
 
 from lora_core import attention, loss
 from lora_core.attention import causal_lm_of
-from lora_core.cli import quiet_libraries
 from lora_core.data import EncodedFile, load_data, pad_id
 from lora_core.lora_linear import BitMask, use_lean_lora
 from lora_core.model import load_base_model, load_tokenizer
@@ -299,7 +298,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "roofline.json")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="in place of what configs/base.yaml says")
     options = parser.parse_args()
-    quiet_libraries()
     config = base_config(f"model.name_or_path={DEMO_MODEL}", f"data.train_file={options.rows}", *options.overrides)
     accelerator = cpu_accelerator(config)
     tokenizer = load_tokenizer(config.model)

@@ -50,7 +50,6 @@ from common import (
     write,
 )
 
-from lora_core.cli import quiet_libraries
 from lora_core.data import load_data
 from lora_core.devices import use_all_cores
 from lora_core.model import load_tokenizer
@@ -323,7 +322,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "scaling.json")
     parser.add_argument("--measure", nargs=2, metavar=("WHAT", "JSON"), help="one measurement, in this process")
     options = parser.parse_args()
-    quiet_libraries()
     if options.measure:
         what, argument = options.measure
         result = MEASUREMENTS[what](json.loads(argument))

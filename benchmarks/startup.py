@@ -4,10 +4,10 @@
 
 The demo (78 rows, SmolLM2-135M) without held-out rows, so that no evaluation comes before the first step; the rows are
 encoded and all files are in the disk's cache, because a first run that is not counted has read them. Each run is a
-process of its own, with all cores, wall time from before it is started. It imports torch and what transformers needs
-to load a model first, so that the rest can be told from it, and then runs `lora_core.train.train`, whose own steps are
-timed by name until the first optimizer step is done. `accelerate launch`, which itself imports torch before it starts
-the training, is timed on a script that does nothing.
+process of its own, with all cores, wall time from before it is started. It does what launch/train.py does, but imports
+torch and what transformers needs to load a model first, so that the rest can be told from it, and times the steps of
+`lora_core.train.train` by name until the first optimizer step is done. `accelerate launch`, which itself imports torch
+before it starts the training, is timed on a script that does nothing.
 
 Prints a table, writes startup.json.
 """
@@ -71,13 +71,13 @@ def child(started: float, overrides: list[str]) -> None:
         print(json.dumps({**seconds, REST: whole - sum(seconds.values()), "whole": whole}), flush=True)
         os._exit(0)
 
-    timed(IMPORTS, import_torch_and_transformers)()
-    timed(OUR_IMPORTS, import_training)()
     from lora_core import config
-    from lora_core.cli import quiet_libraries
+    from lora_core.cli import heavy_imports
 
+    with heavy_imports():
+        timed(IMPORTS, import_torch_and_transformers)()
+        timed(OUR_IMPORTS, import_training)()
     training = sys.modules["lora_core.train"]
-    quiet_libraries()
     for name, what in PHASES.items():
         setattr(training, name, timed(what, getattr(training, name)))
     training.train(config.load_config("demo", overrides))  # type: ignore[attr-defined]
@@ -91,8 +91,9 @@ def import_torch_and_transformers() -> None:
 
 
 def import_training() -> None:
-    import datasets  # noqa: F401
+    from lora_core.cli import quiet_libraries
 
+    quiet_libraries()
     import lora_core.train  # noqa: F401
 
 

@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from lora_core.cli import config_parser, quiet_libraries, run_command
+from lora_core.cli import config_parser, heavy_imports, quiet_libraries, run_command
 from lora_core.config import load_config
 
 
@@ -14,8 +14,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     arguments = parser.parse_intermixed_args()
     config = load_config(arguments.cfg, arguments.overrides, arguments.model)
-    quiet_libraries()
-    from lora_core.evaluate import evaluate_adapter
+    with heavy_imports():
+        quiet_libraries()
+        from lora_core.evaluate import evaluate_adapter
 
     result = evaluate_adapter(config, arguments.adapter or Path(config.output_dir).expanduser() / "adapter")
     print(json.dumps(result.to_dict()) if arguments.json else result)

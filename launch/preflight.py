@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from lora_core.cli import config_parser, quiet_libraries, run_command
+from lora_core.cli import config_parser, heavy_imports, quiet_libraries, run_command
 from lora_core.config import load_config
 from lora_core.errors import LoraCoreError
 
@@ -19,10 +19,19 @@ def main() -> None:
     if arguments.num_processes < 1:
         parser.error(f"--num-processes {arguments.num_processes}: must be at least 1")
     run = (arguments.num_processes, arguments.gpu_memory_gib)
-    quiet_libraries()
-    from lora_core.preflight import apply_fixes, describe, finding_of, look_at_run, refuse_errors, report, run_checks
-    from lora_core.run_folder import write_text
-    from lora_core.safe_text import showable, values_without_secrets
+    with heavy_imports():
+        quiet_libraries()
+        from lora_core.preflight import (
+            apply_fixes,
+            describe,
+            finding_of,
+            look_at_run,
+            refuse_errors,
+            report,
+            run_checks,
+        )
+        from lora_core.run_folder import write_text
+        from lora_core.safe_text import showable, values_without_secrets
 
     try:
         config = load_config(arguments.cfg, arguments.overrides, arguments.model)

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from lora_core.cli import config_parser, quiet_libraries, run_command
+from lora_core.cli import config_parser, heavy_imports, quiet_libraries, run_command
 from lora_core.config import load_config
 
 
@@ -20,8 +20,9 @@ def main() -> None:
     if arguments.resume and "=" in arguments.resume and not Path(arguments.resume).exists():
         parser.error(f"--resume took {arguments.resume} for a checkpoint; fix: put --resume at the end")
     config = load_config(arguments.cfg, arguments.overrides, arguments.model)
-    quiet_libraries()
-    from lora_core.train import train
+    with heavy_imports():
+        quiet_libraries()
+        from lora_core.train import train
 
     train(config, arguments.resume)
 

@@ -3,7 +3,7 @@
 import json
 import sys
 
-from lora_core.cli import config_parser, quiet_libraries, run_command
+from lora_core.cli import config_parser, heavy_imports, quiet_libraries, run_command
 from lora_core.config import load_config
 from lora_core.errors import LoraCoreError
 
@@ -12,8 +12,9 @@ def main() -> None:
     parser = config_parser(__doc__ or "")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     arguments = parser.parse_intermixed_args()
-    quiet_libraries()
-    from lora_core.verify import verify
+    with heavy_imports():
+        quiet_libraries()
+        from lora_core.verify import verify
 
     try:
         config = load_config(arguments.cfg, arguments.overrides, arguments.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from lora_core.cli import heavy_imports
 
 from .conftest import ROOT, chat
 
@@ -39,6 +42,22 @@ def test_help_lists_every_key_without_loading_torch() -> None:
     assert "train.warmup_ratio" in done.stdout
     assert "lora.target_modules" in done.stdout
     assert "torch" not in done.stderr
+
+
+def test_imports_are_kept_from_the_collector_which_is_on_again_even_after_one_that_fails() -> None:
+    def fail() -> None:
+        with heavy_imports():
+            assert not gc.isenabled()
+            raise ModuleNotFoundError
+
+    kept = [object()]
+    try:
+        with pytest.raises(ModuleNotFoundError):
+            fail()
+        assert gc.isenabled()
+        assert not any(each is kept for each in gc.get_objects())
+    finally:
+        gc.unfreeze()
 
 
 def test_train_then_evaluate_and_all_that_is_printed_is_ours(settings: list[str]) -> None:
