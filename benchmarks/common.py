@@ -17,22 +17,22 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
-from lora_core.cli import quiet_libraries  # noqa: E402
+from lora_core.cli import heavy_imports, quiet_libraries  # noqa: E402
 
-quiet_libraries()
+with heavy_imports():  # as the commands do
+    quiet_libraries()
+    import torch
+    from accelerate import Accelerator
 
-import torch  # noqa: E402
-from accelerate import Accelerator  # noqa: E402
-
-from lora_core.attention import use_segment_attention  # noqa: E402
-from lora_core.config import RunConfig, load_config  # noqa: E402
-from lora_core.devices import build_accelerator  # noqa: E402
-from lora_core.loss import CausalLMLoss  # noqa: E402
-from lora_core.model import add_adapter  # noqa: E402
-from lora_core.optimizer import build_optimizer, build_scheduler  # noqa: E402
-from lora_core.preflight import plan_for  # noqa: E402
-from lora_core.schedule import SchedulePlan  # noqa: E402
-from lora_core.train import StepResult, train_step  # noqa: E402
+    from lora_core.attention import use_segment_attention
+    from lora_core.config import RunConfig, load_config
+    from lora_core.devices import build_accelerator
+    from lora_core.loss import CausalLMLoss
+    from lora_core.model import add_adapter
+    from lora_core.optimizer import build_optimizer, build_scheduler
+    from lora_core.preflight import plan_for
+    from lora_core.schedule import SchedulePlan
+    from lora_core.train import StepResult, train_step
 
 DEMO_MODEL = "~/.cache/lora_core/models/SmolLM2-135M-Instruct"
 GIB = 2**30

@@ -6,9 +6,10 @@ What is supervised: each assistant turn as the template shows it, and the token 
     mask    ........................................................11111111111111..
 
 How it is found, for any template, with or without `{% generation %}`: the conversation is rendered a second time
-with a marker in place of each assistant turn. What stands between the markers is the template's own frame, and the
-real text must be exactly frame, turn, frame, turn, ..., frame. Where a template treats turns too differently for
-that, the turn is what follows the generation prompt; and where neither holds, the row is refused. The mask is
+with a marker in place of each turn. What stands between the markers is the template's own frame, and the real text
+must be exactly frame, turn, frame, turn, ..., frame. Where it is not (some templates move a system turn, or indent a
+tool's answer), markers take the place of the assistant's turns alone. Where a template treats turns too differently for
+that, the turn is what follows the generation prompt; and where none of it holds, the row is refused. The mask is
 never guessed.
 
 Text that looks like a control token (`<|im_end|>` typed by a user) is encoded as the characters it is.
@@ -19,7 +20,6 @@ from __future__ import annotations
 import itertools
 import re
 from bisect import bisect_left, bisect_right
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +43,8 @@ _TEMPLATE_CHARACTERS_PER_TURN = 1_000
 _TEMPLATE_GROWTH = 50
 # Characters that are tokenized in one call: enough to be quick, and what comes back fits in memory.
 _CHARACTERS_PER_CALL = 1_000_000
+# Orders of roles whose frames are kept in memory; data has a few dozen.
+_ROLES_REMEMBERED = 1_000
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,7 @@ class ChatEncoder:
         self._turn_end = re.compile(rf"\s*(?:{alternatives or eos})(?:{eos})?")
         self._adds_prefix_space = tokenizer.decode([*self._ids("a"), *self._ids("a")]) != "aa"
         self._generation_prompt: str | None = None
+        self._frames_by_roles: dict[tuple[str, ...], list[str] | None] = {}
 
     def encode_batch(self, conversations: Sequence[Conversation]) -> list[EncodedChat | RowError]:
         """One result per conversation, in order; a `RowError` where it cannot be encoded.
@@ -263,38 +266,41 @@ class ChatEncoder:
 
     def _spans_between_frames(self, text: str, conversation: Conversation) -> list[tuple[int, int]] | None:
         """Assistant turns as what lies between the template's frames; None if the text is not built that way."""
+        messages, tools = conversation.messages, conversation.tools
+        if not tools and all(message.keys() == {"role", "content"} for message in messages):
+            # With a marker in place of every turn, rows of the same roles have the same frames, rendered once.
+            roles = tuple(message["role"] for message in messages)
+            if roles not in self._frames_by_roles:
+                if len(self._frames_by_roles) == _ROLES_REMEMBERED:
+                    self._frames_by_roles.clear()
+                self._frames_by_roles[roles] = self._frames("", messages, tools, set(roles))
+            spans = _turns_between(text, self._frames_by_roles[roles], messages)
+            if spans is not None:
+                return [span for span, role in zip(spans, roles, strict=True) if role == "assistant"]
+        turns = [message for message in messages if message["role"] == "assistant"]
+        return _turns_between(text, self._frames(text, messages, tools, {"assistant"}), turns)
+
+    def _frames(self, text: str, messages: list[Message], tools: Any, roles: set[str]) -> list[str] | None:
+        """What the template writes around the turns of these roles; None if that is not to be told."""
         # Doubled, not counted up: a text that holds them all would have no end.
         word = "TurnMarker"
         while word in text:
             word += word
         markers: list[str] = []
         marked: list[Message] = []
-        for message in conversation.messages:
-            if message["role"] == "assistant":
+        for message in messages:
+            if message["role"] in roles:
                 markers.append(f"{word}{len(markers)}x")
-                marked.append({"role": "assistant", "content": markers[-1]})
+                marked.append({"role": message["role"], "content": markers[-1]})
             else:
                 marked.append(message)
         try:
-            rest = self._apply_template(marked, conversation.tools)
+            rest = self._apply_template(marked, tools)
         except ChatTemplateError:  # such as one that wants a tool's answer to follow a call
             return None
-        if Counter(re.findall(rf"{word}\d+x", rest)) != Counter(markers):
+        if re.findall(rf"{word}\d+x", rest) != markers:
             return None
-        frames = re.split(rf"{word}\d+x", rest)
-
-        position = len(frames[0])
-        if not text.startswith(frames[0]):
-            return None
-        spans = []
-        assistants = [message for message in conversation.messages if message["role"] == "assistant"]
-        for message, frame, is_last in zip(assistants, frames[1:], _last_flags(assistants), strict=True):
-            end = _turn_end_before_frame(text, position, message, frame, is_last)
-            if end is None:
-                return None
-            spans.append((position, end))
-            position = end + len(frame)
-        return spans if position == len(text) else None
+        return re.split(rf"{word}\d+x", rest)
 
     def _spans_after_prompt(self, text: str, conversation: Conversation) -> list[tuple[int, int]] | None:
         """Assistant turns as what follows the generation prompt; None if earlier turns change when later ones come."""
@@ -422,6 +428,21 @@ class ChatEncoder:
 
 def _last_flags(items: Sequence[Any]) -> list[bool]:
     return [index == len(items) - 1 for index in range(len(items))]
+
+
+def _turns_between(text: str, frames: list[str] | None, turns: Sequence[Message]) -> list[tuple[int, int]] | None:
+    """Where each turn stands in the text, if that is exactly frame, turn, frame, ..., turn, frame; None if not."""
+    if frames is None or not text.startswith(frames[0]):
+        return None
+    position = len(frames[0])
+    spans = []
+    for turn, frame, is_last in zip(turns, frames[1:], _last_flags(turns), strict=True):
+        end = _turn_end_before_frame(text, position, turn, frame, is_last)
+        if end is None:
+            return None
+        spans.append((position, end))
+        position = end + len(frame)
+    return spans if position == len(text) else None
 
 
 def _turn_end_before_frame(text: str, start: int, message: Message, frame: str, is_last: bool) -> int | None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lora_core.chat import EncodedChat, _mask_tokens, _Span, encode_chat, show_chat
+from lora_core.chat import ChatEncoder, EncodedChat, _mask_tokens, _Span, encode_chat, show_chat
 from lora_core.errors import ChatTemplateError, RowError
 from lora_core.mask_reader import MaskReader
 from lora_core.messages import parse_row
@@ -96,6 +96,43 @@ def test_supervised_tokens_are_the_assistant_turns_and_their_ends(name: str) -> 
         assert reader.read(parse_row(chat(*turns)), encoded).problem is None
 
     check()
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_rows_encoded_together_are_what_each_is_alone(name: str) -> None:
+    tokenizer = make_tokenizer(TEMPLATES[name])
+
+    @settings(max_examples=30, deadline=None)
+    @given(st.lists(st.lists(texts, min_size=2, max_size=4), min_size=2, max_size=4))
+    def check(rows: list[list[str]]) -> None:
+        together = ChatEncoder(tokenizer).encode_batch([parse_row(chat(*turns)) for turns in rows])
+        assert together == [encode_chat(tokenizer, chat(*turns)["messages"]) for turns in rows]
+
+    check()
+
+
+def test_frames_are_rendered_once_for_rows_of_the_same_roles(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = make_tokenizer(CHATML)
+    encoder = ChatEncoder(tokenizer)
+    rows = [parse_row(chat(f"q{i}", f"a{i}")) for i in range(5)]
+    encoder.encode_batch(rows)
+    rendered = []
+    apply = tokenizer.apply_chat_template
+    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *a, **k: rendered.append(a) or apply(*a, **k))
+    encoder.encode_batch(rows)
+    assert len(rendered) == len(rows)
+
+
+def test_turns_that_a_template_moves_or_rewrites_leave_the_mask_exact() -> None:
+    tokenizer = make_tokenizer(
+        "{% for m in messages if m.role != 'system' %}<turn>{{ m.role }}\n"
+        "{{ m.content | tojson if m.role == 'user' else m.content }}"
+        "{{ ' ' + messages[0].content if loop.first and messages[0].role == 'system' }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
+    )
+    messages = [{"role": "system", "content": "Be kind."}, *chat('"q"', "a", "p", "b")["messages"]]
+    encoded = encode_chat(tokenizer, messages)
+    assert supervised(tokenizer, encoded) == "a<|im_end|>b<|im_end|>"
 
 
 def test_equals_the_templates_own_generation_mask() -> None:
