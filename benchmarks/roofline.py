@@ -23,6 +23,7 @@ Prints tables, writes roofline.json.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections import defaultdict
@@ -31,6 +32,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own marks
+
 import torch
 from common import DEMO_MODEL, HERE, ROOT, Training, base_config, cpu_accelerator, now, ratios, set_up, spread, write
 from peft.tuners.lora import LoraLayer
@@ -38,7 +41,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers.models.llama import modeling_llama
 
-from lora_core import attention, loss
+from lora_core import attention, lora_linear, loss
 from lora_core.attention import causal_lm_of
 from lora_core.data import EncodedFile, load_data, pad_id
 from lora_core.lora_linear import BitMask, use_lean_lora
@@ -143,7 +146,15 @@ def run_products(products: Sequence[Product]) -> float:
 # Where the step goes
 
 # Names of operations that are products, wherever they run.
-PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mkldnn_linear", "aten::linear"}
+PRODUCTS = {
+    "aten::mm",
+    "aten::addmm",
+    "aten::addmm_",
+    "aten::bmm",
+    "aten::baddbmm",
+    "aten::mkldnn_linear",
+    "aten::linear",
+}
 PARTS = (
     "norms",
     "rotary positions",
@@ -183,17 +194,22 @@ def name_parts(training: Training) -> None:
     for module in training.model.modules():
         if isinstance(module, modeling_llama.LlamaRMSNorm):
             name_method(module, "forward", NORMS)
-        elif isinstance(module, LoraLayer):
-            name_method(module, "forward", LINEAR)
         elif isinstance(module, modeling_llama.LlamaMLP):
             name_method(module, "forward", ACTIVATION)  # the linear layers in it have their own name
     name_method(modeling_llama, "apply_rotary_pos_emb", ROTARY)
-    name_method(attention, "_attend", ATTENTION)
+    name_method(attention, "segment_attention", ATTENTION)
+    attention.use_segment_attention(training.model.model)
     name_method(training.accelerator, "clip_grad_norm_", OPTIMIZER)
     name_method(training.optimizer, "step", OPTIMIZER)
     name_method(training.optimizer, "zero_grad", OPTIMIZER)
-    head: Any = loss._HeadLoss
-    head.forward = staticmethod(named(CROSS_ENTROPY, head.forward))
+    # Functions of autograd; the layer's has both kinds of products, and casts.
+    for function, part in (
+        (lora_linear._LoraLinear, LINEAR),
+        (attention._ShortSegments, ATTENTION),
+        (loss._HeadLoss, CROSS_ENTROPY),
+    ):
+        for direction in ("forward", "backward"):
+            setattr(function, direction, staticmethod(named(part, getattr(function, direction))))
 
 
 def name_method(owner: Any, method: str, part: str) -> None:

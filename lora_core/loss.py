@@ -90,13 +90,18 @@ class _HeadLoss(torch.autograd.Function):
             with torch.set_grad_enabled(needs_gradient):
                 chunk = hidden[part].detach().requires_grad_(needs_gradient)
                 logits = project(model, chunk)
-            log_probabilities = logits.detach().float().log_softmax(dim=-1)  # (P, V)
-            of_target = log_probabilities.gather(1, targets[part, None])  # (P, 1)
-            loss_sum -= of_target.sum()
-            num_correct += (log_probabilities.argmax(dim=-1) == targets[part]).sum()
+            target = targets[part, None]  # (P, 1)
+            values = logits.detach()
+            probabilities = values.softmax(dim=-1, dtype=torch.float32)  # (P, V)
+            best = probabilities.argmax(dim=-1, keepdim=True)
+            # From the most likely token, whose probability is at least 1 / V, so that its logarithm is exact.
+            log_probability = values.gather(1, target).float() - values.gather(1, best).float()
+            log_probability += probabilities.gather(1, best).log()
+            loss_sum -= log_probability.sum()
+            num_correct += (best == target).sum()
             if gradient is not None:
-                # d loss / d logits = probabilities - one-hot target, in the memory of the log-probabilities
-                to_logits = log_probabilities.exp_().scatter_(1, targets[part, None], of_target.exp() - 1)
+                # d loss / d logits = probabilities - one-hot target, in the memory of the probabilities
+                to_logits = probabilities.scatter_(1, target, log_probability.exp() - 1)
                 (gradient[part],) = torch.autograd.grad(logits, chunk, to_logits.to(logits.dtype))
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(num_correct)
