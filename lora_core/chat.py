@@ -273,7 +273,10 @@ class ChatEncoder:
             if roles not in self._frames_by_roles:
                 if len(self._frames_by_roles) == _ROLES_REMEMBERED:
                     self._frames_by_roles.clear()
-                self._frames_by_roles[roles] = self._frames("", messages, tools, set(roles))
+                frames = self._frames("", messages, tools, set(roles))
+                # Over a blank frame, a turn's own white space could be taken for the next turn's.
+                is_certain = frames is not None and all(frame.strip() for frame in frames[1:-1])
+                self._frames_by_roles[roles] = frames if is_certain else None
             spans = _turns_between(text, self._frames_by_roles[roles], messages)
             if spans is not None:
                 return [span for span, role in zip(spans, roles, strict=True) if role == "assistant"]
@@ -446,7 +449,7 @@ def _turns_between(text: str, frames: list[str] | None, turns: Sequence[Message]
 
 
 def _turn_end_before_frame(text: str, start: int, message: Message, frame: str, is_last: bool) -> int | None:
-    """Where the assistant turn that starts at `start` ends, with `frame` right after it; None if not certain."""
+    """Where the turn that starts at `start` ends, with `frame` right after it; None if not certain."""
     if "tool_calls" not in message:
         content = message["content"]
         for shown in (content, content.strip(), content.rstrip(), content.lstrip()):

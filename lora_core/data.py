@@ -306,7 +306,10 @@ def _encode_lines(
 
 @contextmanager
 def _no_tokenizer_threads() -> Iterator[None]:
-    """For processes that are forked here: the tokenizer's threads do not live on in them, and would be waited for."""
+    """For processes that are forked here: the tokenizer's threads do not live on in them, and would be waited for.
+
+    datasets says so too when it forks, but leaves it said to the tokenizers of this process after them.
+    """
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"

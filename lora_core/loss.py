@@ -139,10 +139,8 @@ def check_head(model: nn.Module) -> None:
     model.eval()
     device = causal_lm.get_input_embeddings().weight.device
     input_ids = torch.arange(1, 9, device=device)[None]
-    hidden: list[Tensor] = []
-    decoder = causal_lm.get_decoder()
-    with decoder.register_forward_hook(lambda _module, _inputs, output: hidden.append(output.last_hidden_state[0])):
-        own = causal_lm(input_ids=input_ids, use_cache=False).logits[0].float()
+    own = causal_lm(input_ids=input_ids, use_cache=False).logits[0].float()
+    hidden = causal_lm.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
     ours = project(model, hidden[0]).float()
     model.train(was_training)
     if not bool(own.isfinite().all()):

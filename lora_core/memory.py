@@ -260,7 +260,7 @@ def _live_at_peak(
 ) -> tuple[dict[str, int], int]:
     """(bytes by component at the peak, bytes of one decoder layer's weights)."""
 
-    def simulate(num_layers: int) -> tuple[dict[str, int], int]:
+    def simulate(num_layers: int) -> tuple[list[dict[str, int]], int]:
         model = _model_without_storage(config, device_kind, micro_batch.packed, num_layers)
         return _simulate(model, config, micro_batch, eval_micro_batch, device_kind)
 
@@ -272,10 +272,15 @@ def _live_at_peak(
         first, middle, whole = (_num_parameters(config, n) for n in (few, more, num_layers))
         layers_are_equal = (whole - first) * (more - few) == (middle - first) * (num_layers - few)
     if num_layers <= more or not layers_are_equal:
-        return simulate(num_layers)
-    (at_few, layer_bytes), (at_more, _) = simulate(few), simulate(more)
-    growth = {name: (at_more[name] - at_few.get(name, 0)) / (more - few) for name in at_more}
-    return {n: round(at_few.get(n, 0) + growth[n] * (num_layers - few)) for n in at_more}, layer_bytes
+        peaks, layer_bytes = simulate(num_layers)
+    else:
+        (peaks_at_few, layer_bytes), (peaks_at_more, _) = simulate(few), simulate(more)
+        layers_more = (num_layers - few) / (more - few)
+        peaks = [
+            {name: round(at_few.get(name, 0) + (at_more[name] - at_few.get(name, 0)) * layers_more) for name in at_more}
+            for at_few, at_more in zip(peaks_at_few, peaks_at_more, strict=True)
+        ]
+    return max(peaks, key=lambda at_peak: sum(at_peak.values())), layer_bytes
 
 
 def _simulate(
@@ -284,8 +289,8 @@ def _simulate(
     micro_batch: MicroBatch,
     eval_micro_batch: MicroBatch | None,
     device_kind: str,
-) -> tuple[dict[str, int], int]:
-    """Bytes by component at the peak of a micro-batch, an optimizer step and an evaluation batch; and of one layer."""
+) -> tuple[list[dict[str, int]], int]:
+    """(bytes by component at the peaks of a micro-batch, an optimizer step and an evaluation batch; of one layer)."""
     bnb.functional.quantize_blockwise(torch.zeros(256))  # its tables are made at first use, and must be real ones
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
@@ -313,14 +318,17 @@ def _simulate(
                 result = loss(**_fake_batch(micro_batch, device_kind))
             result.loss_sum.backward()
             del result
+            peaks = [live.take_peak()]
             optimizer.step()
+            peaks.append(live.take_peak())
             if eval_micro_batch is not None:
                 loss.eval()
                 live.num_supervised = eval_micro_batch.num_supervised
                 with torch.no_grad(), autocast:
                     loss(**_fake_batch(eval_micro_batch, device_kind))
+                peaks.append(live.take_peak())
     layer = causal_lm_of(model).get_decoder().layers[0]
-    return live.at_peak, sum(tensor.untyped_storage().nbytes() for tensor in _frozen_tensors(layer))
+    return peaks, sum(tensor.untyped_storage().nbytes() for tensor in _frozen_tensors(layer))
 
 
 def num_hidden_layers(config: RunConfig) -> int:
@@ -502,8 +510,8 @@ class _LiveBytes(TorchDispatchMode):
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.at_peak: dict[str, int] = {}
         self.num_supervised = 0
+        self._at_peak: dict[str, int] = {}
         self._vocab_size = vocab_size
         self._now: dict[str, int] = {}
         self._total = self._peak = 0
@@ -525,7 +533,13 @@ class _LiveBytes(TorchDispatchMode):
 
         self._alive[key] = weakref.ref(storage, freed)
         if self._total > self._peak:
-            self._peak, self.at_peak = self._total, dict(self._now)
+            self._peak, self._at_peak = self._total, dict(self._now)
+
+    def take_peak(self) -> dict[str, int]:
+        """Bytes by component at the peak since the last call."""
+        at_peak = self._at_peak
+        self._peak, self._at_peak = self._total, dict(self._now)
+        return at_peak
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.nonzero.default:

@@ -130,9 +130,17 @@ def test_turns_that_a_template_moves_or_rewrites_leave_the_mask_exact() -> None:
         "{{ ' ' + messages[0].content if loop.first and messages[0].role == 'system' }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
     )
-    messages = [{"role": "system", "content": "Be kind."}, *chat('"q"', "a", "p", "b")["messages"]]
-    encoded = encode_chat(tokenizer, messages)
-    assert supervised(tokenizer, encoded) == "a<|im_end|>b<|im_end|>"
+    rewritten = chat('"q"', "a", "p", "b")["messages"]
+    for messages in (rewritten, [{"role": "system", "content": "Be kind."}, *rewritten]):
+        assert supervised(tokenizer, encode_chat(tokenizer, messages)) == "a<|im_end|>b<|im_end|>"
+
+
+def test_turns_with_nothing_but_white_space_between_them_keep_their_own() -> None:
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}{{ (m.content | trim) ~ '\n' if m.role == 'user' else m.content ~ '</s>' }}{% endfor %}"
+    )
+    encoded = encode_chat(tokenizer, chat("q\n", "\na")["messages"])
+    assert supervised(tokenizer, encoded) == "\na</s>"
 
 
 def test_equals_the_templates_own_generation_mask() -> None:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers import Qwen2ForCausalLM
 
+from lora_core import loss
 from lora_core.errors import TrainingError
 from lora_core.loss import CausalLMLoss, check_head
 
@@ -22,11 +23,17 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "attention_mask": attention_mask, "loss_mask": loss_mask}
 
 
+@pytest.mark.parametrize("head", ["trains", "frozen", "frozen, sharp"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equals_the_models_own_loss_on_the_same_labels(family: str) -> None:
+def test_equals_the_models_own_loss_on_the_same_labels(family: str, head: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = FAMILIES[family]().eval()
     check_head(model)
+    if head != "trains":
+        monkeypatch.setattr(loss, "_LOGITS_PER_CHUNK", 5 * model.config.get_text_config().vocab_size)
+        weight = model.get_output_embeddings().weight.requires_grad_(False)
+        if head == "frozen, sharp":  # probabilities that float32 cannot hold
+            weight.mul_(1000)
     inputs = batch()
     labels = torch.where(inputs["loss_mask"], inputs["input_ids"], -100)
     own = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels)

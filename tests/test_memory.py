@@ -34,10 +34,14 @@ def test_weights_are_those_of_the_model(demo_model_dir: Path) -> None:
 
 def test_equal_layers_are_run_few_times_and_known_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     for overrides in ([], ["train.gradient_checkpointing=true"], ["model.quantization=nf4"], ["data.packing=false"]):
-        short = predict(*overrides)
-        with monkeypatch.context() as patch:
-            patch.setattr(memory, "_LAYERS_RUN", (2, 30))  # the demo model has 30: so all are run
-            assert predict(*overrides) == short
+        config = load_config("demo", overrides)
+        # Of few layers, the larger evaluation batch takes more than training does; of all, training.
+        evaluation = MicroBatch((1024,) * 6, 3072, config.data.packing)
+        for settings in ({}, {"lengths": (1024,), "eval_micro_batch": evaluation}):
+            short = predict(*overrides, **settings)
+            with monkeypatch.context() as patch:
+                patch.setattr(memory, "_LAYERS_RUN", (2, 30))  # the demo model has 30: so all are run
+                assert predict(*overrides, **settings) == short
 
 
 @pytest.mark.parametrize("overrides", [[], ["train.gradient_checkpointing=true"]], ids=["plain", "checkpointing"])
@@ -99,7 +103,6 @@ MEASURE = """
 import sys
 import torch
 from lora_core import memory
-from lora_core.attention import segment_attention
 from lora_core.cli import quiet_libraries
 from lora_core.config import load_config
 from lora_core.devices import build_accelerator, device_memory, peak_memory_bytes
