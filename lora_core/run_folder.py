@@ -43,9 +43,13 @@ def check_run_folder(output_dir: str | Path, overwrite: bool) -> Path:
 
 def clear_run_folder(folder: Path) -> None:
     """Make the folder, or empty it of an earlier run. Call `check_run_folder` first."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    # config.yaml last: it is what the folder is known by, should this be killed half-way.
+    for entry in sorted(folder.iterdir(), key=lambda path: path.name == "config.yaml"):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +28,37 @@ def test_an_earlier_run_is_replaced_only_when_asked(tmp_path: Path) -> None:
     assert (folder / "config.yaml").is_file()
     clear_run_folder(folder)
     assert list(folder.iterdir()) == []
+
+
+def test_an_emptying_that_is_stopped_at_any_place_leaves_a_folder_that_can_be_emptied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop_after(removals: int) -> None:
+        left = iter(range(removals))
+        for method in ("unlink", "rmdir"):
+            remove = getattr(os, method)
+
+            def remove_or_stop(*args: Any, remove: Any = remove, **kwargs: Any) -> None:
+                if next(left, None) is None:
+                    raise KeyboardInterrupt
+                remove(*args, **kwargs)
+
+            patch.setattr(os, method, remove_or_stop)
+
+    # So many that the file system will not happen to list config.yaml last.
+    names = ["adapter/file", "checkpoints/file", "config.yaml", *(f"{number}.json" for number in range(20))]
+    for removals in range(len(names) + 2):  # and two folders
+        folder = tmp_path / str(removals)
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text("x")
+        with monkeypatch.context() as patch:
+            stop_after(removals)
+            with pytest.raises(KeyboardInterrupt):
+                clear_run_folder(folder)
+        assert check_run_folder(folder, overwrite=True) == folder
+        clear_run_folder(folder)
+        assert list(folder.iterdir()) == []
 
 
 def test_folders_that_a_run_cannot_have(tmp_path: Path) -> None:
