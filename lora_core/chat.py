@@ -268,20 +268,23 @@ class ChatEncoder:
         """Assistant turns as what lies between the template's frames; None if the text is not built that way."""
         messages, tools = conversation.messages, conversation.tools
         if not tools and all(message.keys() == {"role", "content"} for message in messages):
-            # With a marker in place of every turn, rows of the same roles have the same frames, rendered once.
-            roles = tuple(message["role"] for message in messages)
-            if roles not in self._frames_by_roles:
-                if len(self._frames_by_roles) == _ROLES_REMEMBERED:
-                    self._frames_by_roles.clear()
-                frames = self._frames("", messages, tools, set(roles))
-                # Over a blank frame, a turn's own white space could be taken for the next turn's.
-                is_certain = frames is not None and all(frame.strip() for frame in frames[1:-1])
-                self._frames_by_roles[roles] = frames if is_certain else None
-            spans = _turns_between(text, self._frames_by_roles[roles], messages)
+            spans = _turns_between(text, self._frames_of_all(messages), messages)
             if spans is not None:
-                return [span for span, role in zip(spans, roles, strict=True) if role == "assistant"]
+                return [span for span, turn in zip(spans, messages, strict=True) if turn["role"] == "assistant"]
         turns = [message for message in messages if message["role"] == "assistant"]
         return _turns_between(text, self._frames(text, messages, tools, {"assistant"}), turns)
+
+    def _frames_of_all(self, messages: list[Message]) -> list[str] | None:
+        """What the template writes around every turn: the same for all rows of the same roles, so rendered once."""
+        roles = tuple(message["role"] for message in messages)
+        if roles not in self._frames_by_roles:
+            if len(self._frames_by_roles) == _ROLES_REMEMBERED:
+                self._frames_by_roles.clear()
+            frames = self._frames("", messages, None, set(roles))
+            # Over a blank frame, a turn's own white space could be taken for the next turn's.
+            is_certain = frames is not None and all(frame.strip() for frame in frames[1:-1])
+            self._frames_by_roles[roles] = frames if is_certain else None
+        return self._frames_by_roles[roles]
 
     def _frames(self, text: str, messages: list[Message], tools: Any, roles: set[str]) -> list[str] | None:
         """What the template writes around the turns of these roles; None if that is not to be told."""
