@@ -17,22 +17,23 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
-from lora_core.cli import heavy_imports, quiet_libraries  # noqa: E402
+from lora_core.commands.command_line import heavy_imports, quiet_libraries  # noqa: E402
 
 with heavy_imports():  # as the commands do
     quiet_libraries()
     import torch
     from accelerate import Accelerator
 
-    from lora_core.attention import use_segment_attention
-    from lora_core.config import RunConfig, load_config
-    from lora_core.devices import build_accelerator
-    from lora_core.loss import CausalLMLoss
-    from lora_core.model import add_adapter
-    from lora_core.optimizer import build_optimizer, build_scheduler
-    from lora_core.preflight import plan_for
+    from lora_core.config.load import load_config
+    from lora_core.config.schema import RunConfig
+    from lora_core.model.attention import use_segment_attention
+    from lora_core.model.base import add_adapter
+    from lora_core.model.loss import CausalLMLoss
+    from lora_core.model.optimizer import build_optimizer, build_scheduler
+    from lora_core.preflight.preflight import plan_for
+    from lora_core.runtime.devices import build_accelerator
     from lora_core.schedule import SchedulePlan
-    from lora_core.train import StepResult, train_step
+    from lora_core.training.step import StepResult, train_step
 
 DEMO_MODEL = "~/.cache/lora_core/models/SmolLM2-135M-Instruct"
 GIB = 2**30
@@ -40,7 +41,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Training:
-    """All that an optimizer step needs, as `lora_core.train.train` sets it up."""
+    """All that an optimizer step needs, as `lora_core.training.setup.train` sets it up."""
 
     config: RunConfig
     plan: SchedulePlan

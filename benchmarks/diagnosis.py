@@ -28,13 +28,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from lora_core.cli import quiet_libraries
-from lora_core.config import ALL_SEVEN_PROJECTIONS, RunConfig, load_config
-from lora_core.data import load_data
-from lora_core.model import load_tokenizer
-from lora_core.packing import micro_batches, step_rows
-from lora_core.preflight import plan_for
-from lora_core.run_folder import write_json
+from lora_core.commands.command_line import quiet_libraries
+from lora_core.config.load import load_config
+from lora_core.config.schema import ALL_SEVEN_PROJECTIONS, RunConfig
+from lora_core.data.encoded import load_data
+from lora_core.data.packing import micro_batches, step_rows
+from lora_core.model.base import load_tokenizer
+from lora_core.preflight.preflight import plan_for
+from lora_core.runtime.run_folder import write_json
 
 TARGETS = {"q, v": ["q_proj", "v_proj"], "all seven": ALL_SEVEN_PROJECTIONS}
 LEARNING_RATES = ["5e-5", "1e-4", "2e-4", "5e-4"]

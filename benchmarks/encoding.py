@@ -26,10 +26,10 @@ from common import DEMO_MODEL, HERE, ROOT, base_config, ratios, spread, write
 from scaling import write_rows
 from vs_trl import peer_environment
 
-from lora_core.data import encode_file
-from lora_core.limits import allowed_cores
-from lora_core.messages import parse_json_row
-from lora_core.model import load_tokenizer
+from lora_core.data.encoded import encode_file
+from lora_core.data.messages import parse_json_row
+from lora_core.model.base import load_tokenizer
+from lora_core.untrusted.limits import allowed_cores
 
 BAR = 3
 SET_UPS = OURS, TRL, OURS_ALONE, TRL_CORES = (

@@ -7,7 +7,7 @@ A random model of 2 layers, 64 wide, with 512 tokens in its vocabulary; rows of 
 turn, in one process, each with a copy of the model and each once before it is timed, so that none compiles kernels
 for another:
 
-    loop     the body of `lora_core.train.train`: choose the rows, cut them, read them from disk, make tensors (`train`
+    loop     the body of the training loop: choose the rows, cut them, read them from disk, make tensors (`train`
              has a thread do this during the step before), `train_step`, progress bar, log line, metrics.jsonl, look
              for signals
     bare     the same module and batches, made beforehand: forward, backward, clip, optimizer step, zero_grad
@@ -46,13 +46,15 @@ from common import (
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lora_core.config import RunConfig
-from lora_core.data import load_data
-from lora_core.loss import CausalLMLoss
-from lora_core.model import add_adapter, load_tokenizer
-from lora_core.packing import Batching, step_rows, train_batching
-from lora_core.run_folder import MetricsFile
-from lora_core.train import StepResult, StopSignals, _log_step
+from lora_core.config.schema import RunConfig
+from lora_core.data.encoded import load_data
+from lora_core.data.packing import Batching, step_rows, train_batching
+from lora_core.model.base import add_adapter, load_tokenizer
+from lora_core.model.loss import CausalLMLoss
+from lora_core.runtime.faults import StopSignals
+from lora_core.runtime.run_folder import MetricsFile
+from lora_core.training.loop import _log_step
+from lora_core.training.step import StepResult
 
 BAR = 0.05
 VOCABULARY = 512
@@ -85,7 +87,7 @@ def tiny_model() -> Any:
 
 
 class OurLoop:
-    """The body of the loop in `lora_core.train.train`."""
+    """The body of the loop in `lora_core.training.setup.train`."""
 
     def __init__(self, training: Training, batching: Batching, dataset: Any, lengths: Any, folder: Path) -> None:
         self.training, self.batching, self.dataset, self.lengths = training, batching, dataset, lengths

@@ -41,12 +41,13 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers.models.llama import modeling_llama
 
-from lora_core import attention, lora_linear, loss
-from lora_core.attention import causal_lm_of
-from lora_core.data import EncodedFile, load_data, pad_id
-from lora_core.lora_linear import BitMask, use_lean_lora
-from lora_core.model import load_base_model, load_tokenizer
-from lora_core.packing import step_rows, train_batching
+from lora_core.data.counts import EncodedFile
+from lora_core.data.encoded import load_data, pad_id
+from lora_core.data.packing import step_rows, train_batching
+from lora_core.model import attention, lora_linear, loss
+from lora_core.model.attention import causal_lm_of
+from lora_core.model.base import load_base_model, load_tokenizer
+from lora_core.model.lora_linear import BitMask, use_lean_lora
 
 BAR = 0.75
 WARM_UP_STEPS = 3

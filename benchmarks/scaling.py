@@ -50,11 +50,11 @@ from common import (
     write,
 )
 
-from lora_core.data import load_data
-from lora_core.devices import use_all_cores
-from lora_core.model import load_tokenizer
-from lora_core.packing import collate_packed, step_rows, train_batching
-from lora_core.preflight import plan_for
+from lora_core.data.encoded import load_data
+from lora_core.data.packing import collate_packed, step_rows, train_batching
+from lora_core.model.base import load_tokenizer
+from lora_core.preflight.preflight import plan_for
+from lora_core.runtime.devices import use_all_cores
 
 ALTERNATIONS = 5
 MIB = 2**20

@@ -6,8 +6,8 @@ The demo (78 rows, SmolLM2-135M) without held-out rows, so that no evaluation co
 encoded and all files are in the disk's cache, because a first run that is not counted has read them. Each run is a
 process of its own, with all cores, wall time from before it is started. It does what launch/train.py does, but imports
 torch and what transformers needs to load a model first, so that the rest can be told from it, and times the steps of
-`lora_core.train.train` by name until the first optimizer step is done. `accelerate launch`, which itself imports torch
-before it starts the training, is timed on a script that does nothing.
+`train` by name until the first optimizer step is done. `accelerate launch`, which itself imports torch before it starts
+the training, is timed on a script that does nothing.
 
 Prints a table, writes startup.json.
 """
@@ -35,7 +35,7 @@ IMPORTS, OUR_IMPORTS, STEP, REST = (
     "the first optimizer step",
     "the rest",
 )
-# Names in lora_core.train -> what they do.
+# Names in lora_core.training.setup -> what they do.
 PHASES = {
     "build_accelerator": "device and process group",
     "load_tokenizer": "tokenizer",
@@ -71,16 +71,16 @@ def child(started: float, overrides: list[str]) -> None:
         print(json.dumps({**seconds, REST: whole - sum(seconds.values()), "whole": whole}), flush=True)
         os._exit(0)
 
-    from lora_core import config
-    from lora_core.cli import heavy_imports
+    from lora_core.commands.command_line import heavy_imports
+    from lora_core.config.load import load_config
 
     with heavy_imports():
         timed(IMPORTS, import_torch_and_transformers)()
         timed(OUR_IMPORTS, import_training)()
-    training = sys.modules["lora_core.train"]
+    training = sys.modules["lora_core.training.setup"]
     for name, what in PHASES.items():
         setattr(training, name, timed(what, getattr(training, name)))
-    training.train(config.load_config("demo", overrides))  # type: ignore[attr-defined]
+    training.train(load_config("demo", overrides))  # type: ignore[attr-defined]
 
 
 def import_torch_and_transformers() -> None:
@@ -91,10 +91,10 @@ def import_torch_and_transformers() -> None:
 
 
 def import_training() -> None:
-    from lora_core.cli import quiet_libraries
+    from lora_core.commands.command_line import quiet_libraries
 
     quiet_libraries()
-    import lora_core.train  # noqa: F401
+    import lora_core.training.setup  # noqa: F401
 
 
 def run(overrides: list[str]) -> dict[str, float]:

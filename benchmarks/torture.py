@@ -40,10 +40,10 @@ from typing import Any, Literal
 
 import psutil
 
-from lora_core.checkpoint import find_checkpoint
 from lora_core.errors import ConfigError
-from lora_core.run_folder import write_json
-from lora_core.train import versions
+from lora_core.runtime.run_folder import write_json
+from lora_core.training.checkpoint import find_checkpoint
+from lora_core.training.loop import versions
 from tests.tiny import ROOT, chat, make_tokenizer, save_tiny_model, write_jsonl
 
 NUM_STEPS = 9
@@ -79,9 +79,9 @@ TWO_RANKS = {"two ranks": ["lora.rank=64", "train.gradient_accumulation_steps=2"
 PRELOAD = [
     "bitsandbytes.optim.adamw",
     "datasets",
-    "lora_core.cli",
-    "lora_core.report",
-    "lora_core.train",
+    "lora_core.commands.command_line",
+    "lora_core.report.page",
+    "lora_core.training.setup",
     "matplotlib.backends.backend_svg",
     "matplotlib.figure",
     "matplotlib.style",

@@ -98,11 +98,11 @@ def prepare(model: str, rows: Path, steps: int, work: Path) -> Workload:
     Raises:
         SystemExit: the rows are too few for so many steps.
     """
-    from lora_core.config import load_config
-    from lora_core.data import load_data
-    from lora_core.messages import parse_json_row
-    from lora_core.model import load_tokenizer
-    from lora_core.packing import step_rows
+    from lora_core.config.load import load_config
+    from lora_core.data.encoded import load_data
+    from lora_core.data.messages import parse_json_row
+    from lora_core.data.packing import step_rows
+    from lora_core.model.base import load_tokenizer
 
     settings = [f"model.name_or_path={model}", f"data.train_file={rows}", f"data.max_seq_length={MAX_SEQ_LENGTH}"]
     config = load_config(ROOT / "configs" / "base.yaml", [*settings, f"data.cache_dir={work / 'encoded'}"])
@@ -276,7 +276,7 @@ def our_threads() -> int:
     """Threads that lora_core uses in one process."""
     import torch
 
-    from lora_core.devices import use_all_cores
+    from lora_core.runtime.devices import use_all_cores
 
     use_all_cores()
     return torch.get_num_threads()

@@ -8,8 +8,8 @@ import argparse
 import itertools
 from pathlib import Path
 
-from lora_core.checks import documentation
-from lora_core.run_folder import write_text
+from lora_core.preflight.catalogue import documentation
+from lora_core.runtime.run_folder import write_text
 
 HERE = Path(__file__).parent
 HEADER = """# Memory
@@ -29,10 +29,11 @@ worked out from the same counts. No figure here was measured on a GPU; on the CP
 
 def memory_page() -> str:
     """docs/memory.md."""
-    from lora_core.cli import quiet_libraries
-    from lora_core.config import load_config
-    from lora_core.devices import DeviceMemory
-    from lora_core.memory import MicroBatch, Sharding, predict_memory
+    from lora_core.commands.command_line import quiet_libraries
+    from lora_core.config.load import load_config
+    from lora_core.memory.micro_batch import MicroBatch
+    from lora_core.memory.plan import Sharding, predict_memory
+    from lora_core.runtime.devices import DeviceMemory
 
     quiet_libraries()
     gpu = DeviceMemory("cuda", 80 * 2**30)

@@ -38,8 +38,8 @@ def fetch(target: Path = TARGET) -> None:
 
 
 def convert(gguf: Path, target: Path) -> None:
-    from lora_core.cli import quiet_libraries
-    from lora_core.run_folder import whole_folder
+    from lora_core.commands.command_line import quiet_libraries
+    from lora_core.runtime.run_folder import whole_folder
 
     quiet_libraries()
     import torch

@@ -4,8 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-from lora_core.cli import config_parser, heavy_imports, quiet_libraries, run_command
-from lora_core.config import load_config
+from lora_core.commands.command_line import config_parser, heavy_imports, quiet_libraries, run_command
+from lora_core.config.load import load_config
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
     config = load_config(arguments.cfg, arguments.overrides, arguments.model)
     with heavy_imports():
         quiet_libraries()
-        from lora_core.evaluate import evaluate_adapter
+        from lora_core.training.evaluate import evaluate_adapter
 
     result = evaluate_adapter(config, arguments.adapter or Path(config.output_dir).expanduser() / "adapter")
     print(json.dumps(result.to_dict()) if arguments.json else result)

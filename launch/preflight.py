@@ -4,8 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-from lora_core.cli import config_parser, heavy_imports, quiet_libraries, run_command
-from lora_core.config import load_config
+from lora_core.commands.command_line import config_parser, heavy_imports, quiet_libraries, run_command
+from lora_core.config.load import load_config
 from lora_core.errors import LoraCoreError
 
 
@@ -21,7 +21,7 @@ def main() -> None:
     run = (arguments.num_processes, arguments.gpu_memory_gib)
     with heavy_imports():
         quiet_libraries()
-        from lora_core.preflight import (
+        from lora_core.preflight.preflight import (
             apply_fixes,
             describe,
             finding_of,
@@ -30,8 +30,8 @@ def main() -> None:
             report,
             run_checks,
         )
-        from lora_core.run_folder import write_text
-        from lora_core.safe_text import showable, values_without_secrets
+        from lora_core.runtime.run_folder import write_text
+        from lora_core.untrusted.text import showable, values_without_secrets
 
     try:
         config = load_config(arguments.cfg, arguments.overrides, arguments.model)

@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from lora_core.cli import run_command
-from lora_core.safe_text import showable
+from lora_core.commands.command_line import run_command
+from lora_core.untrusted.text import showable
 
 
 def main() -> None:
@@ -15,7 +15,7 @@ def main() -> None:
         "--output", type=Path, metavar="FILE.html", help="default: report.html in RUN, or here for several runs"
     )
     arguments = parser.parse_args()
-    from lora_core.report import compare_reports, write_report
+    from lora_core.report.page import compare_reports, write_report
 
     if len(arguments.runs) == 1:
         page = write_report(arguments.runs[0], arguments.output)

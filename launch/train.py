@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from lora_core.cli import config_parser, heavy_imports, quiet_libraries, run_command
-from lora_core.config import load_config
+from lora_core.commands.command_line import config_parser, heavy_imports, quiet_libraries, run_command
+from lora_core.config.load import load_config
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     config = load_config(arguments.cfg, arguments.overrides, arguments.model)
     with heavy_imports():
         quiet_libraries()
-        from lora_core.train import train
+        from lora_core.training.setup import train
 
     train(config, arguments.resume)
 

@@ -3,8 +3,8 @@
 import json
 import sys
 
-from lora_core.cli import config_parser, heavy_imports, quiet_libraries, run_command
-from lora_core.config import load_config
+from lora_core.commands.command_line import config_parser, heavy_imports, quiet_libraries, run_command
+from lora_core.config.load import load_config
 from lora_core.errors import LoraCoreError
 
 
@@ -14,7 +14,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     with heavy_imports():
         quiet_libraries()
-        from lora_core.verify import verify
+        from lora_core.verification.contracts import verify
 
     try:
         config = load_config(arguments.cfg, arguments.overrides, arguments.model)

@@ -10,16 +10,17 @@ Names load when they are first used, so `import lora_core` is quick and pulls in
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lora_core._version import __version__
 
 if TYPE_CHECKING:
-    from lora_core.chat import ChatEncoder, EncodedChat, encode_chat, show_chat
-    from lora_core.config import RunConfig, load_config
-    from lora_core.data import EncodedFile, RowCounts, encode_file
+    from lora_core.config.load import load_config
+    from lora_core.config.schema import RunConfig
+    from lora_core.data.chat import ChatEncoder, EncodedChat, encode_chat, show_chat
+    from lora_core.data.counts import EncodedFile, RowCounts
+    from lora_core.data.encoded import encode_file
+    from lora_core.data.messages import Conversation, parse_row
     from lora_core.errors import (
         ChatTemplateError,
         ConfigError,
@@ -29,22 +30,23 @@ if TYPE_CHECKING:
         RowError,
         TrainingError,
     )
-    from lora_core.evaluate import EvalResult, evaluate
-    from lora_core.findings import Facts, Finding
-    from lora_core.loss import CausalLMLoss, LossSums
-    from lora_core.memory import MemoryPlan, predict_memory
-    from lora_core.messages import Conversation, parse_row
-    from lora_core.model import add_adapter, load_base_model, load_tokenizer
-    from lora_core.preflight import look_at_run, run_checks
+    from lora_core.memory.plan import MemoryPlan, predict_memory
+    from lora_core.model.base import add_adapter, load_base_model, load_tokenizer
+    from lora_core.model.loss import CausalLMLoss, LossSums
+    from lora_core.preflight.findings import Facts, Finding
+    from lora_core.preflight.preflight import look_at_run, run_checks
     from lora_core.schedule import SchedulePlan, plan_schedule
-    from lora_core.train import StepResult, train, train_step
+    from lora_core.training.evaluate import EvalResult, evaluate
+    from lora_core.training.setup import train
+    from lora_core.training.step import StepResult, train_step
 
 _HOME = {
-    "chat": ("ChatEncoder", "EncodedChat", "encode_chat", "show_chat"),
-    "findings": ("Facts", "Finding"),
-    "config": ("RunConfig", "load_config"),
-    "memory": ("MemoryPlan", "predict_memory"),
-    "data": ("EncodedFile", "RowCounts", "encode_file"),
+    "config.load": ("load_config",),
+    "config.schema": ("RunConfig",),
+    "data.chat": ("ChatEncoder", "EncodedChat", "encode_chat", "show_chat"),
+    "data.counts": ("EncodedFile", "RowCounts"),
+    "data.encoded": ("encode_file",),
+    "data.messages": ("Conversation", "parse_row"),
     "errors": (
         "ChatTemplateError",
         "ConfigError",
@@ -54,13 +56,15 @@ _HOME = {
         "RowError",
         "TrainingError",
     ),
-    "evaluate": ("EvalResult", "evaluate"),
-    "loss": ("CausalLMLoss", "LossSums"),
-    "messages": ("Conversation", "parse_row"),
-    "model": ("add_adapter", "load_base_model", "load_tokenizer"),
-    "preflight": ("look_at_run", "run_checks"),
+    "memory.plan": ("MemoryPlan", "predict_memory"),
+    "model.base": ("add_adapter", "load_base_model", "load_tokenizer"),
+    "model.loss": ("CausalLMLoss", "LossSums"),
+    "preflight.findings": ("Facts", "Finding"),
+    "preflight.preflight": ("look_at_run", "run_checks"),
     "schedule": ("SchedulePlan", "plan_schedule"),
-    "train": ("StepResult", "train", "train_step"),
+    "training.evaluate": ("EvalResult", "evaluate"),
+    "training.setup": ("train",),
+    "training.step": ("StepResult", "train_step"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -115,14 +119,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Package(ModuleType):
-    """Keeps `lora_core.train` the function: importing the submodule of that name would otherwise replace it."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _MODULE_OF and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lora_core.safe_text import showable
+from lora_core.untrusted.text import showable
 
 
 class LoraCoreError(Exception):

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lora_core.cli import quiet_libraries
-from lora_core.devices import reuse_freed_memory
-
-from .tiny import CHATML, ROOT, chat, make_model, make_tokenizer, save_tiny_model, write_jsonl
+from lora_core.commands.command_line import quiet_libraries
+from lora_core.runtime.devices import reuse_freed_memory
+from tests.tiny import CHATML, ROOT, chat, make_model, make_tokenizer, save_tiny_model, write_jsonl
 
 __all__ = ["CHATML", "DEMO_MODEL", "ROOT", "chat", "make_model", "make_tokenizer"]
 

@@ -16,7 +16,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from .conftest import make_model
+from tests.conftest import make_model
 
 SMALL = {
     "vocab_size": 300,

@@ -1,4 +1,4 @@
-"""A module imports only from lines above it, so data flows one way; and `import lora_core` is light."""
+"""Data flows one way: a folder imports only from folders above it, and inside a folder a module from those above."""
 
 from __future__ import annotations
 
@@ -8,77 +8,83 @@ import sys
 from pathlib import Path
 
 import lora_core
+from tests.conftest import ROOT
 
-from .conftest import ROOT
-
-ORDER = [
-    "_version",
-    "safe_text",
-    "errors",
-    "limits",
-    "config",
-    "schedule",
-    "messages",
-    "chat",
-    "mask_reader",
-    "packing",
-    "data",
-    "attention",
-    "lora_linear",
-    "model",
-    "loss",
-    "optimizer",
-    "run_folder",
-    "devices",
-    "checkpoint",
-    "evaluate",
-    "faults",
-    "memory",
-    "findings",
-    "schedule_checks",
-    "row_checks",
-    "adapter_checks",
-    "memory_checks",
-    "environment_checks",
-    "checks",
-    "preflight",
-    "report",
-    "train",
-    "verify",
-    "cli",
-]
-NEEDS_TORCH = {
-    "attention",
-    "lora_linear",
-    "checkpoint",
-    "model",
-    "loss",
-    "optimizer",
-    "devices",
-    "evaluate",
-    "faults",
-    "memory",
-    "train",
-    "verify",
+PACKAGE = ROOT / "lora_core"
+# Folders (and the modules beside them) in the order that data flows, each with its modules in that order.
+ORDER: dict[str, list[str]] = {
+    "_version": [],
+    "untrusted": ["text", "limits"],
+    "errors": [],
+    "schedule": [],
+    "config": ["schema", "keys", "layers", "legacy", "load"],
+    "data": ["messages", "template", "chat", "mask_reader", "counts", "packing", "encoded"],
+    "model": ["attention", "lora_linear", "base", "loss", "optimizer"],
+    "runtime": ["run_folder", "devices", "faults"],
+    "memory": ["micro_batch", "live_bytes", "without_storage", "simulate", "plan"],
+    "preflight": [
+        "model_facts",
+        "findings",
+        "schedule",
+        "rows",
+        "adapter",
+        "memory",
+        "environment",
+        "catalogue",
+        "preflight",
+    ],
+    "report": ["read", "words", "plots", "page"],
+    "training": ["step", "adapter_folder", "evaluate", "replies", "progress", "checkpoint", "loop", "setup"],
+    "verification": ["table", "masks", "gradients", "runs", "reload", "contracts"],
+    "commands": ["command_line"],
 }
+MODULES = [f"{room}.{module}" if modules else room for room, modules in ORDER.items() for module in modules or [""]]
+# What needs torch when it is imported; every other module must load without it.
+NEEDS_TORCH = {
+    "model",
+    "memory",
+    "runtime.devices",
+    "runtime.faults",
+    "preflight.model_facts",
+    "training",
+    "verification",
+}
+MOST_LINES = 400
+
+
+def path_of(module: str) -> Path:
+    return PACKAGE / f"{module.replace('.', '/')}.py"
 
 
 def imported_modules(path: Path) -> set[str]:
+    """The modules of lora_core that a file imports, wherever in it, as `data.chat`."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module == "lora_core":
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lora_core."):
-            names.add(str(node.module).split(".")[1])
-    return names
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lora_core":
+            inside = str(node.module).split(".")[1:]
+            as_modules = {".".join([*inside, alias.name]) for alias in node.names}
+            names |= (as_modules & set(MODULES)) or {".".join(inside)}
+    return names - {""}
 
 
-def test_every_module_has_its_place_and_imports_only_from_above() -> None:
-    modules = {path.stem for path in (ROOT / "lora_core").glob("*.py")} - {"__init__"}
-    assert modules == set(ORDER)
-    for place, module in enumerate(ORDER):
-        below = imported_modules(ROOT / f"lora_core/{module}.py") - set(ORDER[:place])
+def test_every_module_has_its_place() -> None:
+    files = {".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")}
+    assert {name for name in files if not name.endswith("__init__")} == set(MODULES)
+
+
+def test_a_module_imports_only_from_above() -> None:
+    for place, module in enumerate(MODULES):
+        below = imported_modules(path_of(module)) - set(MODULES[:place])
         assert not below, f"{module} imports {below}"
+
+
+def test_no_module_is_long() -> None:
+    lengths = {module: len(path_of(module).read_text(encoding="utf-8").splitlines()) for module in MODULES}
+    assert {module: length for module, length in lengths.items() if length > MOST_LINES} == {}
+
+
+def test_no_folder_has_the_name_of_a_public_function() -> None:
+    assert set(ORDER) & set(lora_core.__all__) == set()
 
 
 def run_python(code: str) -> str:
@@ -86,15 +92,16 @@ def run_python(code: str) -> str:
 
 
 def test_importing_the_package_and_its_light_modules_pulls_in_no_torch() -> None:
-    modules = "; ".join(f"import lora_core.{name}" for name in ORDER if name not in NEEDS_TORCH)
+    light = [name for name in MODULES if not {name, name.split(".")[0]} & NEEDS_TORCH]
+    modules = "; ".join(f"import lora_core.{name}" for name in light)
     heavy = "print([m for m in ('torch', 'transformers', 'datasets', 'peft') if m in sys.modules])"
     assert run_python(f"import sys, lora_core; {modules}; {heavy}") == "[]"
 
 
 def test_every_public_name_loads_and_stays_what_it_is() -> None:
     code = (
-        "import lora_core, lora_core.train, lora_core.evaluate\n"
-        "from lora_core.train import train_step\n"
+        "import lora_core, lora_core.training.setup, lora_core.training.evaluate\n"
+        "from lora_core.training.step import train_step\n"
         "print([n for n in lora_core.__all__ if not hasattr(lora_core, n)], callable(lora_core.train), "
         "callable(lora_core.evaluate), lora_core.train_step is train_step)"
     )

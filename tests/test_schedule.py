@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import get_linear_schedule_with_warmup
 
 from lora_core import schedule
-from lora_core.config import load_config
+from lora_core.config.load import load_config
 from lora_core.schedule import SchedulePlan, plan_schedule
 
 

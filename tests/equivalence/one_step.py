@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from lora_core.config import LoraConfig, ModelConfig, RunConfig, TrainConfig
-from lora_core.data import encode_file, pad_id
-from lora_core.devices import build_accelerator
-from lora_core.loss import CausalLMLoss
-from lora_core.model import add_adapter, load_base_model, load_tokenizer
-from lora_core.packing import Batching, step_rows
-from lora_core.train import train_step
-from lora_core.verify import KeepsGradients
+from lora_core.config.schema import LoraConfig, ModelConfig, RunConfig, TrainConfig
+from lora_core.data.encoded import encode_file, pad_id
+from lora_core.data.packing import Batching, step_rows
+from lora_core.model.base import add_adapter, load_base_model, load_tokenizer
+from lora_core.model.loss import CausalLMLoss
+from lora_core.runtime.devices import build_accelerator
+from lora_core.training.step import train_step
+from lora_core.verification.gradients import KeepsGradients
 
 
 def one_step(

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from ..conftest import ROOT, chat
-from .one_step import one_step
+from tests.conftest import ROOT, chat
+from tests.equivalence.one_step import one_step
 
 # Lengths and shares of supervised tokens differ widely, so a mean of means would be far off.
 ROWS = [chat("q" * (7 * i % 40 + 1), "answer " * (i % 5 * 3 + 1), "and?", "no" * (i % 3)) for i in range(8)]

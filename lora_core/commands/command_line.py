@@ -1,0 +1,109 @@
+"""What the commands in `launch/` share: one command line, quiet libraries, errors as sentences, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import gc
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import NoReturn
+
+from lora_core.config.keys import config_keys
+from lora_core.errors import LoraCoreError, RankFault
+from lora_core.untrusted.text import showable
+
+# The disk, not the program: full, over a quota, read-only, a file too large, broken.
+_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO})
+
+
+def run_command(command: Callable[[], None]) -> int:
+    """Run a command; returns its exit code.
+
+    0 done, 1 a fault while running, 2 a configuration or data error, 3 a contract did not hold (verify), 75 stopped by
+    a signal with a checkpoint written, 130 interrupted at once.
+    """
+    sys.excepthook = _print_fault
+    try:
+        command()
+    except LoraCoreError as error:
+        # Every rank finds the same mistake, and one says so; a fault is said where it is found.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankFault):
+            print(f"\nerror: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        print(f"\nerror: {showable(str(error))}. Fix: room on the disk, or another output_dir", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _print_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A fault of lora_core itself: the traceback as Python prints it, which may quote anything."""
+    print(showable("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Exit with 2; the message quotes the command line."""
+        super().error(showable(message))
+
+
+def config_parser(description: str) -> argparse.ArgumentParser:
+    """`--cfg NAME [--model ID] [key=value ...]`, with every key in the help."""
+    keys = "\n".join(f"  {key}\n      {text}" for key, text in config_keys().items())
+    parser = _Parser(
+        description=description,
+        epilog=f"keys, for key=value and for the YAML file:\n{keys}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--cfg", required=True, metavar="NAME", help="a name in configs/, such as qwen7b, or a YAML file"
+    )
+    parser.add_argument("--model", metavar="ID", help="which model of an old training_args.yaml, keyed by model id")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any key: train.num_train_epochs=3")
+    return parser
+
+
+@contextmanager
+def heavy_imports() -> Iterator[None]:
+    """Import torch and the like in this block with the garbage collector off, which never looks at what they made.
+
+    Half a million objects come with them and stay. Walking them again and again is a fifth of the imports' time, and
+    two thirds of the time that loading a tokenizer takes after them.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def quiet_libraries() -> None:
+    """Keep off the console what a user can do nothing about: loading bars, deprecations inside libraries, hints.
+
+    For commands; importing lora_core changes none of this.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    for name in ("bitsandbytes", "torch.distributed", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()

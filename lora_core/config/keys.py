@@ -1,0 +1,83 @@
+"""Every key in words: for `--help`, docs and errors."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from lora_core.config.schema import (
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    PreflightConfig,
+    RunConfig,
+    Section,
+    TrainConfig,
+)
+
+SECTIONS: dict[str, type[Section]] = {
+    "model": ModelConfig,
+    "lora": LoraConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "preflight": PreflightConfig,
+}
+
+
+@lru_cache(maxsize=1)
+def config_keys() -> dict[str, str]:
+    """Every dotted key with what it allows, its default and its meaning, in order."""
+    keys = {}
+    sections: dict[str, type[BaseModel]] = {**SECTIONS, "": RunConfig}
+    for section, fields in sections.items():
+        schema = fields.model_json_schema()["properties"]
+        for name, field in fields.model_fields.items():
+            if not section and name in SECTIONS:
+                continue
+            default = yaml.safe_dump(field.get_default(), default_flow_style=True, width=1000).split("\n")[0]
+            keys[f"{section}.{name}" if section else name] = (
+                f"{_allowed(schema[name])}, default {default}: {field.description}"
+            )
+    return keys
+
+
+def _allowed(schema: Mapping[str, Any]) -> str:
+    """A JSON schema in words."""
+    if "anyOf" in schema:
+        return " or ".join(_allowed(option) for option in schema["anyOf"])
+    if "enum" in schema:
+        return "|".join(schema["enum"])
+    if "const" in schema:
+        return str(schema["const"])
+    if schema["type"] == "array":
+        return f"list of {_allowed(schema['items'])}s"
+    words = {
+        "integer": "whole number",
+        "number": "number",
+        "boolean": "true|false",
+        "string": "text",
+        "null": "null",
+    }
+    limits = [
+        f"{sign} {schema[key]}"
+        for key, sign in (
+            ("minimum", ">="),
+            ("exclusiveMinimum", ">"),
+            ("maximum", "<="),
+            ("exclusiveMaximum", "<"),
+        )
+        if key in schema
+    ]
+    return " ".join([words[schema["type"]], " and ".join(limits)]).strip()
+
+
+def nearest_key(key: str) -> str:
+    keys = list(config_keys())
+    by_last_part = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
+    close = by_last_part or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    return f"nearest: {close[0]} ({config_keys()[close[0]]})" if close else f"sections: {', '.join(SECTIONS)}"

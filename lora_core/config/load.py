@@ -1,0 +1,138 @@
+"""`RunConfig`: every setting of a run, where it came from, and what is wrong with it.
+
+Settings come in layers: the defaults below, then the YAML that `--cfg` names (with the files it `extends`), then
+`key=value` from the command line. Later layers win. A key that is unknown or ill-typed is refused, with the file
+and line it stands in, what is allowed, and the nearest key that exists; all problems are reported together.
+"""
+
+from __future__ import annotations
+
+import difflib
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lora_core.config.keys import SECTIONS, config_keys, nearest_key
+from lora_core.config.layers import Setting, merge, parse_overrides, read_layers
+from lora_core.config.legacy import is_legacy, legacy_layer
+from lora_core.config.schema import RunConfig
+from lora_core.errors import ConfigError, problem_list
+from lora_core.untrusted.text import quoted
+
+
+def _check(settings: Mapping[str, Setting], problems: list[str]) -> RunConfig | None:
+    """Build the config, or add one line per wrong key to `problems`."""
+    keys = config_keys()
+    nested: dict[str, Any] = {}
+    for key, setting in settings.items():
+        if key in SECTIONS and setting.value is None:
+            continue  # an empty section
+        if key not in keys:
+            what = "a section, which holds keys" if key in SECTIONS else "unknown key"
+            problems.append(f"{setting.source}  {key} = {quoted(setting.value)}: {what}; {nearest_key(key)}")
+            continue
+        if _holds_control_characters(setting.value):
+            problems.append(f"{setting.source}  {key} = {quoted(setting.value)}: holds a control character")
+            continue
+        section, _, name = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[name] = setting.value
+    try:
+        return RunConfig.model_validate(nested)
+    except ValidationError as error:
+        for key, details in {_error_key(details["loc"], keys): details for details in error.errors()}.items():
+            if key in keys:
+                setting = settings[key]
+                problems.append(f"{setting.source}  {key} = {quoted(setting.value)}: must be {keys[key]}")
+            else:  # a check over a whole section
+                message = details["msg"].removeprefix("Value error, ")
+                named = [name for name in settings if name.startswith(f"{key}.") and name.split(".")[1] in message]
+                sources = dict.fromkeys(settings[name].source for name in named)
+                problems.append(f"{', '.join(sources)}  {key}: {message}")
+        return None
+
+
+def _holds_control_characters(value: Any) -> bool:
+    """In a text or a list of texts; half a surrogate pair is one too. No path, name or word has any."""
+    if isinstance(value, list):
+        return any(_holds_control_characters(item) for item in value if isinstance(item, str))
+    return isinstance(value, str) and any(unicodedata.category(character) in ("Cc", "Cs") for character in value)
+
+
+def _error_key(location: tuple[int | str, ...], keys: Mapping[str, str]) -> str:
+    """The config key of a pydantic error; what follows it tells union members and list positions apart."""
+    if str(location[0]) in keys:
+        return str(location[0])
+    return ".".join(str(part) for part in location[:2])
+
+
+def find_config(name: str) -> Path:
+    """The file that `--cfg NAME` means: a path, or a name in `configs/` here or beside the package.
+
+    Raises:
+        ConfigError: there is no such file; names the configs that there are.
+    """
+    as_path = Path(name).expanduser()
+    if as_path.is_file():
+        return as_path
+    folders = [Path("configs"), Path(__file__).resolve().parents[2] / "configs"]
+    for folder in folders:
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    names = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+    close = difflib.get_close_matches(name, names, n=1)
+    raise ConfigError(
+        f"--cfg {name}: no such file, and no such name in configs/ (there: {', '.join(names) or 'nothing'})"
+        + (f"; nearest: --cfg {close[0]}" if close else "")
+    )
+
+
+def load_config(cfg: str | Path, overrides: Sequence[str] = (), model: str | None = None) -> RunConfig:
+    """Read a configuration.
+
+    Args:
+        cfg: a path, or a name in `configs/` such as `qwen7b`.
+        overrides: `key=value` strings, the value in YAML, such as `train.num_train_epochs=3`.
+        model: which model's settings to take from a legacy `training_args.yaml`, whose top-level keys are model ids.
+
+    Raises:
+        ConfigError: lists every unknown or ill-typed key with its file, line and value.
+    """
+    path = find_config(str(cfg))
+    problems: list[str] = []
+    layers = read_layers(path, problems)
+    name = path.stem
+    if is_legacy(layers[-1]):
+        layers[-1] = legacy_layer(path, layers[-1], model, problems)
+        name = layers[-1]["model.name_or_path"].value.split("/")[-1]
+    elif model is not None:
+        problems.append(
+            f"command line  --model {model}: only for a legacy file keyed by model id; fix: model.name_or_path={model}"
+        )
+    layers.append(parse_overrides(overrides, problems))
+    settings = merge([{"output_dir": Setting(f"outputs/{name}", "default")}, *layers])
+    config = _check(settings, problems)
+    if problems or config is None:
+        raise ConfigError(problem_list(f"The configuration has {len(problems)} problem(s):", problems))
+    return config
+
+
+def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """The configuration with some keys changed; `overrides` as in `load_config`.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    problems: list[str] = []
+    settings = {
+        f"{section}.{name}" if section else name: Setting(value, "configuration")
+        for section in ("", *SECTIONS)
+        for name, value in (config if not section else getattr(config, section)).__dict__.items()
+        if name not in SECTIONS
+    }
+    changed = _check(merge([settings, parse_overrides(overrides, problems)]), problems)
+    if problems or changed is None:
+        raise ConfigError(problem_list(f"The configuration has {len(problems)} problem(s):", problems))
+    return changed

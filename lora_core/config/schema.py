@@ -1,0 +1,197 @@
+"""The models of a configuration: every key with its type, limits, default and meaning."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lora_core.untrusted.text import values_without_secrets
+
+ALL_SEVEN_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Unknown keys are errors and nothing is coerced: `train.bf16: "no"` is a mistake, not a truth."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The base model. It stays frozen."""
+
+    name_or_path: str = Field("Qwen/Qwen2.5-0.5B-Instruct", description="hub id or local folder (~ is your home)")
+    revision: str | None = Field(None, description="hub branch, tag or commit; null is the newest")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "bfloat16", description="of the frozen weights; the adapter is always float32"
+    )
+    quantization: Literal["none", "nf4", "int8"] = Field(
+        "none", description="nf4 is QLoRA: 4 bits, double quantization, bfloat16 compute"
+    )
+    quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = Field(
+        "uint8", description="what nf4 weights are stored as; under FSDP it must be the same as dtype"
+    )
+    attn_implementation: str = Field("sdpa", description="what transformers calls it: sdpa, eager, flash_attention_2")
+
+
+class LoraConfig(Section):
+    """The adapter: Hu et al. 2021, https://arxiv.org/abs/2106.09685. The update is scaled by alpha / rank."""
+
+    rank: PositiveInt = Field(16, description="r, the adapter's inner dimension")
+    alpha: PositiveInt = Field(32, description="scale: the update is multiplied by alpha / rank")
+    dropout: Fraction = Field(0.05, description="probability, on the adapter's input")
+    target_modules: list[str] | Literal["all-linear"] = Field(
+        ALL_SEVEN_PROJECTIONS, description="names of the modules that get an adapter, or all-linear"
+    )
+    use_rslora: bool = Field(False, description="scale by alpha / sqrt(rank), https://arxiv.org/abs/2312.03732")
+    use_dora: bool = Field(False, description="weight-decomposed update, https://arxiv.org/abs/2402.09353")
+
+
+class DataConfig(Section):
+    """The rows. Paths are relative to the folder that the command runs in."""
+
+    train_file: str = Field("data/train.jsonl", description="chat JSONL, one conversation a line")
+    eval_file: str | None = Field(None, description="held-out chat JSONL; not together with eval_fraction")
+    eval_fraction: Fraction = Field(0.0, description="share of the training rows to hold out instead; 0 holds out none")
+    max_seq_length: PositiveInt = Field(1024, description="tokens; a longer row is cut on the right, and counted")
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="a row that cannot be read: stop with file:line, or skip and count it"
+    )
+    packing: bool = Field(
+        True, description="lay conversations end to end in place of padding; same gradient, no token wasted"
+    )
+    chat_template: str | None = Field(None, description="a Jinja file to use in place of the tokenizer's own template")
+    num_proc: PositiveInt | None = Field(
+        None, description="processes that encode rows; null is one per core, for large files"
+    )
+    cache_dir: str = Field("~/.cache/lora_core/encoded", description="where encoded rows are kept between runs")
+
+    @model_validator(mode="after")
+    def _one_held_out_source(self) -> DataConfig:
+        if self.eval_file is not None and self.eval_fraction > 0:
+            raise ValueError(
+                f"eval_file={self.eval_file} and eval_fraction={self.eval_fraction} both name held-out rows; "
+                "fix: data.eval_fraction=0, or data.eval_file=null"
+            )
+        return self
+
+
+class TrainConfig(Section):
+    """The loop. A step is an optimizer step everywhere."""
+
+    num_train_epochs: PositiveInt = Field(3, description="passes over the training rows")
+    max_steps: PositiveInt | None = Field(None, description="optimizer steps; in place of num_train_epochs when set")
+    per_device_train_batch_size: PositiveInt = Field(2, description="conversations per micro-batch and device")
+    per_device_eval_batch_size: PositiveInt = Field(8, description="conversations per evaluation batch and device")
+    max_tokens_per_device_batch: PositiveInt | None = Field(
+        None, description="of a packed micro-batch; null is per_device_train_batch_size x max_seq_length"
+    )
+    gradient_accumulation_steps: PositiveInt = Field(4, description="micro-batches per optimizer step")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(5e-5, description="at the end of warmup")
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="optimizer steps of linear warmup; not together with warmup_ratio"
+    )
+    warmup_ratio: Fraction | None = Field(0.1, description="warmup as a share of all optimizer steps, rounded up")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled, as in AdamW")
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        1.0, description="clip the global norm; null does not clip"
+    )
+    optim: Literal["paged_adamw_8bit", "adamw_8bit", "adamw_torch"] = Field(
+        "paged_adamw_8bit", description="paged state is a CUDA feature; on a CPU it is plain 8-bit"
+    )
+    bf16: bool = Field(True, description="compute under bfloat16 autocast")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward: less memory, more time"
+    )
+    torch_compile: bool = Field(
+        False, description="compile the decoder layers at the first steps; on a CPU it gained nothing (see the README)"
+    )
+    seed: Annotated[int, Field(ge=0)] = Field(42, description="fixes row order, initial adapter and dropout")
+    logging_steps: PositiveInt = Field(1, description="optimizer steps between log lines")
+    eval_steps: PositiveInt | None = Field(
+        None, description="optimizer steps between evaluations; null is once an epoch"
+    )
+    save_steps: PositiveInt | None = Field(
+        None, description="optimizer steps between checkpoints; null is once an epoch"
+    )
+    save_total_limit: PositiveInt = Field(
+        2, description="checkpoints to keep, the newest ones, and the best beside them"
+    )
+    on_save_error: Literal["error", "continue"] = Field(
+        "error", description="a checkpoint that cannot be written: stop, or say so and go on"
+    )
+    keep_adapter: Literal["last", "best"] = Field(
+        "last", description="which goes into adapter/: the last step's, or that of the lowest held-out loss"
+    )
+    early_stopping_patience: PositiveInt | None = Field(
+        None, description="evaluations in a row without a lower held-out loss before the run ends; null runs to the end"
+    )
+    max_skipped_steps: PositiveInt = Field(
+        3, description="steps in a row, left out for a loss or gradient that is not finite, at which the run stops"
+    )
+    auto_batch_size: bool = Field(
+        False, description="cut steps into smaller micro-batches where memory is short; same steps, same gradient"
+    )
+    rank_timeout_s: PositiveInt = Field(
+        1800, description="seconds that ranks wait for each other before they take one for lost"
+    )
+    num_sample_replies: Annotated[int, Field(ge=0)] = Field(
+        3, description="held-out prompts answered before and after training"
+    )
+    sample_max_new_tokens: PositiveInt = Field(64, description="tokens per sample reply, greedy")
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> TrainConfig:
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} and warmup_ratio={self.warmup_ratio} are both set; "
+                "fix: set one and leave the other null"
+            )
+        return self
+
+
+class PreflightConfig(Section):
+    """The checks before the first step."""
+
+    allow: list[str] = Field([], description="ids of errors to run in spite of, such as warmup_past_end")
+
+
+class RunConfig(Section):
+    """Everything that decides a run. `load_config` builds it; `to_yaml` writes it."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    preflight: PreflightConfig = Field(default_factory=PreflightConfig)
+    output_dir: str = Field("outputs/run", description="the run folder; outputs/<cfg name> unless set")
+    overwrite_output_dir: bool = Field(False, description="replace an earlier run in output_dir")
+
+    @model_validator(mode="after")
+    def _held_out_rows_where_they_decide(self) -> RunConfig:
+        decides = [
+            f"train.{name}={value}"
+            for name, value in (
+                ("keep_adapter", self.train.keep_adapter if self.train.keep_adapter == "best" else None),
+                ("early_stopping_patience", self.train.early_stopping_patience),
+            )
+            if value is not None
+        ]
+        if decides and self.data.eval_file is None and self.data.eval_fraction == 0:
+            raise ValueError(
+                f"{' and '.join(decides)} goes by held-out loss, and there are no held-out rows; fix: "
+                "data.eval_fraction=0.1, or data.eval_file=FILE"
+            )
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by section and key, secrets left out."""
+        values: dict[str, Any] = values_without_secrets(self.model_dump(mode="json"))
+        return values
+
+    def to_yaml(self) -> str:
+        """The resolved configuration; `load_config` reads it back to an equal `RunConfig`, but for secrets."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)

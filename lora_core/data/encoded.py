@@ -1,0 +1,357 @@
+"""A chat JSONL -> an encoded dataset on disk, memory-mapped, with every row accounted for.
+
+Only byte offsets of the lines are held in memory (16 bytes a row). Rows are read, encoded in batches over several
+processes, and written to an Arrow file whose name is a hash of all that decides its content: the file's bytes, the
+tokenizer, the template, the length limit and this code. A second start reads that file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lora_core.config.schema import RunConfig
+from lora_core.data import chat, messages, template
+from lora_core.data.chat import ChatEncoder, EncodedChat
+from lora_core.data.counts import EncodedFile, RowCounts, account
+from lora_core.data.messages import Conversation, parse_json_row
+from lora_core.errors import ConfigError, DataError, RowError
+from lora_core.untrusted.limits import allowed_cores
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+# Forking and joining worker processes costs more than encoding a few thousand rows, which one process does with the
+# tokenizer's own threads.
+_ROWS_WORTH_A_PROCESS = 2_500
+# A row this long has some million tokens, of which max_seq_length are kept; tokenizing it takes 100 bytes each.
+_MAX_ROW_BYTES = 10_000_000
+
+
+def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[EncodedFile, EncodedFile | None]:
+    """Training rows, and held-out rows if there are any."""
+
+    def encode(path: str) -> EncodedFile:
+        return encode_file(
+            path,
+            tokenizer,
+            max_seq_length=config.data.max_seq_length,
+            cache_dir=config.data.cache_dir,
+            on_bad_row=config.data.on_bad_row,
+            num_proc=config.data.num_proc,
+        )
+
+    train_data = encode(config.data.train_file)
+    if config.data.eval_file is not None:
+        return train_data, encode(config.data.eval_file)
+    if config.data.eval_fraction > 0:
+        return hold_out(train_data, config.data.eval_fraction, config.train.seed)
+    return train_data, None
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills short rows. Any id will do: the attention mask hides it and the loss mask leaves it out."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(candidate, int):
+            return candidate
+    return 0
+
+
+def encode_file(
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_seq_length: int,
+    cache_dir: str | Path,
+    on_bad_row: str = "error",
+    num_proc: int | None = None,
+) -> EncodedFile:
+    """Encode a chat JSONL, or take the result of an earlier call from `cache_dir`.
+
+    Args:
+        max_seq_length: tokens; longer rows are cut on the right.
+        on_bad_row: "error" or "skip".
+        num_proc: worker processes; None is one per core when there are enough rows to pay for them.
+
+    Raises:
+        DataError: the file is missing, empty or not JSONL; a row is bad (up to 20 are listed, as file:line, unless
+            on_bad_row is "skip"); or no row is left to train on.
+    """
+    path = Path(path)
+    try:
+        starts, sizes, lines = _line_table(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}", "data_file_missing") from error
+    if num_proc is None:
+        num_proc = min(allowed_cores(), max(1, len(starts) // _ROWS_WORTH_A_PROCESS))
+    encoder = ChatEncoder(tokenizer)
+    fingerprint = _fingerprint(path, tokenizer, max_seq_length)
+    encoded = _encode_lines(
+        path,
+        starts,
+        sizes,
+        lines,
+        encoder,
+        max_seq_length,
+        Path(cache_dir).expanduser(),
+        fingerprint,
+        num_proc,
+    )
+    problems = encoded.with_format("numpy")["problem"]
+    return account(path, encoded, np.asarray(problems[:]), on_bad_row, max_seq_length)
+
+
+def _line_table(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Start, size in bytes and 1-based number of each line that is not blank."""
+    if not path.is_file():
+        raise DataError(
+            f"{path}: no such file (looked from {Path.cwd()}); fix: data.train_file=PATH or data.eval_file=PATH",
+            "data_file_missing",
+        )
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty; it must hold one JSON object a line", "data_file_empty")
+    starts, sizes, numbers = [], [], []
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        start, number = 0, 0
+        while start < len(content):
+            newline = content.find(b"\n", start)
+            end = newline if newline >= 0 else len(content)
+            number += 1
+            # The whole line is looked at only where its start is blank.
+            is_blank = end == start or (
+                content[start : min(end, start + 64)].isspace() and content[start:end].isspace()
+            )
+            if not is_blank:
+                starts.append(start)
+                sizes.append(end - start)
+                numbers.append(number)
+            start = end + 1
+        if starts and content[starts[0] : starts[0] + 64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            raise DataError(
+                f'{path}: holds a JSON array; one JSON object a line is needed; fix: python -c "import json; '
+                f"[print(json.dumps(row)) for row in json.load(open('{path}'))]\" > {path.stem}.jsonl",
+                "data_not_jsonl",
+            )
+    if not starts:
+        raise DataError(f"{path}: every line is blank; the file must hold one JSON object a line", "data_file_empty")
+    return np.array(starts), np.array(sizes), np.array(numbers)
+
+
+def _fingerprint(path: Path, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> str:
+    """A hash of all that decides the encoded rows."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    backend = tokenizer.backend_tokenizer.to_str()
+    parts = [backend, tokenizer.chat_template, tokenizer.special_tokens_map, max_seq_length]
+    digest.update(json.dumps(parts, default=str, sort_keys=True).encode())
+    for module in (messages, template, chat):
+        digest.update(Path(str(module.__file__)).read_bytes())
+    digest.update(Path(__file__).read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _encode_lines(
+    path: Path,
+    starts: npt.NDArray[np.int64],
+    sizes: npt.NDArray[np.int64],
+    lines: npt.NDArray[np.int64],
+    encoder: ChatEncoder,
+    max_seq_length: int,
+    cache_dir: Path,
+    fingerprint: str,
+    num_proc: int,
+) -> Dataset:
+    from datasets import Dataset, Features, Value
+    from datasets import List as ListOf
+
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    table = Dataset.from_dict({"start": starts, "size": sizes, "line": lines})
+    features = Features(
+        {
+            "input_ids": ListOf(Value("int32")),
+            "loss_mask": ListOf(Value("bool")),
+            "line": Value("int64"),
+            "problem": Value("string"),
+            "num_supervised": Value("int64"),
+            "truncated_tokens": Value("int64"),
+            "truncated_supervised": Value("int64"),
+            "has_empty_reply": Value("bool"),
+            "holds_special_text": Value("bool"),
+            "cut_at_border": Value("bool"),
+            "has_doubled_bos": Value("bool"),
+            "exact_key": Value("int64"),
+            "text_key": Value("int64"),
+        }
+    )
+    try:
+        with nullcontext() if num_proc == 1 else _no_tokenizer_threads():
+            return table.map(
+                _encode_batch,
+                batched=True,
+                batch_size=500,
+                num_proc=num_proc if num_proc > 1 else None,
+                remove_columns=["start", "size"],
+                features=features,
+                fn_kwargs={"path": str(path), "encoder": encoder, "max_seq_length": max_seq_length},
+                cache_file_name=str(cache_dir / f"{fingerprint}-{num_proc}.arrow"),
+                new_fingerprint=f"{fingerprint}-{num_proc}",
+                desc="Encoding rows",
+            )
+    except RuntimeError as error:
+        if "subprocesses has abruptly died" not in str(error):
+            raise
+        raise DataError(
+            f"{path}: one of {num_proc} processes that encode rows was killed: for its memory, or for a chat template "
+            "that does not end; fix: data.num_proc=1, or another data.chat_template"
+        ) from error
+
+
+@contextmanager
+def _no_tokenizer_threads() -> Iterator[None]:
+    """For processes that are forked here: the tokenizer's threads do not live on in them, and would be waited for.
+
+    datasets says so too when it forks, but leaves it said to the tokenizers of this process after them.
+    """
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _encode_batch(
+    batch: dict[str, list[int]], path: str, encoder: ChatEncoder, max_seq_length: int
+) -> dict[str, list[Any]]:
+    parsed: list[Conversation | RowError] = []
+    with Path(path).open("rb") as file:
+        for start, size in zip(batch["start"], batch["size"], strict=True):
+            if size > _MAX_ROW_BYTES:
+                parsed.append(
+                    RowError(f"the line has {size:,} bytes, more than {_MAX_ROW_BYTES:,}; fix: split the row")
+                )
+                continue
+            file.seek(start)
+            parsed.append(_parse_line(file.read(size)))
+    try:
+        encoded = iter(encoder.encode_batch([item for item in parsed if isinstance(item, Conversation)]))
+    except ConfigError as error:
+        lines = f"{batch['line'][0]} to {batch['line'][-1]}"
+        raise ConfigError(f"{path}, in lines {lines}: {error}", error.finding_id) from error
+    rows = [
+        _row_columns(item, item if isinstance(item, RowError) else next(encoded), encoder, max_seq_length)
+        for item in parsed
+    ]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return columns | {"line": batch["line"]}
+
+
+def _row_columns(
+    parsed: Conversation | RowError, encoded: EncodedChat | RowError, encoder: ChatEncoder, max_seq_length: int
+) -> dict[str, Any]:
+    if isinstance(encoded, RowError) or isinstance(parsed, RowError):
+        ids: list[int] = []
+        mask: list[bool] = []
+        encoded_or_not = EncodedChat([], [])
+    else:
+        # The first token has nothing before it to be predicted from, so it is never supervised.
+        ids, mask = encoded.input_ids, [False, *encoded.loss_mask[1:]]
+        encoded_or_not = encoded
+    bos = encoder.tokenizer.bos_token_id
+    return {
+        "input_ids": ids[:max_seq_length],
+        "loss_mask": mask[:max_seq_length],
+        "problem": str(encoded) if isinstance(encoded, RowError) else "",
+        "num_supervised": sum(mask[:max_seq_length]),
+        "truncated_tokens": len(ids[max_seq_length:]),
+        "truncated_supervised": sum(mask[max_seq_length:]),
+        "has_empty_reply": isinstance(parsed, Conversation) and _has_empty_reply(parsed),
+        "holds_special_text": encoded_or_not.holds_special_text,
+        "cut_at_border": encoded_or_not.cut_at_border,
+        "has_doubled_bos": bos is not None and ids[:2] == [bos, bos],
+        "exact_key": _key(np.array(ids, dtype=np.int32).tobytes()),
+        "text_key": _key(_words(parsed).encode()) if isinstance(parsed, Conversation) else 0,
+    }
+
+
+def _has_empty_reply(conversation: Conversation) -> bool:
+    return any(
+        message["role"] == "assistant" and not message["content"].strip() and "tool_calls" not in message
+        for message in conversation.messages
+    )
+
+
+def _words(conversation: Conversation) -> str:
+    """A conversation with case, white space and punctuation left out: what two copies of a row have in common."""
+    turns = (f"{message['role']} {message['content']}" for message in conversation.messages)
+    return " ".join(re.findall(r"\w+", " ".join(turns).casefold()))
+
+
+def _key(content: bytes) -> int:
+    """A 64-bit hash, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+
+
+def _parse_line(raw: bytes) -> Conversation | RowError:
+    try:
+        return parse_json_row(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return RowError(f"not UTF-8 at byte {error.start} of the line; fix: save the file as UTF-8")
+    except RowError as error:
+        return error
+
+
+def hold_out(encoded: EncodedFile, fraction: float, seed: int) -> tuple[EncodedFile, EncodedFile]:
+    """Split off a seeded share of the rows: (train, held out). At least one row goes to each side.
+
+    Raises:
+        DataError: there are fewer than two rows.
+    """
+    num_rows = len(encoded.lengths)
+    if num_rows < 2:
+        raise DataError(
+            f"data.eval_fraction={fraction} needs at least 2 rows, there is {num_rows}; fix: data.eval_fraction=0"
+        )
+    num_held_out = min(num_rows - 1, max(1, round(num_rows * fraction)))
+    order = np.random.default_rng([seed, 0xE7A1]).permutation(num_rows)
+    held_out, train = np.sort(order[:num_held_out]), np.sort(order[num_held_out:])
+    return _subset(encoded, train), _subset(encoded, held_out)
+
+
+def _subset(encoded: EncodedFile, rows: npt.NDArray[np.int64]) -> EncodedFile:
+    dataset = encoded.dataset.select(rows)
+    lengths = encoded.lengths[rows]
+    supervised = sum(sum(mask) for mask in dataset["loss_mask"])
+    kept = np.flatnonzero(~encoded.rows.is_bad & ~encoded.rows.is_unsupervised)
+    facts = encoded.rows.select(kept[rows])
+    # The whole file's reading is accounted for by its own counts; these are the part's.
+    counts = RowCounts(
+        read=len(rows),
+        kept=len(rows),
+        dropped_bad=0,
+        dropped_unsupervised=0,
+        truncated=int((facts.length > lengths).sum()),
+        truncated_tokens=int((facts.length - lengths).sum()),
+        truncated_supervised_tokens=int(facts.lost_supervised.sum()),
+        tokens=int(lengths.sum()),
+        supervised_tokens=supervised,
+        longest=int(facts.length.max()),
+    )
+    return EncodedFile(dataset, lengths, counts, facts)

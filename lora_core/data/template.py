@@ -1,0 +1,128 @@
+"""A conversation as the chat template writes it, with bounds on what the template may do: it is a program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from lora_core.data.messages import Conversation, Message
+from lora_core.errors import ChatTemplateError, ConfigError, counted
+from lora_core.untrusted.limits import OutOfTime, limited
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+# What a chat template may use for one conversation. Real ones take milliseconds and write some thousand characters of
+# their own and some dozen a turn; the rest is the conversation, which indented JSON makes many times as long.
+_TEMPLATE_SECONDS = 10.0
+_TEMPLATE_MEMORY_BYTES = 2**29
+_TEMPLATE_BYTES_PER_CHARACTER = 64
+_TEMPLATE_OWN_CHARACTERS = 100_000
+_TEMPLATE_CHARACTERS_PER_TURN = 1_000
+_TEMPLATE_GROWTH = 50
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: list[dict[str, Any]] | None = None,
+    add_generation_prompt: bool = False,
+) -> str:
+    """The conversation as the template writes it.
+
+    Raises:
+        ConfigError: the template takes too much time, memory or room.
+        ChatTemplateError: it refuses the conversation.
+    """
+    with template_limits(tokenizer, [Conversation(list(messages), tools)]) as next_one:
+        next_one()
+        return apply_template(tokenizer, messages, tools, add_generation_prompt)
+
+
+@contextmanager
+def template_limits(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]
+) -> Iterator[Callable[[], None]]:
+    """Bounds on what the template may do: it is a program from a model repository.
+
+    Yields what to call before each conversation, in order: every one has the whole time for itself.
+    """
+    characters = [_num_characters(conversation) for conversation in conversations]
+    memory_bytes = _TEMPLATE_MEMORY_BYTES + _TEMPLATE_BYTES_PER_CHARACTER * sum(characters)
+    number = -1
+    try:
+        with limited(_TEMPLATE_SECONDS, memory_bytes) as restart_clock:
+
+            def next_one() -> None:
+                nonlocal number
+                number += 1
+                restart_clock()
+
+            yield next_one
+    except OutOfTime:
+        did = f"ran for more than {_TEMPLATE_SECONDS:g} s"
+        raise _runaway(tokenizer, did, conversations[number]) from None
+    except MemoryError:
+        did = f"asked for more than {memory_bytes / 2**30:.1f} GiB of memory"
+        raise _runaway(tokenizer, did, conversations[number]) from None
+
+
+def _runaway(tokenizer: PreTrainedTokenizerBase, did: str, conversation: Conversation) -> ConfigError:
+    turns = counted(len(conversation.messages), "turn")
+    characters = counted(_num_characters(conversation), "character")
+    return ConfigError(
+        f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} (or data.chat_template) {did} on a "
+        f"conversation of {turns} and {characters}; fix: data.chat_template=FILE.jinja, one that ends",
+        "template_runaway",
+    )
+
+
+def apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Any, add_generation_prompt: bool = False
+) -> str:
+    """Render inside `template_limits`."""
+    # A chat template is somebody's program and may raise anything; transformers runs it in Jinja's sandbox.
+    try:
+        rendered = tokenizer.apply_chat_template(
+            list(messages), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        assert isinstance(rendered, str)
+        rendered.encode("utf-8")  # half a surrogate pair is no text
+    except MemoryError:
+        raise
+    except Exception as error:
+        said = str(error)[:500]  # a template can raise the whole conversation
+        raise ChatTemplateError(f"the chat template refuses it: {type(error).__name__}: {said}") from error
+    if len(rendered) > _TEMPLATE_OWN_CHARACTERS:
+        conversation = Conversation(list(messages), tools)
+        limit = (
+            _TEMPLATE_OWN_CHARACTERS
+            + _TEMPLATE_CHARACTERS_PER_TURN * len(messages)
+            + _TEMPLATE_GROWTH * _num_characters(conversation)
+        )
+        if len(rendered) > limit:
+            raise _runaway(tokenizer, f"wrote {len(rendered):,} characters, more than {limit:,},", conversation)
+    return rendered
+
+
+def _num_characters(conversation: Conversation) -> int:
+    total = sum(map(len, strings(conversation.tools))) if conversation.tools else 0
+    for message in conversation.messages:
+        total += len(message["content"])
+        if "tool_calls" in message:
+            total += sum(map(len, strings(message["tool_calls"])))
+    return total
+
+
+def strings(value: Any) -> Iterable[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from strings(key)
+            yield from strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from strings(item)

@@ -1,0 +1,60 @@
+"""Counts the bytes that are alive while operations run."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storage that is alive while operations run, by component, and keeps the moment of the peak."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.num_supervised = 0
+        self._at_peak: dict[str, int] = {}
+        self._vocab_size = vocab_size
+        self._now: dict[str, int] = {}
+        self._total = self._peak = 0
+        self._alive: dict[int, weakref.ref[Any]] = {}
+
+    def count(self, tensor: Tensor, component: str) -> None:
+        """Count a tensor's storage, once, until it is freed."""
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if key in self._alive:
+            return
+        self._now[component] = self._now.get(component, 0) + size
+        self._total += size
+
+        def freed(_: Any) -> None:
+            del self._alive[key]
+            self._now[component] -= size
+            self._total -= size
+
+        self._alive[key] = weakref.ref(storage, freed)
+        if self._total > self._peak:
+            self._peak, self._at_peak = self._total, dict(self._now)
+
+    def take_peak(self) -> dict[str, int]:
+        """Bytes by component at the peak since the last call."""
+        at_peak = self._at_peak
+        self._peak, self._at_peak = self._total, dict(self._now)
+        return at_peak
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.nonzero.default:
+            # The one operation whose size depends on values: how many tokens are supervised.
+            result = torch.empty((self.num_supervised, args[0].dim()), dtype=torch.long)
+        else:
+            result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor):
+                is_logits = tensor.dim() > 1 and tensor.shape[-1] == self._vocab_size
+                self.count(tensor, "logits" if is_logits else "activations")
+        return result

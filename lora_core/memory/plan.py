@@ -1,0 +1,136 @@
+"""Predicted peak memory of a run on one device, by component, before any weight is loaded.
+
+Nothing is estimated from parameter counts: the loop's own forward, backward, optimizer step and evaluation run on
+tensors without storage (torch's FakeTensorMode), for the largest micro-batch of the run, and what is alive is counted.
+A decoder of equal layers is run with 1 and with 2 of them, which is enough to know all: every component grows by the
+same bytes a layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import peft  # noqa: F401  # loaded here so that what it takes is in the process before that is measured
+
+from lora_core.config.schema import RunConfig
+from lora_core.data.counts import EncodedFile
+from lora_core.data.packing import eval_batching
+from lora_core.memory.micro_batch import MicroBatch, largest_cut, largest_micro_batch
+from lora_core.memory.simulate import live_at_peak
+from lora_core.runtime.devices import DeviceMemory
+from lora_core.schedule import SchedulePlan
+
+Sharding = Literal["ddp", "fsdp"]
+# What the C library's heap holds beyond what is alive, once freed blocks are kept for the next tensor
+# (`devices.reuse_freed_memory`): holes between live tensors, in part of the live bytes. Over the demo's 50 steps it was
+# 0.4, with checkpointing 0.6, with NF4 0.8.
+_HEAP_HOLES = 0.5
+# The CUDA context and the workspaces of its libraries, which no allocator counts. An assumption: 0.5 to 0.8 GiB is
+# what NVIDIA's tools show for an idle PyTorch process.
+_CUDA_CONTEXT_BYTES = 768 * 2**20
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Predicted bytes on one device at the moment when most is held."""
+
+    device: str
+    """cpu or cuda."""
+    num_processes: int
+    sharding: Sharding
+    micro_batch: MicroBatch
+    components: dict[str, int]
+    """weights, adapter, gradients, optimizer, activations, logits, allocator, process: bytes."""
+    limit_bytes: int
+    """What the device has for this process."""
+
+    @property
+    def adapter_file_bytes(self) -> int:
+        """The adapter on disk, in float32 as it is trained."""
+        return self.components["adapter"] * (self.num_processes if self.sharding == "fsdp" else 1)
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.components.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.total_bytes <= self.limit_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "device": self.device,
+            "num_processes": self.num_processes,
+            "sharding": self.sharding,
+            "micro_batch_rows": len(self.micro_batch.lengths),
+            "micro_batch_tokens": self.micro_batch.num_tokens,
+            "components": self.components,
+            "total_bytes": self.total_bytes,
+            "limit_bytes": self.limit_bytes,
+        }
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in self.components.items() if size)
+        return (
+            f"{self.total_bytes / 2**30:.1f} GiB at the peak of {self.limit_bytes / 2**30:.1f} GiB ({self.device}, "
+            f"micro-batch of {len(self.micro_batch.lengths)} conversations, {self.micro_batch.num_tokens:,} tokens): "
+            f"{parts}"
+        )
+
+
+def predict_memory(
+    config: RunConfig,
+    micro_batch: MicroBatch,
+    device: DeviceMemory,
+    num_processes: int = 1,
+    sharding: Sharding = "ddp",
+    eval_micro_batch: MicroBatch | None = None,
+) -> MemoryPlan:
+    """Predict the peak of one process of the run. Needs the model's config, not its weights.
+
+    Args:
+        micro_batch: the largest one of training, and `eval_micro_batch` of evaluation.
+        num_processes: of the run; each has its own device, or its share of a CPU machine (`device.limit_bytes`).
+
+    FSDP is worked out from the same counts: weights, adapter, gradients and optimizer state are shared out, two decoder
+    layers are whole at a time (one at work, the next on its way). It has not been measured.
+
+    Raises:
+        ConfigError: the model's config cannot be read, or a target module matches nothing.
+    """
+    live, layer_bytes = live_at_peak(config, micro_batch, eval_micro_batch, device.kind)
+    components = {name: live.get(name, 0) for name in ("weights", "adapter", "gradients", "optimizer")}
+    if num_processes > 1 and sharding == "fsdp":
+        components = {name: -(-size // num_processes) for name, size in components.items()}
+        components["weights"] += 2 * layer_bytes
+    elif num_processes > 1:
+        components["gradients"] *= 2  # DDP keeps a copy in the buckets that it sends
+    components |= {name: live.get(name, 0) for name in ("activations", "logits")}
+    components["allocator"] = round(_HEAP_HOLES * sum(components.values())) if device.keeps_freed_memory else 0
+    components["process"] = device.process_bytes if device.kind == "cpu" else _CUDA_CONTEXT_BYTES
+    return MemoryPlan(device.kind, num_processes, sharding, micro_batch, components, device.limit_bytes)
+
+
+def plan_memory(
+    config: RunConfig,
+    train_data: EncodedFile,
+    eval_data: EncodedFile | None,
+    plan: SchedulePlan,
+    device: DeviceMemory,
+    sharding: Sharding = "ddp",
+) -> MemoryPlan:
+    """Predict the peak of a run on its own rows.
+
+    Raises:
+        ConfigError: as `predict_memory`.
+    """
+    training = largest_micro_batch(config, train_data, plan)
+    evaluation = None
+    if eval_data is not None:
+        rows = np.arange(len(eval_data.lengths))
+        evaluation = largest_cut(
+            eval_batching(config, 0), rows, eval_data, config.data.max_seq_length, plan.num_processes
+        )
+    return predict_memory(config, training, device, plan.num_processes, sharding, evaluation)

@@ -1,0 +1,121 @@
+"""The loop's own step on tensors without storage: bytes by component at the peak."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lora_core.config.schema import RunConfig
+from lora_core.memory.live_bytes import LiveBytes
+from lora_core.memory.micro_batch import MicroBatch
+from lora_core.memory.without_storage import (
+    frozen_tensors,
+    give_fake_weights,
+    model_without_storage,
+    num_hidden_layers,
+    num_parameters,
+)
+from lora_core.model.attention import causal_lm_of
+from lora_core.model.base import load_model_config
+from lora_core.model.loss import CausalLMLoss
+from lora_core.model.optimizer import build_optimizer
+
+_LAYERS_RUN = (1, 2)
+_LAYERS_RUN_IF_KINDS_DIFFER = (2, 4)  # an even number between them: some families alternate two kinds of layer
+
+
+def live_at_peak(
+    config: RunConfig, micro_batch: MicroBatch, eval_micro_batch: MicroBatch | None, device_kind: str
+) -> tuple[dict[str, int], int]:
+    """(bytes by component at the peak, bytes of one decoder layer's weights)."""
+
+    def simulate(num_layers: int) -> tuple[list[dict[str, int]], int]:
+        model = model_without_storage(config, device_kind, micro_batch.packed, num_layers)
+        return _simulate(model, config, micro_batch, eval_micro_batch, device_kind)
+
+    text_config = load_model_config(config.model).get_text_config()
+    one_kind = len(set(getattr(text_config, "layer_types", None) or [""])) == 1
+    few, more = _LAYERS_RUN if one_kind else _LAYERS_RUN_IF_KINDS_DIFFER
+    num_layers = num_hidden_layers(config)
+    if num_layers > more:
+        first, middle, whole = (num_parameters(config, n) for n in (few, more, num_layers))
+        layers_are_equal = (whole - first) * (more - few) == (middle - first) * (num_layers - few)
+    if num_layers <= more or not layers_are_equal:
+        peaks, layer_bytes = simulate(num_layers)
+    else:
+        (peaks_at_few, layer_bytes), (peaks_at_more, _) = simulate(few), simulate(more)
+        layers_more = (num_layers - few) / (more - few)
+        peaks = [
+            {name: round(at_few.get(name, 0) + (at_more[name] - at_few.get(name, 0)) * layers_more) for name in at_more}
+            for at_few, at_more in zip(peaks_at_few, peaks_at_more, strict=True)
+        ]
+    return max(peaks, key=lambda at_peak: sum(at_peak.values())), layer_bytes
+
+
+def _simulate(
+    model: nn.Module,
+    config: RunConfig,
+    micro_batch: MicroBatch,
+    eval_micro_batch: MicroBatch | None,
+    device_kind: str,
+) -> tuple[list[dict[str, int]], int]:
+    """(bytes by component at the peaks of a micro-batch, an optimizer step and an evaluation batch; of one layer)."""
+    bnb.functional.quantize_blockwise(torch.zeros(256))  # its tables are made at first use, and must be real ones
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        give_fake_weights(model)
+    optimizer = build_optimizer(model, config.train, torch.device("cpu"), lambda _: None)
+    live = LiveBytes(causal_lm_of(model).config.get_text_config().vocab_size)
+    with mode:
+        for tensor in frozen_tensors(model):
+            live.count(tensor, "weights")
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+                live.count(parameter, "adapter")
+                live.count(parameter.grad, "gradients")
+        optimizer.step()  # makes its state
+        for state in optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    live.count(value, "optimizer")
+        loss = CausalLMLoss(model).train()
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.train.bf16)
+        with live:
+            live.num_supervised = micro_batch.num_supervised
+            with autocast:
+                result = loss(**_fake_batch(micro_batch, device_kind))
+            result.loss_sum.backward()
+            del result
+            peaks = [live.take_peak()]
+            optimizer.step()
+            peaks.append(live.take_peak())
+            if eval_micro_batch is not None:
+                loss.eval()
+                live.num_supervised = eval_micro_batch.num_supervised
+                with torch.no_grad(), autocast:
+                    loss(**_fake_batch(eval_micro_batch, device_kind))
+                peaks.append(live.take_peak())
+    layer = causal_lm_of(model).get_decoder().layers[0]
+    return peaks, sum(tensor.untyped_storage().nbytes() for tensor in frozen_tensors(layer))
+
+
+def _fake_batch(micro_batch: MicroBatch, device_kind: str) -> dict[str, Any]:
+    """As `packing` makes it. What a CUDA kernel keeps does not depend on segments, so there one row is one segment."""
+    rows, longest = (
+        (1, micro_batch.num_tokens) if micro_batch.packed else (len(micro_batch.lengths), max(micro_batch.lengths))
+    )
+    shape = (rows, longest)
+    batch: dict[str, Any] = {
+        "input_ids": torch.zeros(shape, dtype=torch.long),
+        "loss_mask": torch.zeros(shape, dtype=torch.bool),
+    }
+    if not micro_batch.packed:
+        batch["attention_mask"] = torch.zeros(shape, dtype=torch.long)
+    elif device_kind == "cpu":
+        batch |= {"position_ids": torch.zeros(shape, dtype=torch.long), "segment_lengths": micro_batch.lengths}
+    return batch

@@ -1,0 +1,175 @@
+"""The model of a run with shapes and no storage: what the memory prediction runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+
+from lora_core.config.schema import RunConfig
+from lora_core.model.attention import segment_attention, takes_short_segments
+from lora_core.model.base import add_adapter, keep_4bit_weights_trainable, load_model_config, quantization_config
+from lora_core.model.lora_linear import ByteMask, use_lean_lora
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def num_hidden_layers(config: RunConfig) -> int:
+    """Decoder layers of the base model."""
+    return int(load_model_config(config.model).get_text_config().num_hidden_layers)
+
+
+def base_without_storage(config: RunConfig, num_layers: int) -> Any:
+    """The base model on the meta device, with so many of its decoder layers."""
+    from transformers import AutoModelForCausalLM
+
+    model_config = load_model_config(config.model)
+    text_config = model_config.get_text_config()
+    text_config.num_hidden_layers = num_layers
+    if getattr(text_config, "layer_types", None):
+        text_config.layer_types = text_config.layer_types[:num_layers]
+    dtype = model_config.dtype if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation="sdpa")
+
+
+def num_parameters(config: RunConfig, num_layers: int) -> int:
+    return sum(parameter.numel() for parameter in base_without_storage(config, num_layers).parameters())
+
+
+def model_without_storage(config: RunConfig, device_kind: str, packed: bool, num_layers: int) -> PeftModel:
+    from transformers import AttentionInterface
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    base = base_without_storage(config, num_layers)
+    quantization = quantization_config(config.model)
+    with torch.device("meta"):
+        if quantization is not None:
+            # Columns with outliers are found by value, and there are none here; they are few.
+            quantization.llm_int8_threshold = 0.0
+            base = replace_with_bnb_linear(base, get_keys_to_not_convert(base), quantization)
+            keep_4bit_weights_trainable(base)
+        base.requires_grad_(False)
+        if packed:
+            AttentionInterface.register(_SIMULATED, _segments if device_kind == "cpu" else _fused_attention)
+            base.set_attn_implementation(_SIMULATED)
+        model: PeftModel = add_adapter(base, config.lora, config.train.seed, config.train.gradient_checkpointing)
+    use_lean_lora(model, ByteMask if device_kind == "cuda" else _BitMaskWithoutStorage)
+    return model
+
+
+_SIMULATED = "lora_core_simulated"
+
+
+def _fused_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """A flash kernel over one row: what it keeps does not depend on segments, and there is no mask.
+
+    transformers' own "sdpa" builds a whole mask for tensors without storage, which it does not for real ones.
+    """
+    attended = nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return attended.transpose(1, 2).contiguous(), None
+
+
+def _segments(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """`segment_attention` on a CPU, its many short segments at once."""
+    lengths = kwargs["segment_lengths"]
+    if not takes_short_segments(query, key, lengths, kwargs.get("dropout", 0.0), kwargs.get("softcap")):
+        return segment_attention(module, query, key, value, *args, **kwargs)
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    apply: Any = _ShortSegmentsWithoutStorage.apply
+    return apply(*(tensor.to(dtype) for tensor in (query, key, value)), lengths), None
+
+
+class _ShortSegmentsWithoutStorage(torch.autograd.Function):
+    """What `attention`'s short segments hold, in three operations in place of a dozen a segment."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """(1, heads, T, D), (1, key heads, T, D) twice -> (1, T, heads, D)."""
+        heads = query.shape[1]
+        weights = query.new_empty(heads, sum(length**2 for length in lengths))
+        query.new_empty(heads, max(lengths) ** 2)  # scores of one segment
+        ctx.save_for_backward(query, key, value, weights)
+        ctx.longest = max(lengths)
+        return query.new_empty(1, query.shape[2], heads, value.shape[3])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients to query, key and value."""
+        query, key, value, _ = ctx.saved_tensors
+        to_inputs = tuple(map(torch.empty_like, (query, key, value)))
+        query.new_empty(2, query.shape[1], ctx.longest**2)  # to weights and to scores of one segment
+        return *to_inputs, None
+
+
+class _BitMaskWithoutStorage:
+    """`BitMask`, which goes through numpy, for tensors that numpy cannot see."""
+
+    draw, apply = ByteMask.draw, ByteMask.apply
+
+    @staticmethod
+    def pack(kept: Tensor) -> Tensor:
+        return torch.empty((kept.numel() + 7) // 8, dtype=torch.uint8)
+
+    @staticmethod
+    def unpack(packed: Tensor, shape: torch.Size) -> Tensor:
+        return torch.empty(shape, dtype=torch.bool)
+
+
+def give_fake_weights(model: nn.Module) -> None:
+    """Meta tensors -> fake CPU tensors, which autocast knows; tied weights stay tied."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is not None:
+                    if id(tensor) not in made:
+                        made[id(tensor)] = _fake_like(tensor)
+                    store[name] = made[id(tensor)]
+
+
+def _fake_like(tensor: Tensor) -> Any:
+    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+    if isinstance(tensor, bnb.nn.Params4bit):
+        packed, state = bnb.functional.quantize_4bit(
+            fake, compress_statistics=tensor.compress_statistics, quant_type=tensor.quant_type
+        )
+        weight: Any = nn.Parameter(packed, requires_grad=False)
+        weight.quant_state = state
+        return weight
+    if isinstance(tensor, bnb.nn.Int8Params):
+        weight = nn.Parameter(torch.empty(tensor.shape, dtype=torch.int8), requires_grad=False)
+        weight.CB, weight.SCB = weight.data, torch.empty(tensor.shape[0], dtype=torch.float32)
+        return weight
+    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+
+def frozen_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Every frozen tensor, with the statistics of quantized ones."""
+    yield from model.buffers()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            continue
+        yield parameter
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            yield from (state.absmax, state.state2.absmax) if state.nested else (state.absmax,)
+        row_scales = getattr(parameter, "SCB", None)
+        if row_scales is not None:
+            yield row_scales

@@ -1,0 +1,286 @@
+"""The frozen base model (bf16, NF4, int8), its tokenizer, and the adapter."""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lora_core.config.schema import LoraConfig, ModelConfig
+from lora_core.errors import ConfigError, counted
+from lora_core.model.attention import (
+    SEGMENT_ATTENTION,
+    causal_lm_of,
+    check_packing,
+    segment_attention,
+    use_segment_attention,
+)
+from lora_core.model.lora_linear import use_lean_lora
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# The longest templates of real models have some ten thousand.
+_MAX_TEMPLATE_CHARACTERS = 1_000_000
+
+
+def load_tokenizer(config: ModelConfig, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with another chat template if a file is named.
+
+    Raises:
+        ConfigError: the model or the template file cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    name = resolve_name(config)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, revision=config.revision, trust_remote_code=False
+        )
+    except Exception as error:  # the files are somebody else's, and transformers raises whatever it trips over
+        raise cannot_load("tokenizer", name, error) from error
+    if chat_template is not None:
+        tokenizer.chat_template = _read_template(chat_template)
+    return tokenizer
+
+
+def _read_template(name: str) -> str:
+    path = Path(name).expanduser()
+    try:
+        if path.exists() and not path.is_file():  # a pipe or a device may have no end
+            raise OSError("not a file")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MAX_TEMPLATE_CHARACTERS + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"data.chat_template={name}: cannot be read as a text file ({error})", "template_unreadable"
+        ) from error
+    if len(text) > _MAX_TEMPLATE_CHARACTERS:
+        raise ConfigError(
+            f"data.chat_template={name}: longer than {_MAX_TEMPLATE_CHARACTERS:,} characters; is it another file?",
+            "template_unreadable",
+        )
+    return text
+
+
+def load_model_config(config: ModelConfig) -> Any:
+    """The model's `PretrainedConfig`: shapes, and no weights. Read once; each call gives a copy that may be changed.
+
+    Raises:
+        ConfigError: the model cannot be read.
+    """
+    return copy.deepcopy(_read_model_config(resolve_name(config), config.revision))
+
+
+@lru_cache(maxsize=8)
+def _read_model_config(name: str, revision: str | None) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except Exception as error:  # as in load_tokenizer
+        raise cannot_load("config", name, error) from error
+
+
+def load_base_model(config: ModelConfig, device: torch.device, packing: bool = False) -> PreTrainedModel:
+    """The base model on one device, frozen.
+
+    Args:
+        packing: attend within packed segments (in place of SDPA; other implementations find the segments themselves).
+
+    Raises:
+        ConfigError: it cannot be found or read, or cannot keep packed conversations apart.
+    """
+    from transformers import AutoModelForCausalLM
+
+    name = resolve_name(config)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=config.revision,
+            dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+            attn_implementation=config.attn_implementation,
+            quantization_config=quantization_config(config),
+            device_map={"": device},
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise cannot_load("model", name, error) from error
+    model.config.use_cache = False
+    if device.type == "cpu":
+        keep_4bit_weights_trainable(model)
+    if packing:
+        if config.attn_implementation == "sdpa":
+            use_segment_attention(model)
+        check_packing(model)
+    return model.requires_grad_(False)
+
+
+def keep_4bit_weights_trainable(model: nn.Module) -> None:
+    """Keep bitsandbytes from re-packing 4-bit weights for inference on a CPU with AVX512-BF16.
+
+    It does so, for good, in the first forward without gradients; after that its matmul has no backward, and an
+    adapter below gets no gradient through the layer: one evaluation, and training goes on with nothing to say so.
+    """
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def resolve_name(config: ModelConfig) -> str:
+    """`name_or_path` with `~` resolved; a path that looks like one must exist."""
+    name = config.name_or_path
+    if not name.startswith(("~", "/", "./", "../")):
+        return name
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        hint = (
+            "; fix: make demo"
+            if path.name == "SmolLM2-135M-Instruct"
+            else "; fix: model.name_or_path=FOLDER or a hub id"
+        )
+        raise ConfigError(f"model.name_or_path={name}: no such folder{hint}", "model_unreadable")
+    return str(path)
+
+
+def cannot_load(what: str, name: str, error: Exception) -> ConfigError:
+    """What transformers said, as a sentence with a fix."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "gated repo" in str(error) or "awaiting a review" in str(error):
+        return ConfigError(
+            f"model.name_or_path={name}: the model is gated, and there is no token with access to it. Fix: ask for "
+            f"access at https://huggingface.co/{name}, then `hf auth login`",
+            "model_gated",
+        )
+    if "trust_remote_code" in str(error):
+        return ConfigError(
+            f"model.name_or_path={name}: the {what} is a program in the model's repository, and lora_core runs no code "
+            "from model repositories; fix: a model of a family that transformers itself holds",
+            "model_needs_code",
+        )
+    return ConfigError(
+        f"model.name_or_path={name}: the {what} cannot be loaded: {reason}. Fix: a hub id or a local folder; "
+        "`hf auth login` for a gated model; unset HF_HUB_OFFLINE if it is not cached",
+        "model_unreadable",
+    )
+
+
+def quantization_config(config: ModelConfig) -> Any:
+    """What transformers takes to quantize while loading; None for none."""
+    from transformers import BitsAndBytesConfig
+
+    if config.quantization == "nf4":
+        # QLoRA, https://arxiv.org/abs/2305.14314
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_quant_storage=getattr(torch, config.quant_storage),
+        )
+    if config.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return None
+
+
+def add_adapter(
+    base: PreTrainedModel, config: LoraConfig, seed: int, gradient_checkpointing: bool = False
+) -> PeftModel:
+    """Put a LoRA adapter on the base model: float32, the only thing that trains, its start fixed by `seed`.
+
+    Raises:
+        ConfigError: a target module matches nothing; lists what there is.
+    """
+    import peft
+
+    check_target_modules(base, config.target_modules)
+    torch.manual_seed(seed)
+    model: PeftModel = peft.get_peft_model(
+        base,
+        peft.LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=config.target_modules,
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+            task_type="CAUSAL_LM",
+        ),
+        autocast_adapter_dtype=True,
+    )
+    use_lean_lora(model)
+    if gradient_checkpointing:
+        # Non-reentrant: the reentrant kind needs gradients on its inputs, which a frozen embedding does not give.
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def compile_layers(model: PeftModel) -> None:
+    """Compile each decoder layer with `torch.compile`; equal layers share what is compiled.
+
+    Attention over segments and the LoRA layers stay as they are, between the compiled parts: they are functions of
+    their own for autograd, and the segments' number differs from one micro-batch to the next.
+
+    Raises:
+        ConfigError: this machine cannot compile.
+    """
+    from transformers import AttentionInterface
+
+    device = model.device
+    try:
+        torch.compile(torch.sin)(torch.zeros(8, device=device))
+    except Exception as error:  # a compiler is missing, or too old, or has no room: each raises its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"train.torch_compile=true: torch.compile cannot run on {device}: {reason}; fix: train.torch_compile=false"
+        ) from error
+    for module in model.modules():
+        if "forward" in vars(module):  # a LoRA layer, as `use_lean_lora` left it
+            module.forward = torch.compiler.disable(module.forward)
+    AttentionInterface.register(SEGMENT_ATTENTION, torch.compiler.disable(segment_attention))
+    for layer in causal_lm_of(model).get_decoder().layers:
+        layer.compile(dynamic=True)
+
+
+def check_target_modules(model: nn.Module, target_modules: list[str] | str) -> None:
+    """Every name must match a module; PEFT itself only minds when none does.
+
+    Raises:
+        ConfigError: lists the names that match nothing, and the linear layers that there are.
+    """
+    if isinstance(target_modules, str):
+        return
+    names = [name for name, _ in model.named_modules()]
+    missing = [target for target in target_modules if not any(n == target or n.endswith(f".{target}") for n in names)]
+    if missing or not target_modules:
+        linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        fix = f"lora.target_modules=[{','.join(sorted(linear - {'lm_head'}))}]"
+        raise ConfigError(
+            f"lora.target_modules: {', '.join(missing) or 'an empty list'} matches nothing in {type(model).__name__}; "
+            f"its linear layers: {', '.join(sorted(linear))}; fix: {fix}"
+        )
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all). A 4-bit weight packs two parameters into each stored byte and is counted as two."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        quant_state = getattr(parameter, "quant_state", None)
+        number = quant_state.shape.numel() if quant_state is not None else parameter.numel()
+        total += number
+        trainable += number if parameter.requires_grad else 0
+    return trainable, total
+
+
+def describe_parameters(model: nn.Module) -> str:
+    """`4,884,480 of 139,400,064 parameters train (3.50%)`."""
+    trainable, total = count_parameters(model)
+    return f"{trainable:,} of {counted(total, 'parameter')} train ({trainable / total:.2%})"

@@ -1,0 +1,157 @@
+"""Cross-entropy on supervised positions only -> sums, never means.
+
+A mean of micro-batch means weighs a token by the company it keeps. Sums can be added over micro-batches and ranks
+and divided once, so one optimizer step has the same loss and gradient however it is cut.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_core.errors import TrainingError
+from lora_core.model.attention import causal_lm_of
+
+# 32 MiB in float32: 170 positions of SmolLM2's vocabulary, 55 of Qwen2.5's.
+_LOGITS_PER_CHUNK = 2**23
+
+
+class LossSums(NamedTuple):
+    """Scalars over the supervised tokens of one micro-batch."""
+
+    loss_sum: Tensor
+    """Cross-entropy in nats, summed, float32; carries the gradient."""
+    num_tokens: Tensor
+    num_correct: Tensor
+    """Tokens whose most likely prediction was right."""
+
+
+class CausalLMLoss(nn.Module):
+    """A causal LM that returns its loss. The vocabulary projection runs for supervised positions only.
+
+    As a module, so that what wraps a model for several devices (DDP, FSDP) wraps the whole computation.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, loss_mask: Tensor, **inputs: Any) -> LossSums:
+        """One micro-batch, as `packing` makes them -> sums.
+
+        Args:
+            input_ids: (B, T).
+            loss_mask: (B, T), True is supervised. The prediction for position t is made at t - 1, so the mask is read
+                one place to the right.
+            inputs: for the decoder: attention_mask for padded rows; position_ids and segment_lengths for packed ones.
+        """
+        decoder = causal_lm_of(self.model).get_decoder()
+        hidden = decoder(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
+        # One look at the mask: on a GPU each costs a wait for the device.
+        row, position = loss_mask[:, 1:].nonzero(as_tuple=True)  # (N,) each
+        targets = input_ids[row, position + 1]  # (N,)
+        if targets.numel() == 0:
+            # A filler micro-batch: still a function of the parameters, so that ranks can synchronise.
+            zero = torch.zeros((), dtype=torch.long, device=targets.device)
+            return LossSums(hidden.float().sum() * 0.0, zero, zero)
+        states = hidden[row, position]  # (N, H)
+        head = causal_lm_of(self.model).get_output_embeddings()
+        if any(parameter.requires_grad for parameter in head.parameters()):
+            # A head that trains needs its own gradient, so all logits are kept.
+            logits = project(self.model, states).float()
+            loss_sum = nn.functional.cross_entropy(logits, targets, reduction="sum")
+            num_correct = (logits.detach().argmax(dim=-1) == targets).sum()
+        else:
+            apply: Any = _HeadLoss.apply
+            loss_sum, num_correct = apply(states, targets, self.model)
+        return LossSums(loss_sum, torch.tensor(targets.numel(), device=targets.device), num_correct)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Projection and cross-entropy in chunks of positions, whose logits are gone before the next chunk.
+
+    The head is frozen, so all that the backward needs is the gradient to the hidden states, and that is known as soon
+    as the chunk's loss is: it is computed in the forward and scaled in the backward. Memory: one chunk of logits,
+    whatever the number of tokens.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """(N, H) hidden states, (N,) targets -> (summed loss, number of right first guesses)."""
+        needs_gradient = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if needs_gradient else None
+        loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        num_correct = torch.zeros((), dtype=torch.long, device=hidden.device)
+        size = max(1, _LOGITS_PER_CHUNK // causal_lm_of(model).config.get_text_config().vocab_size)
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
+            with torch.set_grad_enabled(needs_gradient):
+                chunk = hidden[part].detach().requires_grad_(needs_gradient)
+                logits = project(model, chunk)
+            target = targets[part, None]  # (P, 1)
+            values = logits.detach()
+            probabilities = values.softmax(dim=-1, dtype=torch.float32)  # (P, V)
+            best = probabilities.argmax(dim=-1, keepdim=True)
+            # From the most likely token, whose probability is at least 1 / V, so that its logarithm is exact.
+            log_probability = values.gather(1, target).float() - values.gather(1, best).float()
+            log_probability += probabilities.gather(1, best).log()
+            loss_sum -= log_probability.sum()
+            num_correct += (best == target).sum()
+            if gradient is not None:
+                # d loss / d logits = probabilities - one-hot target, in the memory of the probabilities
+                to_logits = probabilities.scatter_(1, target, log_probability.exp() - 1)
+                (gradient[part],) = torch.autograd.grad(logits, chunk, to_logits.to(logits.dtype))
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(num_correct)
+        return loss_sum, num_correct
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outputs[0].to(gradient.dtype), None, None
+
+
+def project(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Hidden states (N, H) -> logits (N, vocabulary), with the scaling that some families apply to logits."""
+    causal_lm = causal_lm_of(model)
+    logits: Tensor = causal_lm.get_output_embeddings()(hidden)
+    config = causal_lm.config
+    if scale := getattr(config, "logit_scale", None):  # Cohere multiplies
+        logits = logits * scale
+    if scaling := getattr(config, "logits_scaling", None):  # Granite divides
+        logits = logits / scaling
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2 and 3
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+@torch.no_grad()
+def check_head(model: nn.Module) -> None:
+    """Check that `project` gives the model's own logits, on eight tokens. Some families do more after the decoder.
+
+    Raises:
+        TrainingError: it does not; training would minimise the loss of another model.
+    """
+    causal_lm = causal_lm_of(model)
+    was_training = model.training
+    model.eval()
+    device = causal_lm.get_input_embeddings().weight.device
+    input_ids = torch.arange(1, 9, device=device)[None]
+    own = causal_lm(input_ids=input_ids, use_cache=False).logits[0].float()
+    hidden = causal_lm.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+    ours = project(model, hidden[0]).float()
+    model.train(was_training)
+    if not bool(own.isfinite().all()):
+        raise TrainingError(
+            f"{type(causal_lm).__name__} gives values that are not finite; fix: another model or model.dtype, its "
+            "weights are broken or do not suit the precision"
+        )
+    difference = (own - ours).abs().max().item()
+    if not difference <= 1e-3 * max(1.0, own.abs().max().item()):
+        raise TrainingError(
+            f"{type(causal_lm).__name__} computes its logits in a way that lora_core does not know: they differ by "
+            f"{difference:.3g} from its output embedding's. Training would go wrong, so it stops here; "
+            "please report the model"
+        )

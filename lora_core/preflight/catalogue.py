@@ -1,0 +1,118 @@
+"""The checks: one function each, listed in `CHECKS`. Its docstring is its row in docs/preflight.md.
+
+A docstring has three paragraphs: what the finding means, why it matters, what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from lora_core.preflight.adapter import (
+    check_alpha,
+    check_fsdp_quantization,
+    check_learning_rate,
+    check_learning_rate_for_steps,
+    check_optimizer,
+    check_targets,
+    check_targets_exist,
+    check_targets_head,
+)
+from lora_core.preflight.environment import (
+    check_bf16,
+    check_bitsandbytes,
+    check_disk,
+    check_output_dir,
+    check_world_size,
+)
+from lora_core.preflight.findings import Facts, Finding, Severity
+from lora_core.preflight.memory import check_memory
+from lora_core.preflight.rows import (
+    check_borders,
+    check_doubled_bos,
+    check_duplicates,
+    check_empty_replies,
+    check_held_out,
+    check_overlap,
+    check_special_text,
+    check_template_system,
+    check_truncation,
+    check_turn_end,
+    check_unreadable,
+    check_unsupervised,
+)
+from lora_core.preflight.schedule import (
+    check_batch_larger_than_data,
+    check_few_steps,
+    check_intervals_past_end,
+    check_single_pass,
+    check_small_last_step,
+    check_warmup_long,
+    check_warmup_past_end,
+)
+
+Check = Callable[[Facts], Iterator[Finding]]
+
+# Every check, with the findings it may yield.
+CHECKS: list[tuple[Check, dict[str, Severity]]] = [
+    (check_warmup_past_end, {"warmup_past_end": "error"}),
+    (check_warmup_long, {"warmup_long": "warning"}),
+    (check_few_steps, {"few_steps": "warning"}),
+    (check_single_pass, {"single_pass": "warning"}),
+    (check_batch_larger_than_data, {"batch_larger_than_data": "warning"}),
+    (check_small_last_step, {"small_last_step": "note"}),
+    (
+        check_intervals_past_end,
+        {"logging_steps_past_end": "warning", "eval_steps_past_end": "warning", "save_steps_past_end": "warning"},
+    ),
+    (check_unreadable, {"rows_unreadable": "warning"}),
+    (check_unsupervised, {"rows_unsupervised": "warning"}),
+    (check_truncation, {"rows_truncated": "warning"}),
+    (check_turn_end, {"turn_end_not_eos": "warning"}),
+    (check_duplicates, {"rows_duplicated": "warning"}),
+    (check_empty_replies, {"replies_empty": "warning"}),
+    (check_special_text, {"special_tokens_in_text": "warning"}),
+    (check_doubled_bos, {"bos_doubled": "warning"}),
+    (check_borders, {"tokens_cut_at_border": "note"}),
+    (check_template_system, {"template_adds_system": "note"}),
+    (check_held_out, {"no_held_out_rows": "note"}),
+    (check_overlap, {"eval_overlap": "warning"}),
+    (check_targets_exist, {"targets_missing": "error"}),
+    (check_targets_head, {"targets_head": "warning"}),
+    (check_targets, {"targets_q_v_only": "warning"}),
+    (check_alpha, {"alpha_unusual": "warning"}),
+    (check_learning_rate, {"learning_rate_unusual": "warning"}),
+    (check_learning_rate_for_steps, {"learning_rate_low_for_steps": "note"}),
+    (check_optimizer, {"optimizer_cannot_run": "error", "optimizer_not_paged": "note"}),
+    (check_fsdp_quantization, {"fsdp_quant_storage": "error"}),
+    (check_memory, {"memory_too_small": "error", "micro_batches_smaller": "note"}),
+    (check_world_size, {"world_size_differs": "error"}),
+    (check_bf16, {"bf16_unsupported": "error", "bf16_slow": "note"}),
+    (check_bitsandbytes, {"bitsandbytes_missing": "error"}),
+    (check_disk, {"disk_too_small": "error"}),
+    (check_output_dir, {"output_dir_taken": "error"}),
+]
+
+ERROR_IDS = tuple(name for _, ids in CHECKS for name, severity in ids.items() if severity == "error")
+# What would only fail later, and less clearly, cannot be allowed.
+NEVER_ALLOWED = ("targets_missing", "bitsandbytes_missing", "output_dir_taken")
+
+
+def documentation() -> str:
+    """docs/preflight.md: a row a check, from its docstring."""
+    lines = [
+        "# What preflight looks at",
+        "",
+        "Made from the docstrings in `lora_core/*_checks.py` by `python docs/write.py`. An error stops a run before",
+        "its first step. Where it is marked *, `preflight.allow=[id]` lets it pass.",
+        "",
+        "| finding | what it means | why it matters | what to do |",
+        "|---|---|---|---|",
+    ]
+    for check, ids in CHECKS:
+        means, matters, fix = (" ".join(part.split()) for part in (check.__doc__ or "").split("\n\n"))
+        names = "<br>".join(
+            f"`{name}` {severity}{'*' if severity == 'error' and name not in NEVER_ALLOWED else ''}"
+            for name, severity in ids.items()
+        )
+        lines.append(f"| {names} | {means} | {matters} | {fix} |")
+    return "\n".join([*lines, ""])

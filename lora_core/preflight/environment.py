@@ -1,0 +1,125 @@
+"""Checks of where the run is started: processes, precision, libraries, disk, output folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lora_core.preflight.findings import Facts, Finding, gib
+
+
+def check_world_size(facts: Facts) -> Iterator[Finding]:
+    """The launcher was asked for another number of processes than run.
+
+    `accelerate launch --cpu --num_processes 2` starts one process and says nothing: half the batch, twice the steps,
+    and a schedule that is not the one you planned.
+
+    On CPUs, `torchrun --nproc_per_node N launch/train.py ...`.
+    """
+    asked, running = facts.environment.asked_processes, facts.environment.num_processes
+    if asked is not None and asked != running:
+        yield Finding(
+            "world_size_differs",
+            "error",
+            f"accelerate launch was asked for {asked} processes, and {running} "
+            f"of them run: on a CPU it starts only one; start the run with: torchrun --nproc_per_node {asked} "
+            "launch/train.py ...",
+            running,
+            asked,
+            None,
+        )
+
+
+def check_bf16(facts: Facts) -> Iterator[Finding]:
+    """bfloat16 was asked for and the device has no hardware for it.
+
+    A GPU without it fails or is slower than in float32; a CPU without it computes in float32 and rounds: right, but
+    slow.
+
+    `train.bf16=false`.
+    """
+    bf16 = facts.environment.bf16
+    if not facts.config.train.bf16 or bf16 == "native":
+        return
+    yield Finding(
+        "bf16_unsupported" if bf16 == "none" else "bf16_slow",
+        "error" if bf16 == "none" else "note",
+        "train.bf16=true: the GPU has no bfloat16"
+        if bf16 == "none"
+        else "train.bf16=true: this CPU has no bfloat16 instructions and emulates them: right, but slow",
+        bf16,
+        "native",
+        "train.bf16=false model.dtype=float32" if bf16 == "none" else None,
+    )
+
+
+def check_bitsandbytes(facts: Facts) -> Iterator[Finding]:
+    """8-bit AdamW, NF4 or int8 was asked for, and bitsandbytes is not installed.
+
+    The run would stop when it first needs it, with the model loaded.
+
+    Install it, or do without: `train.optim=adamw_torch`, `model.quantization=none`.
+    """
+    needs = [
+        name
+        for name, on in (
+            (f"train.optim={facts.config.train.optim}", facts.config.train.optim != "adamw_torch"),
+            (f"model.quantization={facts.config.model.quantization}", facts.config.model.quantization != "none"),
+        )
+        if on
+    ]
+    if needs and not facts.environment.has_bitsandbytes:
+        without = {"train.optim": "train.optim=adamw_torch", "model.quantization": "model.quantization=none"}
+        yield Finding(
+            "bitsandbytes_missing",
+            "error",
+            f"{' and '.join(needs)} need bitsandbytes, which is not installed (pip install bitsandbytes)",
+            None,
+            "bitsandbytes",
+            " ".join(without[name.split("=")[0]] for name in needs),
+        )
+
+
+def check_disk(facts: Facts) -> Iterator[Finding]:
+    """The disk has no room for the checkpoints.
+
+    A run that cannot save what it learned has learned nothing.
+
+    Fewer checkpoints, or an `output_dir` on another disk.
+    """
+    if facts.memory is None:
+        return
+    # The checkpoints that are kept, one more while the oldest goes, and the adapter at the end; each adapter comes with
+    # its tokenizer, of which 15 MB is a large one.
+    limit = facts.config.train.save_total_limit
+    adapter = facts.memory.adapter_file_bytes
+    needed = (limit + 1) * (adapter + facts.memory.components["optimizer"]) + adapter + 15 * 10**6
+    free = facts.environment.free_disk_bytes
+    if needed > free:
+        yield Finding(
+            "disk_too_small",
+            "error",
+            f"{limit + 1} checkpoints and the adapter need {gib(needed)}, and the disk of "
+            f"output_dir={facts.config.output_dir} has {gib(free)}",
+            free,
+            needed,
+            "train.save_total_limit=1" if limit > 1 and needed - (limit - 1) * adapter <= free else None,
+        )
+
+
+def check_output_dir(facts: Facts) -> Iterator[Finding]:
+    """The output folder holds an earlier run or other files, or cannot be written.
+
+    What is there is never replaced unasked.
+
+    Another `output_dir`, or `overwrite_output_dir=true` to replace an earlier run.
+    """
+    problem = facts.environment.output_dir_problem
+    if problem is not None:
+        yield Finding(
+            "output_dir_taken",
+            "error",
+            problem.split("; fix:")[0],
+            facts.config.output_dir,
+            None,
+            f"output_dir={facts.environment.free_output_dir}" if facts.environment.free_output_dir else None,
+        )

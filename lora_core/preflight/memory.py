@@ -1,0 +1,108 @@
+"""Checks of memory, and the changes that make a run fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from lora_core.config.load import with_overrides
+from lora_core.preflight.findings import Facts, Finding, gib
+
+if TYPE_CHECKING:
+    from lora_core.memory.plan import MemoryPlan
+
+
+def check_memory(facts: Facts) -> Iterator[Finding]:
+    """The predicted peak is more than the device has.
+
+    The run would stop in its first step, or, on a CPU, be killed without a word.
+
+    The fix is the cheapest change that fits: checkpointing (more time, same result), smaller micro-batches (same
+    result), NF4, then shorter rows. With `train.auto_batch_size` the run takes smaller micro-batches by itself, if
+    they fit, and a note says of what size.
+    """
+    memory = facts.memory
+    if memory is None or memory.fits:
+        return
+    limit = micro_batch_limit_that_fits(facts)
+    if limit is not None:
+        yield Finding(
+            "micro_batches_smaller",
+            "note",
+            f"train.auto_batch_size: the run needs {gib(memory.total_bytes)} at its peak and the device has "
+            f"{gib(memory.limit_bytes)}, so a micro-batch holds at most {limit} "
+            f"{'tokens' if facts.config.data.packing else 'rows'}; same steps, same gradient",
+            memory.total_bytes,
+            memory.limit_bytes,
+            None,
+        )
+        return
+    fix, fixed = cheapest_change(facts)
+    largest = sorted(memory.components.items(), key=lambda item: -item[1])[:3]
+    parts = ", ".join(f"{name} {gib(size)}" for name, size in largest)
+    yield Finding(
+        "memory_too_small",
+        "error",
+        f"the run needs {gib(memory.total_bytes)} at its peak and the device has {gib(memory.limit_bytes)} "
+        f"({parts})"
+        + (
+            f"; with the fix {gib(fixed.total_bytes)}"
+            if fixed
+            else "; not even checkpointing, small micro-batches, NF4 and half the length fit: use a smaller model"
+        ),
+        memory.total_bytes,
+        memory.limit_bytes,
+        fix,
+    )
+
+
+def micro_batch_limit_that_fits(facts: Facts) -> int | None:
+    """The limit (tokens where packed, rows where padded) that `train.auto_batch_size` takes so that the run fits.
+
+    None where the run fits as it is, or no limit makes it fit, or it is not asked for.
+    """
+    config, memory = facts.config, facts.memory
+    if not config.train.auto_batch_size or memory is None or memory.fits:
+        return None
+    packed, rows = config.data.packing, config.train.per_device_train_batch_size
+    limit = memory.micro_batch.num_tokens if packed else rows
+    smallest = int(facts.train_data.lengths.max()) if packed else 1  # smaller ones would hold one row all the same
+    while limit > smallest:
+        limit = max(limit // 2, smallest)
+        overrides = (
+            [f"train.max_tokens_per_device_batch={limit}"]
+            if packed
+            else [
+                f"train.per_device_train_batch_size={limit}",
+                f"train.gradient_accumulation_steps={-(-rows * config.train.gradient_accumulation_steps // limit)}",
+            ]
+        )
+        if facts.predict_memory(with_overrides(config, overrides)).fits:
+            return limit
+    return None
+
+
+def cheapest_change(facts: Facts) -> tuple[str | None, MemoryPlan | None]:
+    """The first change that fits alone, else the shortest run of changes that fit together; cheapest first."""
+    config, longest, memory = facts.config, int(facts.train_data.lengths.max()), facts.memory
+    assert memory is not None
+    changes: list[list[str]] = []
+    if not config.train.gradient_checkpointing:
+        changes.append(["train.gradient_checkpointing=true"])
+    if config.data.packing and memory.micro_batch.num_tokens > longest:
+        changes.append([f"train.max_tokens_per_device_batch={longest}"])
+    if config.train.per_device_train_batch_size > 1 and not config.data.packing:
+        accumulation = config.train.gradient_accumulation_steps * config.train.per_device_train_batch_size
+        changes.append(["train.per_device_train_batch_size=1", f"train.gradient_accumulation_steps={accumulation}"])
+    if config.train.per_device_eval_batch_size > 1 and facts.eval_data is not None:
+        changes.append(["train.per_device_eval_batch_size=1"])
+    if config.model.quantization == "none":
+        changes.append(["model.quantization=nf4"])
+    if config.data.max_seq_length >= 256:
+        changes.append([f"data.max_seq_length={config.data.max_seq_length // 2}"])
+    together = [[change for part in changes[: n + 1] for change in part] for n in range(1, len(changes))]
+    for overrides in [*changes, *together]:
+        plan = facts.predict_memory(with_overrides(config, overrides))
+        if plan.fits:
+            return " ".join(overrides), plan
+    return None, None

@@ -1,0 +1,220 @@
+"""Would this run learn anything, and would it run? Facts -> checks -> findings, all at once.
+
+`train` runs the checks before the first step and refuses on an error, unless the error's id stands in
+`preflight.allow`; `launch/preflight.py` runs them alone, with the tokenizer and the model's config and no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora_core.config.load import load_config
+from lora_core.config.schema import RunConfig
+from lora_core.data.counts import EncodedFile
+from lora_core.data.encoded import load_data
+from lora_core.errors import ConfigError, LoraCoreError, PreflightError
+from lora_core.preflight.catalogue import CHECKS, ERROR_IDS, NEVER_ALLOWED
+from lora_core.preflight.findings import Facts, Finding, length_that_keeps
+from lora_core.schedule import SchedulePlan, plan_schedule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lora_core.runtime.devices import Environment
+
+
+def gather_facts(
+    config: RunConfig,
+    environment: Environment,
+    tokenizer: PreTrainedTokenizerBase,
+    train_data: EncodedFile,
+    eval_data: EncodedFile | None,
+) -> Facts:
+    """Plan the steps and predict the memory; loads the model's config and no weights.
+
+    Raises:
+        ConfigError: the model's config cannot be read.
+    """
+    from lora_core.memory.plan import MemoryPlan, plan_memory
+    from lora_core.preflight.model_facts import model_facts
+
+    plan = plan_for(config, len(train_data.lengths), environment.num_processes)
+    model = model_facts(config)
+
+    def predict(changed: RunConfig) -> MemoryPlan:
+        return plan_memory(
+            changed,
+            train_data,
+            eval_data,
+            plan_for(changed, len(train_data.lengths), environment.num_processes),
+            environment.device,
+            environment.sharding,
+        )
+
+    try:
+        memory = predict(config) if environment.has_bitsandbytes else None
+    except ConfigError:  # a target module that matches nothing; a check says which
+        memory = None
+    return Facts(config, plan, train_data, eval_data, tokenizer, model, environment, predict, memory)
+
+
+def look_at_run(config: RunConfig, num_processes: int, gpu_memory_gib: float | None = None) -> Facts:
+    """The facts of a run that has not been started.
+
+    Raises:
+        ConfigError, DataError: as `load_tokenizer` and `load_data`.
+    """
+    from lora_core.model.base import load_tokenizer
+    from lora_core.runtime.devices import look_around
+
+    tokenizer = load_tokenizer(config.model, config.data.chat_template)
+    train_data, eval_data = load_data(config, tokenizer)
+    environment = look_around(config, num_processes, gpu_memory_gib)
+    return gather_facts(config, environment, tokenizer, train_data, eval_data)
+
+
+def run_checks(facts: Facts) -> list[Finding]:
+    """Every finding of every check, errors first."""
+    findings = [finding for check, _ in CHECKS for finding in check(facts)]
+    return sorted(findings, key=lambda finding: ("error", "warning", "note").index(finding.severity))
+
+
+def finding_of(error: LoraCoreError) -> Finding:
+    """A mistake that stopped preflight before its checks, as a finding."""
+    return Finding(error.finding_id, "error", str(error), None, None, None)
+
+
+def refuse_errors(findings: Sequence[Finding], allow: Sequence[str]) -> None:
+    """Stop a run that would not learn.
+
+    Raises:
+        PreflightError: there is an error that `allow` does not name.
+        ConfigError: `allow` names an error that no check reports, or one that cannot be allowed.
+    """
+    allowable = [name for name in ERROR_IDS if name not in NEVER_ALLOWED]
+    unknown = [name for name in allow if name not in allowable]
+    if unknown:
+        raise ConfigError(f"preflight.allow={unknown}: no such error, or none to allow; known: {', '.join(allowable)}")
+    refused = [finding for finding in findings if finding.severity == "error" and finding.id not in allow]
+    if refused:
+        lines = [f"  {finding}" for finding in refused]
+        can_be_allowed = [finding.id for finding in refused if finding.id in allowable]
+        if can_be_allowed:
+            lines.append(f"  (to run it all the same: preflight.allow=[{','.join([*allow, *can_be_allowed])}])")
+        raise PreflightError("\n".join(["this run is not started:", *lines]))
+
+
+def apply_fixes(
+    cfg: str | Path,
+    overrides: Sequence[str],
+    model: str | None,
+    num_processes: int,
+    gpu_memory_gib: float | None = None,
+) -> RunConfig:
+    """The configuration with every fix applied; a fix may bring another to light, so until none is new."""
+    applied = list(overrides)
+    while True:
+        config = load_config(cfg, applied, model)
+        findings = run_checks(look_at_run(config, num_processes, gpu_memory_gib))
+        fixes = [fix for finding in findings if finding.fix for fix in finding.fix.split() if fix not in applied]
+        if not fixes:
+            return config
+        applied += fixes
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What it says
+
+
+def report(facts: Facts, findings: Sequence[Finding]) -> dict[str, Any]:
+    """Everything as plain values: `{plan, data, memory, findings}`, for `--json` and preflight.json."""
+    plan = {
+        **asdict(facts.plan),
+        "peak_learning_rate": facts.plan.peak_learning_rate,
+        "learning_rates": facts.plan.learning_rates(),
+    }
+    config = facts.config.data
+    held_out = config.eval_file or f"{config.eval_fraction:g} of {config.train_file}"
+    return {
+        "plan": plan,
+        "data": {
+            "train": _describe_file(facts.train_data, config.train_file, config.max_seq_length),
+            "eval": _describe_file(facts.eval_data, held_out, config.max_seq_length) if facts.eval_data else None,
+        },
+        "memory": facts.memory.to_dict() if facts.memory else None,
+        "findings": [finding.to_dict() for finding in findings],
+    }
+
+
+def _describe_file(data: EncodedFile, name: str, max_seq_length: int) -> dict[str, Any]:
+    lengths = data.rows.length[~data.rows.is_bad]
+    counts, edges = np.histogram(lengths, bins=min(30, max(1, int(np.ptp(lengths)))))
+    return {
+        "file": name,
+        "counts": data.counts.to_dict(),
+        "max_seq_length": max_seq_length,
+        "lengths": {
+            **{f"p{p}": int(np.percentile(lengths, p, method="higher")) for p in (50, 90, 99)},
+            "max": int(lengths.max()),
+            "keep_99_percent": length_that_keeps(data, 0.99),
+            "keep_all": length_that_keeps(data, 1),
+            "histogram": {"edges": [round(float(edge), 1) for edge in edges], "counts": counts.tolist()},
+        },
+    }
+
+
+def describe(facts: Facts) -> str:
+    """For the terminal: rows, lengths, the plan on several numbers of processes, learning rates, memory."""
+    config = facts.config
+    lines = [
+        f"train: {config.data.train_file}: {facts.train_data.counts}",
+        f"       tokens a row: {_describe_lengths(facts.train_data)}; max_seq_length is {config.data.max_seq_length:,}",
+    ]
+    if facts.eval_data is not None:
+        source = config.data.eval_file or f"{config.data.eval_fraction:.0%} held out"
+        lines.append(f"eval:  {source}: {facts.eval_data.counts}")
+    lines.append(_describe_processes(facts))
+    lines.append(f"memory: {facts.memory}" if facts.memory else "memory: not predicted")
+    return "\n".join(lines)
+
+
+def _describe_lengths(data: EncodedFile) -> str:
+    lengths = data.rows.length[~data.rows.is_bad]
+    p50, p90, p99 = (int(np.percentile(lengths, p, method="higher")) for p in (50, 90, 99))
+    return f"p50 {p50:,}, p90 {p90:,}, p99 {p99:,}, max {int(lengths.max()):,} ({p99:,} keeps 99% of the rows whole)"
+
+
+def _describe_processes(facts: Facts) -> str:
+    train = facts.config.train
+    lines = ["processes  conversations/step  steps/epoch  steps  warmup  peak learning rate"]
+    for num_processes in sorted({1, 2, 4, 8, facts.plan.num_processes}):
+        plan = plan_for(facts.config, facts.plan.num_rows, num_processes)
+        lines.append(
+            f"{num_processes:>9}  {plan.rows_per_optimizer_step:>18}  {plan.optimizer_steps_per_epoch:>11}  "
+            f"{plan.total_optimizer_steps:>5}  {plan.warmup_steps:>6}  {plan.peak_learning_rate:.3g} "
+            f"({plan.peak_fraction:.0%})" + ("  <- this run" if num_processes == facts.plan.num_processes else "")
+        )
+    rates = facts.plan.learning_rates()
+    shown = [rates[i * len(rates) // 60] for i in range(60)] if len(rates) > 60 else rates
+    bars = "".join(" ▁▂▃▄▅▆▇█"[round(8 * rate / train.learning_rate)] for rate in shown)
+    return "\n".join([*lines, f"learning rate, 0 to {train.learning_rate:g}: |{bars}|"])
+
+
+def plan_for(config: RunConfig, num_rows: int, num_processes: int) -> SchedulePlan:
+    """The schedule of a configuration on so many rows and processes."""
+    return plan_schedule(
+        num_rows,
+        per_device_train_batch_size=config.train.per_device_train_batch_size,
+        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
+        num_train_epochs=config.train.num_train_epochs,
+        num_processes=num_processes,
+        learning_rate=config.train.learning_rate,
+        warmup_steps=config.train.warmup_steps,
+        warmup_ratio=config.train.warmup_ratio,
+        max_steps=config.train.max_steps,
+    )

@@ -1,0 +1,295 @@
+"""Checks of the rows, each with the lines it found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from lora_core.data.template import render_chat
+from lora_core.errors import ChatTemplateError, counted
+from lora_core.preflight.findings import Facts, Finding, length_that_keeps, lines_of
+
+
+def check_unreadable(facts: Facts) -> Iterator[Finding]:
+    """Rows are left out because they cannot be read.
+
+    With `data.on_bad_row=skip` the run goes on without them; without it, it stops and lists them.
+
+    Mend the rows: `data.on_bad_row=error` says what is wrong with each.
+    """
+    rows = facts.train_data.rows
+    lines = rows.lines(rows.is_bad)
+    if lines:
+        yield Finding(
+            "rows_unreadable",
+            "warning",
+            f"{len(lines)} of {counted(facts.train_data.counts.read, 'row')} are left out, being unreadable "
+            f"({lines_of(lines)})",
+            len(lines),
+            0,
+            None,
+        )
+
+
+def check_unsupervised(facts: Facts) -> Iterator[Finding]:
+    """Rows are left out because nothing in them is supervised.
+
+    A question longer than `data.max_seq_length` pushes its answer out of sight; what is left teaches nothing.
+
+    A larger `data.max_seq_length`.
+    """
+    rows = facts.train_data.rows
+    lines = rows.lines(rows.is_unsupervised)
+    if lines:
+        longest = int(rows.length.max())
+        yield Finding(
+            "rows_unsupervised",
+            "warning",
+            f"{len(lines)} of {counted(facts.train_data.counts.read, 'row')} are left out with nothing supervised "
+            f"({lines_of(lines)})",
+            len(lines),
+            0,
+            f"data.max_seq_length={longest}" if longest > facts.config.data.max_seq_length else None,
+        )
+
+
+def check_truncation(facts: Facts) -> Iterator[Finding]:
+    """Rows are cut at `data.max_seq_length` and lose what they should teach.
+
+    What is cut is the end: of the last answer, and with it the token that ends the turn.
+
+    The finding names the lengths that keep 99% and all of the rows.
+    """
+    rows, counts, limit = facts.train_data.rows, facts.train_data.counts, facts.config.data.max_seq_length
+    if counts.truncated:
+        keeps_99 = length_that_keeps(facts.train_data, 0.99)
+        yield Finding(
+            "rows_truncated",
+            "warning",
+            f"{counts.truncated} of {counted(counts.read, 'row')} ({counts.truncated / counts.read:.1%}) are longer "
+            f"than data.max_seq_length={limit} and are cut, losing {counts.truncated_tokens:,} tokens "
+            f"({counts.truncated_supervised_tokens:,} supervised); {keeps_99:,} keeps 99% of the rows whole, "
+            f"{counts.longest:,} all ({lines_of(rows.lines(rows.length > limit))})",
+            limit,
+            counts.longest,
+            f"data.max_seq_length={counts.longest}",
+        )
+
+
+def check_turn_end(facts: Facts) -> Iterator[Finding]:
+    """The token that ends the assistant's turns is not one that generation stops at.
+
+    The model learns to end its turn, and whoever runs it does not notice: it goes on talking. Base models with the
+    template of a chat model are the usual case.
+
+    Set `eos_token_id` in the generation config where you serve the model, or train the -Instruct model.
+    """
+    last = {
+        int(ids[np.flatnonzero(mask)[-1]])
+        for ids, mask in (
+            (np.asarray(row["input_ids"]), np.asarray(row["loss_mask"]))
+            for row, length in zip(
+                facts.train_data.dataset.select(range(min(50, len(facts.train_data.lengths)))),
+                facts.train_data.lengths,
+                strict=False,
+            )
+            if length < facts.config.data.max_seq_length
+        )
+    }
+    stops = facts.model.eos_token_ids | {facts.tokenizer.eos_token_id}
+    added = facts.tokenizer.added_tokens_decoder
+    unknown = sorted(token for token in last - stops if token in added and added[token].special)
+    if unknown:
+        shown = ", ".join(repr(facts.tokenizer.decode([token])) for token in unknown)
+        yield Finding(
+            "turn_end_not_eos",
+            "warning",
+            f"assistant turns end with {shown}, at which generation does not stop (it stops at "
+            f"{', '.join(repr(facts.tokenizer.decode([t])) for t in sorted(t for t in stops if t is not None))})",
+            unknown,
+            sorted(token for token in stops if token is not None),
+            None,
+        )
+
+
+def check_duplicates(facts: Facts) -> Iterator[Finding]:
+    """Rows stand in the file more than once.
+
+    A row that stands there twice is trained on twice as often, and one that lands in the held-out share praises
+    memorising.
+
+    Remove the copies, unless they are meant.
+    """
+    rows = facts.train_data.rows
+    good = np.flatnonzero(~rows.is_bad)
+    _, first = np.unique(rows.exact_key[good], return_index=True)
+    is_copy = np.zeros(len(rows.line), dtype=np.bool_)
+    is_copy[good] = True
+    is_copy[good[first]] = False
+    lines = rows.lines(is_copy)
+    if lines:
+        yield Finding(
+            "rows_duplicated",
+            "warning",
+            f"{counted(len(lines), 'row')} said again: the same tokens as an earlier row ({lines_of(lines)})",
+            len(lines),
+            0,
+            None,
+        )
+
+
+def check_empty_replies(facts: Facts) -> Iterator[Finding]:
+    """Assistant turns are empty.
+
+    The model learns to end its turn at once.
+
+    Remove the rows, or fill them in.
+    """
+    rows = facts.train_data.rows
+    lines = rows.lines(rows.has_empty_reply)
+    if lines:
+        yield Finding(
+            "replies_empty",
+            "warning",
+            f"{counted(len(lines), 'row')} with an empty assistant turn ({lines_of(lines)}): the model learns to say "
+            "nothing",
+            len(lines),
+            0,
+            None,
+        )
+
+
+def check_special_text(facts: Facts) -> Iterator[Finding]:
+    """The text of rows holds what looks like a special token, such as `<|im_end|>`.
+
+    It is encoded as the characters it is, so it ends no turn; but a file that holds it has often been through a chat
+    template once already.
+
+    Give the messages, not the rendered text.
+    """
+    rows = facts.train_data.rows
+    lines = rows.lines(rows.holds_special_text)
+    if lines:
+        yield Finding(
+            "special_tokens_in_text",
+            "warning",
+            f"{counted(len(lines), 'row')} with special tokens in the text ({lines_of(lines)}); they are encoded as "
+            "plain characters. Was the file rendered by a chat template before?",
+            len(lines),
+            0,
+            None,
+        )
+
+
+def check_doubled_bos(facts: Facts) -> Iterator[Finding]:
+    """Rows begin with two BOS tokens.
+
+    The model never saw that in training and answers worse for it. The tokenizer adds none here, so the template writes
+    both.
+
+    Take one out of the chat template.
+    """
+    rows = facts.train_data.rows
+    lines = rows.lines(rows.has_doubled_bos)
+    if lines:
+        yield Finding(
+            "bos_doubled",
+            "warning",
+            f"{counted(len(lines), 'row')} with two {facts.tokenizer.bos_token!r} at the start, both from the chat "
+            f"template ({lines_of(lines)})",
+            len(lines),
+            0,
+            None,
+        )
+
+
+def check_borders(facts: Facts) -> Iterator[Finding]:
+    """A token would reach across the border between a prompt and its answer.
+
+    Half of it is not the model's to write. The text is cut at the border instead, as it is in generation, where the
+    prompt ends there.
+
+    Nothing has to be done; white space at the start of an answer is the usual reason.
+    """
+    rows = facts.train_data.rows
+    lines = rows.lines(rows.cut_at_border)
+    if lines:
+        yield Finding(
+            "tokens_cut_at_border",
+            "note",
+            f"{counted(len(lines), 'row')} in which a token would reach across the start of an answer; the text is cut "
+            f"there ({lines_of(lines)})",
+            len(lines),
+            0,
+            None,
+        )
+
+
+def check_template_system(facts: Facts) -> Iterator[Finding]:
+    """The chat template adds a system turn of its own to rows that have none.
+
+    The model is trained behind that text, so it has to be there in use as well; the same template sees to it.
+
+    Nothing has to be done if you serve with the model's own template. Otherwise give each row its system turn.
+    """
+    if not getattr(facts.tokenizer, "chat_template", None):
+        return
+    try:
+        rendered = render_chat(facts.tokenizer, [{"role": "user", "content": "a"}])
+    except ChatTemplateError:  # such as one that wants a system turn
+        return
+    if "system" in rendered.lower():
+        yield Finding(
+            "template_adds_system",
+            "note",
+            f"rows without a system turn get one from the chat template: {rendered[:120]!r}",
+            rendered[:120],
+            None,
+            None,
+        )
+
+
+def check_held_out(facts: Facts) -> Iterator[Finding]:
+    """There are no held-out rows.
+
+    Training loss falls whether the model learns or memorises; only rows it has not seen tell the two apart.
+
+    Name a file, or hold out a tenth.
+    """
+    if facts.eval_data is None:
+        yield Finding(
+            "no_held_out_rows",
+            "note",
+            "no held-out rows: held-out loss is not measured",
+            0,
+            1,
+            "data.eval_fraction=0.1" if facts.plan.num_rows > 1 else None,
+        )
+
+
+def check_overlap(facts: Facts) -> Iterator[Finding]:
+    """Training rows also stand among the held-out rows: exactly, or but for case, white space and punctuation.
+
+    Held-out loss then measures what was memorised, and looks better than it is.
+
+    Remove them from one side.
+    """
+    if facts.eval_data is None:
+        return
+    rows, held_out = facts.train_data.rows, facts.eval_data.rows
+    exact = ~rows.is_bad & np.isin(rows.exact_key, held_out.exact_key[~held_out.is_bad])
+    either = exact | (~rows.is_bad & np.isin(rows.text_key, held_out.text_key[~held_out.is_bad]))
+    lines = rows.lines(either)
+    if lines:
+        almost = len(lines) - int(exact.sum())
+        yield Finding(
+            "eval_overlap",
+            "warning",
+            f"{counted(len(lines), 'training row')} also stand among the held-out rows ({lines_of(lines)}"
+            + (f"; {almost} but for case, white space or punctuation" if almost else "")
+            + "); held-out loss will look better than it is",
+            len(lines),
+            0,
+            None,
+        )

@@ -1,0 +1,208 @@
+"""The plots of a page, as inline SVG."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lora_core.errors import ConfigError, counted
+from lora_core.report.read import Run, is_number
+from lora_core.report.words import bytes_text, peak_memory
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# A sequence is cut so far to the right of all lengths that its line would leave no room for them.
+_FAR = 3.0
+# matplotlib writes colours as they are; these stand-ins become CSS variables, which follow light and dark.
+_VARIABLES = ("ink", "grid", "page", *(f"series-{i}" for i in range(1, 9)))
+
+
+def _colour(variable: str) -> str:
+    return f"#c0de{_VARIABLES.index(variable):02x}"
+
+
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "lora_core",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.facecolor": "none",
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "grid.color": _colour("grid"),
+    "grid.linewidth": 0.6,
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), _colour("ink")),
+}
+
+
+def plot(title: str, draw: Callable[[Axes], str]) -> dict[str, Any]:
+    """`draw`'s plot as inline SVG. svg is None if it drew nothing."""
+    # Here, so that everything but plots does without: matplotlib is an extra.
+    try:
+        import matplotlib.style
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter
+    except ImportError as error:
+        raise ConfigError(
+            f"a report needs matplotlib, which is not installed ({error}); fix: pip install 'lora_core[report]'"
+        ) from error
+    with matplotlib.style.context(["default", _STYLE]):
+        figure = Figure(figsize=(4.8, 2.8), layout="constrained")
+        axes = figure.subplots()
+        axes.set_axisbelow(True)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+        caption = draw(axes)
+        if not axes.has_data():
+            return {"title": title, "caption": "Nothing recorded.", "svg": None}
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator"), None))
+    return {"title": title, "caption": caption, "svg": _inline(file.getvalue(), title)}
+
+
+def _inline(svg: str, title: str) -> Any:
+    """matplotlib's SVG file as a part of a page: ids of its own, colours of the page, the page's width."""
+    from markupsafe import Markup, escape
+
+    prefix = re.sub(r"\W+", "-", title.lower())
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
+    svg = re.sub(r'(?:xlink:)?href="#', f'href="#{prefix}-', svg)
+    svg = svg.replace("url(#", f"url(#{prefix}-")
+    svg = re.sub(r"#c0de([0-9a-f]{2})", lambda match: f"var(--{_VARIABLES[int(match[1], 16)]})", svg)
+    view_box = re.search(r'viewBox="[^"]*"', svg)
+    assert view_box is not None
+    tag = f'<svg {view_box[0]} role="img" aria-label="{escape(title)}">'
+    return Markup(tag + svg[svg.index(">") + 1 :])  # all text in it is this module's own
+
+
+def _steps_axis(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+
+
+def _line(axes: Axes, points: Sequence[tuple[int, float]], **style: Any) -> None:
+    """A line through the points; up to 40 of them also get a dot, so that a single one is seen."""
+    if points:
+        steps, values = zip(*points, strict=True)
+        axes.plot(steps, values, **{"marker": "o" if len(points) <= 40 else "", "markersize": 3, **style})
+
+
+def _draw_learning_rate(run: Run, axes: Axes) -> str:
+    _steps_axis(axes)
+    planned = [rate for rate in run.get("preflight", "plan", "learning_rates") or [] if is_number(rate)]
+    used = run.points("train_events", "learning_rate")
+    if planned:
+        axes.plot(range(1, len(planned) + 1), planned, color=_colour("series-1"), label="planned")
+    if used:
+        steps, rates = zip(*used, strict=True)
+        every = max(1, len(used) // 30)  # more dots would hide the line
+        axes.plot(steps, rates, "o", markersize=4, markevery=every, color=_colour("series-2"), label="used")
+    if axes.has_data():
+        axes.legend()
+    if not planned:
+        return "Used learning rate."
+    off = [step for step, rate in used if step > len(planned) or abs(planned[step - 1] - rate) > 1e-6 * rate]
+    if off:
+        return f"Planned and used learning rate. They differ in {counted(len(off), 'step')}, first in step {off[0]}."
+    return f"Planned and used learning rate. Planned peak {max(planned):.3g}."
+
+
+def _draw_loss(run: Run, axes: Axes) -> str:
+    _steps_axis(axes)
+    training, held_out = run.points("train_events", "loss"), run.points("eval_events", "loss")
+    _line(axes, training, color=_colour("series-1"), label="training", linewidth=1.0)
+    _line(axes, held_out, color=_colour("series-2"), label="held-out", linewidth=2.2, marker="s", markersize=4.5)
+    if axes.has_data():
+        axes.legend()
+    lowest = min(held_out, key=lambda point: point[1], default=None)
+    return "Nats per supervised token." + (f" Lowest held-out: {lowest[1]:.4f} at step {lowest[0]}." if lowest else "")
+
+
+def _draw_grad_norm(run: Run, axes: Axes) -> str:
+    _steps_axis(axes)
+    points, limit = run.points("train_events", "grad_norm"), run.number("config", "train", "max_grad_norm")
+    _line(axes, points, color=_colour("series-1"))
+    if limit is None:
+        return "Global norm; not clipped."
+    clipped = sum(norm > limit for _, norm in points)
+    return f"Global norm before clipping at {limit:g}: clipped in {clipped:,} of {counted(len(points), 'logged step')}."
+
+
+def _draw_speed(run: Run, axes: Axes) -> str:
+    _steps_axis(axes)
+    points = run.points("train_events", "tokens_per_s")
+    _line(axes, points, color=_colour("series-1"))
+    axes.set_ylim(bottom=0)
+    return "Tokens of all rows in a step over its time, all processes together."
+
+
+def _draw_lengths(run: Run, axes: Axes) -> str:
+    edges = run.get("preflight", "data", "train", "lengths", "histogram", "edges") or []
+    counts = run.get("preflight", "data", "train", "lengths", "histogram", "counts") or []
+    cut = run.number("config", "data", "max_seq_length")
+    if not counts or len(edges) != len(counts) + 1:
+        return ""
+    axes.stairs(counts, edges, fill=True, color=_colour("series-1"), edgecolor=_colour("page"), linewidth=0.5)
+    axes.set_xlabel("tokens in a row")
+    axes.set_ylabel("rows")
+    if cut is None:
+        return "Training rows."
+    if cut > _FAR * edges[-1]:
+        return f"Training rows. All lie far below the cut at {cut:,} tokens, which is off this plot to the right."
+    axes.axvline(cut, color=_colour("series-2"), linestyle="--", label=f"cut at {cut:,}")
+    axes.legend()
+    return f"Training rows. Longer ones are cut at {cut:,} tokens."
+
+
+def _draw_memory(run: Run, axes: Axes) -> str:
+    components = run.get("preflight", "memory", "components") or {}
+    measured = peak_memory(run)
+    limit = run.number("preflight", "memory", "limit_bytes")
+    bottom = 0.0
+    for index, (name, size) in enumerate(components.items()):
+        style: dict[str, Any] = {"color": _colour(f"series-{index % 8 + 1}"), "edgecolor": _colour("page")}
+        axes.bar("predicted", size / 2**30, bottom=bottom, width=0.6, label=f"{name} {bytes_text(size)}", **style)
+        bottom += size / 2**30
+    if measured is not None:
+        axes.bar("measured", measured / 2**30, width=0.6, color=_colour("ink"), alpha=0.55)
+    axes.set_ylabel("GiB")
+    axes.grid(axis="x", visible=False)
+    if not components:
+        return f"Measured {bytes_text(measured)}; nothing was predicted."
+    handles, labels = axes.get_legend_handles_labels()  # from the top, as they are stacked
+    axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), borderaxespad=0.3)
+    return (
+        f"Peak of one process: predicted {bytes_text(bottom * 2**30)}, measured {bytes_text(measured)}; "
+        f"the device has {bytes_text(limit)}."
+    )
+
+
+PLOTS: dict[str, Callable[[Run, Axes], str]] = {
+    "Learning rate": _draw_learning_rate,
+    "Loss": _draw_loss,
+    "Gradient norm": _draw_grad_norm,
+    "Speed, tokens/s": _draw_speed,
+    "Row lengths": _draw_lengths,
+    "Memory": _draw_memory,
+}
+
+
+def draw_losses(runs: Sequence[Run], axes: Axes) -> str:
+    _steps_axis(axes)
+    dashes = ("-", "--", ":", "-.")
+    for index, run in enumerate(runs):
+        # A number and not the folder's name: what matplotlib writes into the SVG must be this module's own.
+        style = {"color": _colour(f"series-{index % 8 + 1}"), "linestyle": dashes[index % 4]}
+        _line(axes, run.points("train_events", "loss"), **style, linewidth=0.8, alpha=0.6, marker="")
+        _line(axes, run.points("eval_events", "loss"), **style, linewidth=2.2, marker="s", label=f"run {index + 1}")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    return "Nats per supervised token. Thin: training loss; thick, with squares: held-out loss."

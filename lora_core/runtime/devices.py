@@ -1,0 +1,268 @@
+"""Devices, precision, processes and memory: what the run has to work with."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import platform
+import re
+import resource
+import shutil
+import signal
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
+
+from lora_core.config.schema import RunConfig
+from lora_core.errors import ConfigError
+from lora_core.runtime.run_folder import check_run_folder
+from lora_core.untrusted.limits import allowed_cores
+
+if TYPE_CHECKING:
+    import psutil
+
+
+_ACCELERATE = re.compile(r"(^|/)accelerate(-launch)?$|accelerate[./]commands[./]")
+
+
+def build_accelerator(config: RunConfig) -> Accelerator:
+    """Devices, precision and processes as the launcher set them.
+
+    Raises:
+        ConfigError: bf16 was asked for and the device has none, or the launcher's backend is not supported.
+    """
+    if config.train.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise ConfigError(
+            f"train.bf16=true: {torch.cuda.get_device_name()} has no bfloat16; fix: train.bf16=false",
+            "bf16_unsupported",
+        )
+    if not torch.accelerator.is_available():
+        use_all_cores()
+        bound_shape_caches()
+        if platform.system() == "Linux":
+            reuse_freed_memory()
+    # A second run in one process may ask for another precision; the process group stays.
+    AcceleratorState._reset_state()
+    # Accumulation is ours: a value above 1 here would make Accelerate divide the loss once more.
+    accelerator = Accelerator(
+        mixed_precision="bf16" if config.train.bf16 else "no",
+        gradient_accumulation_steps=1,
+        # Not said, Accelerate runs each rank of a CPU launch as if it were alone.
+        cpu=not torch.accelerator.is_available(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.train.rank_timeout_s))],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise ConfigError(
+            f"the launcher started {launched} processes, but they run as {accelerator.num_processes}: each would train "
+            f"on its own and overwrite the others; fix: torchrun --nproc_per_node {launched} launch/train.py ...",
+            "world_size_differs",
+        )
+    if accelerator.distributed_type.value in ("DEEPSPEED", "MEGATRON_LM", "TP"):
+        raise ConfigError(
+            f"distributed_type {accelerator.distributed_type.value}: not supported, its engine counts optimizer steps "
+            "on its own; fix: MULTI_GPU (DDP) or FSDP in the accelerate config"
+        )
+    return accelerator
+
+
+def use_all_cores() -> None:
+    """Share the cores that this process may use among the ranks of this machine.
+
+    `accelerate launch` and `torchrun` set OMP_NUM_THREADS=1, which leaves all cores but one idle.
+    """
+    import psutil  # comes with Accelerate
+
+    allowed = allowed_cores()
+    cores = min(allowed, psutil.cpu_count(logical=False) or allowed)  # two threads of one core share its arithmetic
+    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def reuse_freed_memory() -> None:
+    """Tell glibc to keep freed blocks for the next tensor; otherwise each step unmaps and faults them in again.
+
+    About a third of a step's time on a CPU. The same as MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1
+    MALLOC_TOP_PAD_=268435456 in the environment. Does nothing with another C library.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # from malloc.h
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, -1)
+        mallopt(m_top_pad, 256 * 2**20)
+
+
+def bound_shape_caches() -> None:
+    """Keep oneDNN's compiled kernels for 128 shapes in place of 1,024. Holds for a process that has not multiplied yet.
+
+    Packed micro-batches differ in length, so each brings some thirty new shapes, of up to 0.6 MiB each: 365 MiB over
+    twenty steps of the demo model. A micro-batch of sixteen conversations goes through about a hundred from layer to
+    layer; with 64 it compiled them anew in every layer and took a sixth longer.
+    """
+    for name in (
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY",
+        "LRU_CACHE_CAPACITY",
+    ):  # the second is PyTorch's own, in front of it
+        os.environ.setdefault(name, "128")
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """What one process of a run may use, in bytes."""
+
+    kind: Literal["cpu", "cuda", "mps"]
+    limit_bytes: int
+    process_bytes: int = 0
+    """On a CPU: what this process holds already (Python, the libraries), which counts against the limit."""
+    keeps_freed_memory: bool = False
+    """`reuse_freed_memory` applies."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What a run finds where it runs."""
+
+    device: DeviceMemory
+    num_processes: int
+    asked_processes: int | None
+    """What `accelerate launch` was told to start; None if it did not start this."""
+    sharding: Literal["ddp", "fsdp"]
+    bf16: Literal["native", "emulated", "none"]
+    has_bitsandbytes: bool
+    free_disk_bytes: int
+    """On the disk of output_dir."""
+    output_dir_problem: str | None
+    free_output_dir: str | None
+    """A name beside output_dir that is not taken, where output_dir is."""
+
+
+def look_around(config: RunConfig, num_processes: int, gpu_memory_gib: float | None = None) -> Environment:
+    """See what there is.
+
+    Args:
+        num_processes: of the run.
+        gpu_memory_gib: plan for a GPU of this size in place of this machine's device.
+    """
+    folder = Path(config.output_dir).expanduser().absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    problem = None
+    try:
+        check_run_folder(config.output_dir, config.overwrite_output_dir)
+    except ConfigError as error:
+        problem = str(error)
+    free_names = (f"{config.output_dir.rstrip('/')}-{n}" for n in range(2, 1000))
+    return Environment(
+        device=device_memory(num_processes)
+        if gpu_memory_gib is None
+        else DeviceMemory("cuda", round(gpu_memory_gib * 2**30)),
+        num_processes=num_processes,
+        asked_processes=_asked_processes(),
+        sharding="fsdp" if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") else "ddp",
+        bf16="native" if gpu_memory_gib is not None else _bf16(),
+        has_bitsandbytes=find_spec("bitsandbytes") is not None,
+        free_disk_bytes=shutil.disk_usage(existing).free,
+        output_dir_problem=problem,
+        free_output_dir=next((name for name in free_names if not Path(name).expanduser().exists()), None),
+    )
+
+
+def device_memory(num_local_processes: int = 1) -> DeviceMemory:
+    """The memory of this machine's device for each of so many processes on it (of a GPU, each has its own)."""
+    import psutil
+
+    if torch.cuda.is_available():
+        free_bytes, _ = torch.cuda.mem_get_info()
+        return DeviceMemory("cuda", free_bytes)
+    if torch.backends.mps.is_available():
+        return DeviceMemory("mps", torch.mps.recommended_max_memory())
+    process_bytes = psutil.Process().memory_info().rss
+    limit = psutil.virtual_memory().available + process_bytes
+    with suppress(OSError, ValueError):  # there is no such file outside a container; it may say "max"
+        limit = min(limit, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return DeviceMemory("cpu", limit // num_local_processes, process_bytes, platform.system() == "Linux")
+
+
+def _bf16() -> Literal["native", "emulated", "none"]:
+    if torch.cuda.is_available():
+        return "native" if torch.cuda.is_bf16_supported(including_emulation=False) else "none"
+    if torch.backends.mps.is_available():
+        return "native"
+    return (
+        "native"
+        if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        else "emulated"
+    )
+
+
+def _asked_processes() -> int | None:
+    """What the `accelerate launch` above this process was told; it passes the number on only where it obeys it."""
+    import psutil
+
+    command = next(filter(None, map(_accelerate_launch, psutil.Process().parents()[:2])), None)
+    if command is None:
+        return None
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("--num_processes", "--num-processes", type=int)
+    options.add_argument("--config_file", "--config-file")
+    known, _ = options.parse_known_args(command)
+    if known.num_processes is not None:
+        return int(known.num_processes)
+    if known.config_file is not None and Path(known.config_file).is_file():
+        asked = yaml.safe_load(Path(known.config_file).read_text(encoding="utf-8")).get("num_processes")
+        return asked if isinstance(asked, int) else None
+    return None
+
+
+def _accelerate_launch(process: psutil.Process) -> list[str] | None:
+    """The command line of a process that is an `accelerate launch`; None of another."""
+    import psutil
+
+    try:
+        command = process.cmdline()
+    except psutil.Error:  # gone, or another user's
+        return None
+    # Not any word that holds "accelerate": a script in a folder of that name may well end before what it started.
+    return command if any(_ACCELERATE.search(part) for part in command[:4]) else None
+
+
+def end_with_launcher() -> None:
+    """Have the system send this process SIGTERM when the `accelerate launch` that started it ends.
+
+    `accelerate launch` passes no signal on: without this, stopping it leaves the training behind, with nobody to stop
+    it. Linux only; elsewhere the signal has to go to the training process.
+    """
+    import psutil
+
+    launcher = psutil.Process().parent()
+    if platform.system() != "Linux" or launcher is None or _accelerate_launch(launcher) is None:
+        return
+    pr_set_pdeathsig = 1  # from linux/prctl.h
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if not launcher.is_running():  # it ended before it could be followed
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def seed_everything(seed: int, rank: int) -> None:
+    """Dropout masks differ by rank and repeat from run to run. (Row order and initial adapter have the plain seed.)"""
+    torch.manual_seed(seed + rank)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed + rank)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this process has held: on the GPU what its allocator gave out, on a CPU its resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage if sys.platform == "darwin" else usage * 1024

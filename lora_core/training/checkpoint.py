@@ -1,0 +1,376 @@
+"""All state of the loop on disk, so that a run that was stopped goes on as if it had not been.
+
+A checkpoint is a folder that appears whole or not at all:
+
+    step-000050/
+      adapter.safetensors       what trains, by parameter name
+      optimizer.safetensors     the optimizer's tensors, "<parameter>/<key>"
+      rng-00000.safetensors     random states, a file a rank
+      state.json                counters, schedule, losses so far, the configuration, a hash of the data
+      manifest.json             size and SHA-256 of each file above
+
+Which rows a step takes is a function of seed and step (`packing.step_rows`), so the data's position is the step.
+Nothing is unpickled: tensors are safetensors, the rest is JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lora_core.config.schema import RunConfig
+from lora_core.data.counts import EncodedFile
+from lora_core.errors import ConfigError
+from lora_core.runtime.run_folder import json_text, remove_leftovers, whole_folder, write_json
+
+if TYPE_CHECKING:
+    from torch.optim.lr_scheduler import LRScheduler
+
+# Keys that decide nothing but what is shown and kept: a resumed run may have others.
+_FREE_KEYS = frozenset(
+    {
+        "output_dir",
+        "overwrite_output_dir",
+        "data.cache_dir",
+        "data.num_proc",
+        "train.logging_steps",
+        "train.max_skipped_steps",
+        "train.auto_batch_size",
+        "train.rank_timeout_s",
+        "train.on_save_error",
+        "train.save_steps",
+        "train.save_total_limit",
+        "train.num_sample_replies",
+        "train.sample_max_new_tokens",
+        "preflight.allow",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: every file is there, with the size and hash that its manifest says."""
+
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Copies, in host memory, of all that a checkpoint holds: training may go on while they are written."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    """By file."""
+    state: dict[str, Any]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for file in self.tensors.values() for tensor in file.values())
+
+
+def take_snapshot(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler,
+    state: dict[str, Any],
+) -> Snapshot:
+    """Copy everything; call it in every rank, between two optimizer steps.
+
+    Args:
+        state: what the loop itself has to remember, plain values; `step` is the number of steps taken.
+    """
+    from accelerate.utils import gather_object
+
+    random_states = gather_object([_random_state()])
+    optimizer_tensors, scalars = _optimizer_state(model, optimizer)
+    return Snapshot(
+        tensors={
+            "adapter.safetensors": _trainable(model),
+            "optimizer.safetensors": optimizer_tensors,
+            **{f"rng-{rank:05d}.safetensors": random_state for rank, random_state in enumerate(random_states)},
+        },
+        state={
+            **state,
+            "world_size": accelerator.num_processes,
+            "optimizer": scalars,
+            "schedule": {name: value for name, value in scheduler.state_dict().items() if name != "lr_lambdas"},
+            "learning_rates": [group["lr"] for group in optimizer.param_groups],
+        },
+    )
+
+
+class CheckpointWriter:
+    """Writes checkpoints one after the other, in a thread of the main process, so that no step waits for a disk."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._writing: Future[None] | None = None
+
+    def start(self, path: Path, snapshot: Snapshot, limit: int, best: str | None = None) -> None:
+        """Begin to write, and `keep_newest(path.parent, limit, best)` once it is whole. `wait` before the next one."""
+        if self._accelerator.is_main_process:
+            self._writing = self._thread.submit(_write_and_tidy, path, snapshot, limit, best)
+
+    def wait(self) -> None:
+        """Until what was begun is on disk; call it in every rank.
+
+        Raises:
+            OSError: in every rank: the disk is full or cannot be written; the checkpoints before it are whole.
+        """
+        from accelerate.utils import broadcast_object_list
+
+        problem = None
+        if self._writing is not None:
+            try:
+                self._writing.result()
+            except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk
+                problem = str(error)
+            self._writing = None
+        problem = broadcast_object_list([problem])[0]  # all ranks stop, or none
+        if problem is not None:
+            raise OSError(problem)
+
+
+def _write_and_tidy(path: Path, snapshot: Snapshot, limit: int, best: str | None) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_folder(path) as folder:
+            for name, tensors in snapshot.tensors.items():
+                save_file(tensors, folder / name)
+            write_json(folder / "state.json", snapshot.state)
+            write_json(folder / "manifest.json", {file.name: _identity(file) for file in sorted(folder.iterdir())})
+    except (OSError, SafetensorError) as error:
+        free = shutil.disk_usage(path.parent if path.parent.is_dir() else path.anchor).free
+        sizes = f"it takes {snapshot.num_bytes / 2**20:.1f} MiB and the disk has {free / 2**20:.1f} MiB left"
+        raise OSError(f"{path} could not be written: {error} ({sizes}); the checkpoints before it are whole") from error
+    keep_newest(path.parent, limit, best)
+
+
+def keep_newest(folder: Path, limit: int, best: str | None = None) -> None:
+    """Remove all but the newest checkpoints of a run, and the one named `best`."""
+    for path in sorted(folder.glob("step-*"))[:-limit]:
+        if path.name != best:
+            shutil.rmtree(path)
+
+
+def find_checkpoint(run_folder: Path, asked: Path | None, say: Callable[[str], None], may_rename: bool) -> Checkpoint:
+    """The newest whole checkpoint of a run, or the one asked for.
+
+    A damaged one is named and set aside (`damaged-step-000050`), and the one before it is taken. What saves that were
+    cut off have left is removed.
+
+    Args:
+        may_rename: change the folder; one process of a run does, and while none writes.
+
+    Raises:
+        ConfigError: there is none, or the one asked for is damaged.
+    """
+    if may_rename:
+        remove_leftovers(run_folder)
+        remove_leftovers(run_folder / "checkpoints")
+    if asked is not None:
+        problem = _damage(asked)
+        if problem is not None:
+            raise ConfigError(f"--resume {asked}: {problem}; fix: --resume without a path takes the newest whole one")
+        return _read(asked)
+    for path in sorted((run_folder / "checkpoints").glob("step-*"), reverse=True):
+        problem = _damage(path)
+        if problem is None:
+            return _read(path)
+        say(f"checkpoint {path} is damaged ({problem}); set aside, the one before it is taken")
+        if may_rename:
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)  # the same step may have been damaged, and written anew, before
+            path.rename(aside)
+    raise ConfigError(
+        f"--resume: {run_folder} holds no whole checkpoint; fix: start without --resume, and set train.save_steps"
+    )
+
+
+def set_aside_newer(checkpoint: Checkpoint) -> list[str]:
+    """Rename the run's checkpoints of later steps: the run that goes on from this one will make its own.
+
+    Returns:
+        Their names now, such as `superseded-step-000080`.
+    """
+    newer = [path for path in checkpoint.path.parent.glob("step-*") if path.name > checkpoint.path.name]
+    for path in newer:
+        target = path.with_name(f"superseded-{path.name}")
+        shutil.rmtree(target, ignore_errors=True)  # of an earlier time
+        path.rename(target)
+    return sorted(f"superseded-{path.name}" for path in newer)
+
+
+def check_same_run(checkpoint: Checkpoint, config: RunConfig, data: str, world_size: int) -> list[str]:
+    """What differs and does not matter, one line each.
+
+    Args:
+        data: `data_hash` of the rows now.
+
+    Raises:
+        ConfigError: something that matters differs: the resumed run would be another one.
+    """
+    then, now = _flat(checkpoint.state["config"]), _flat(config.to_dict())
+    differing = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
+    problems = [f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in differing if key not in _FREE_KEYS]
+    if checkpoint.state["data"] != data:
+        problems.append(f"the rows of {config.data.train_file} (or how they are encoded) are not the same")
+    if checkpoint.state["world_size"] != world_size:
+        problems.append(f"processes: {checkpoint.state['world_size']} then, {world_size} now")
+    if problems:
+        raise ConfigError(
+            "\n  ".join([f"--resume {checkpoint.path}: this would be another run:", *problems])
+            + "\nFix: the same settings as then (config.yaml in the run folder), or start without --resume"
+        )
+    return [f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in differing]
+
+
+def restore(
+    checkpoint: Checkpoint,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler,
+) -> None:
+    """Put adapter, optimizer, schedule and random states back as they were; call it in every rank."""
+    restore_adapter(checkpoint, model)
+    _restore_optimizer(checkpoint, dict(_named_trainable(model)), optimizer)
+    # The lambdas are code: the plan has made them anew.
+    lambdas = [None] * len(optimizer.param_groups)
+    scheduler.load_state_dict({**checkpoint.state["schedule"], "lr_lambdas": lambdas})
+    for group, rate in zip(optimizer.param_groups, checkpoint.state["learning_rates"], strict=True):
+        group["lr"] = rate
+    random_state = load_file(checkpoint.path / f"rng-{accelerator.process_index:05d}.safetensors")
+    torch.set_rng_state(random_state["cpu"])
+    if "cuda" in random_state:
+        torch.cuda.set_rng_state(random_state["cuda"])
+
+
+@torch.no_grad()
+def restore_adapter(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Put what trains back as it was; call it in every rank."""
+    trainable = dict(_named_trainable(model))
+    for name, tensor in load_file(checkpoint.path / "adapter.safetensors").items():
+        trainable[name].copy_(tensor)
+
+
+def data_hash(train_data: EncodedFile, eval_data: EncodedFile | None) -> str:
+    """Of the rows that are trained and measured on, and where they were cut."""
+    digest = hashlib.sha256()
+    for data in (train_data, eval_data):
+        if data is not None:
+            digest.update(data.rows.exact_key.tobytes() + data.lengths.tobytes())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _named_trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name.removeprefix("module."), p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def _trainable(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().cpu().clone().contiguous() for name, parameter in _named_trainable(model)}
+
+
+def _optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """(tensors, plain values) of the optimizer, by parameter."""
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for name, parameter in _named_trainable(model):
+        for key, value in optimizer.state[parameter].items():
+            if isinstance(value, Tensor):
+                # A copy: parameters share bitsandbytes' tables, and safetensors stores no tensor twice.
+                tensors[f"{name}/{key}"] = value.detach().cpu().clone().contiguous()
+            else:
+                scalars.setdefault(name, {})[key] = value
+    return tensors, scalars
+
+
+def _restore_optimizer(
+    checkpoint: Checkpoint, trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    inner: Any = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's wrapper
+    for name, values in checkpoint.state["optimizer"].items():
+        inner.state[trainable[name]].update(values)
+    for full_name, tensor in load_file(checkpoint.path / "optimizer.safetensors").items():
+        name, key = full_name.rsplit("/", 1)
+        parameter = trainable[name]
+        if getattr(inner, "is_paged", False) and key in ("state1", "state2"):
+            buffer = inner.get_state_buffer(parameter, dtype=tensor.dtype)
+            buffer.copy_(tensor)
+            inner.state[parameter][key] = buffer
+        else:
+            # torch keeps its step counters on the CPU whatever the device.
+            on_device = tensor if key == "step" else tensor.to(parameter.device)
+            inner.state[parameter][key] = on_device
+
+
+def _random_state() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _identity(file: Path) -> dict[str, Any]:
+    content = file.read_bytes()  # an adapter or its optimizer's state: tens of megabytes
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None if it is whole."""
+    try:
+        text = (path / "manifest.json").read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        if text != json_text(manifest):  # nothing vouches for the manifest itself: not even a space may differ
+            return "its manifest.json is not as it was written"
+        wrong = [
+            name
+            for name, identity in manifest.items()
+            if Path(name).name != name or not (path / name).is_file() or _identity(path / name) != identity
+        ]
+    except (OSError, ValueError, AttributeError) as error:
+        return f"its manifest.json cannot be read: {error}"
+    if not {"adapter.safetensors", "optimizer.safetensors", "state.json"} <= manifest.keys():
+        return "its manifest.json names too few files"
+    return f"{', '.join(wrong)} differs from its manifest.json" if wrong else None
+
+
+def _read(path: Path) -> Checkpoint:
+    try:
+        return Checkpoint(path, json.loads((path / "state.json").read_text(encoding="utf-8")))
+    except (ValueError, SafetensorError) as error:
+        raise ConfigError(f"--resume {path}: state.json cannot be read: {error}") from error
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """`{"train": {"seed": 1}}` -> `{"train.seed": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{name}": item for name, item in value.items()}
+        else:
+            flat[key] = value
+    return flat

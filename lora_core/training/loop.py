@@ -1,0 +1,391 @@
+"""A run from its first step to its summary."""
+
+from __future__ import annotations
+
+import math
+import platform
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm import tqdm
+
+from lora_core._version import __version__
+from lora_core.config.schema import RunConfig
+from lora_core.data.encoded import pad_id
+from lora_core.data.packing import Batching, BatchPrefetcher, RowIndices, StepBatches, eval_batching, step_rows
+from lora_core.errors import ConfigError, RankFault, RunStopped, TrainingError, counted
+from lora_core.preflight.findings import Facts
+from lora_core.preflight.memory import cheapest_change
+from lora_core.report.page import write_report
+from lora_core.runtime.devices import peak_memory_bytes
+from lora_core.runtime.faults import StopSignals, free_memory, is_out_of_memory
+from lora_core.runtime.run_folder import MetricsFile, write_json
+from lora_core.schedule import SchedulePlan
+from lora_core.training.adapter_folder import save_adapter
+from lora_core.training.checkpoint import CheckpointWriter, find_checkpoint, restore_adapter, take_snapshot
+from lora_core.training.evaluate import EvalResult, evaluate
+from lora_core.training.progress import Progress
+from lora_core.training.replies import reply_to_all
+from lora_core.training.step import StepResult, train_step
+from lora_core.untrusted.text import printable, showable
+
+if TYPE_CHECKING:
+    from torch.optim.lr_scheduler import LRScheduler
+
+
+@dataclass
+class Run:
+    """A run between its setup and its summary: the parts, and what is done with them."""
+
+    config: RunConfig
+    accelerator: Accelerator
+    facts: Facts
+    fingerprint: str
+    folder: Path
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler
+    batching: Batching
+    metrics: MetricsFile
+    writer: CheckpointWriter
+    prompts: list[Any]
+    progress: Progress
+    resumed_at_step: int | None
+
+    def __post_init__(self) -> None:
+        self.prefetcher = BatchPrefetcher(self.batches, self.facts.plan.total_optimizer_steps)
+
+    def train(self) -> None:
+        """All steps that are left, with the evaluations and checkpoints between them."""
+        config, plan, progress = self.config.train, self.facts.plan, self.progress
+        eval_every = config.eval_steps or plan.optimizer_steps_per_epoch
+        save_every = config.save_steps or plan.optimizer_steps_per_epoch
+        patience = config.early_stopping_patience or math.inf
+        self.model.train()
+        # disable=None: no bar where the output is not a terminal; the log lines say it all.
+        hidden = None if self.accelerator.is_main_process else True
+        total = plan.total_optimizer_steps
+        bar = tqdm(total=total, initial=progress.step, unit="step", disable=hidden, dynamic_ncols=True)
+        with bar, StopSignals() as signals:
+            while progress.step < total and progress.evaluations_since_best < patience:
+                result, tokens_per_s = self.take_step()
+                bar.set_postfix(
+                    loss=f"{result.loss:.3f}",
+                    lr=f"{result.learning_rate:.1e}",
+                    tok_s=f"{tokens_per_s:.0f}",
+                    refresh=False,
+                )
+                bar.update()
+                is_last = progress.step == total
+                if not result.is_finite:
+                    self.note_skipped(result)
+                elif progress.step % config.logging_steps == 0 or is_last:
+                    _log_step(self.accelerator, self.metrics, plan, progress.step, result, tokens_per_s)
+                is_best = False
+                if progress.step % eval_every == 0 or is_last:
+                    measured = self.measure()
+                    is_best = measured is not None and progress.note_evaluation(measured)
+                is_last = is_last or progress.evaluations_since_best >= patience
+                stopped = signals.any_rank(self.accelerator)
+                keeps_best = is_best and config.keep_adapter == "best"
+                gives_up = progress.skipped_in_a_row >= config.max_skipped_steps
+                if not is_last and (stopped or gives_up or keeps_best or progress.step % save_every == 0):
+                    self.save()
+                if gives_up:
+                    self.finish_saving()
+                    raise TrainingError(
+                        f"{counted(progress.skipped_in_a_row, 'step')} in a row had a loss or gradient that is not "
+                        f"finite (train.max_skipped_steps) and {'was' if progress.skipped_in_a_row == 1 else 'were'} "
+                        "not applied; the adapter is as the last good step left it"
+                        + ("" if is_last else f", in {self.checkpoint_path(progress.step)}")
+                        + ". Fix: the rows above; a lower train.learning_rate; train.bf16=true in place of float16"
+                    )
+                if stopped and not is_last:
+                    self.finish_saving()
+                    raise RunStopped(
+                        f"stopped by {stopped} after step {progress.step} of {total}; a checkpoint is "
+                        f"in {self.folder / 'checkpoints'}; go on with --resume"
+                    )
+        self.finish_saving()
+        if progress.step < total:
+            log(
+                self.accelerator,
+                f"stopped early: {counted(progress.evaluations_since_best, 'evaluation')} in a row without a lower "
+                f"held-out loss than {progress.best.loss if progress.best else math.nan:.4f} at step "
+                f"{progress.best_step}; {progress.step} of {total} steps were taken",
+            )
+        # The plan is the run. This can only fail by a fault in this file, which must not go unseen.
+        elif self.scheduler.last_epoch != total:
+            raise TrainingError(
+                f"{total} optimizer steps were planned and taken; the schedule stands at {self.scheduler.last_epoch}"
+            )
+
+    def take_step(self) -> tuple[StepResult, float]:
+        """The next optimizer step -> (its result, tokens/s). Where memory runs out, in smaller micro-batches."""
+        started = time.monotonic()
+        step, lengths = self.progress.step, self.facts.train_data.lengths
+        random_state = torch.get_rng_state()
+        while True:
+            taken = self.prefetcher.take(step, self.batching)
+            try:
+                result = train_step(
+                    self.accelerator,
+                    self.model,
+                    self.optimizer,
+                    self.scheduler,
+                    taken.batches,
+                    self.config.train.max_grad_norm,
+                )
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                smaller = self.batching.halved(taken.cuts, lengths)
+                if smaller is None or self.accelerator.num_processes > 1 or not self.config.train.auto_batch_size:
+                    raise self.out_of_memory(error) from error
+            # Past the except, whose traceback would hold the step's tensors.
+            self.optimizer.zero_grad()
+            torch.set_rng_state(random_state)
+            self.batching, self.progress.micro_batch_limit = smaller, smaller.limit
+            log(
+                self.accelerator,
+                f"warning: step {step + 1}: out of memory; again with micro-batches of at most "
+                f"{self.batching_limit()} (train.auto_batch_size); same step, same gradient",
+            )
+            free_memory()
+        step_s = time.monotonic() - started
+        num_tokens = int(lengths[self.step_rows(step)].sum())
+        self.progress.step += 1
+        self.progress.num_tokens += num_tokens
+        self.progress.num_supervised_tokens += result.num_supervised_tokens
+        self.progress.train_time_s += step_s
+        self.progress.num_skipped_steps += not result.is_finite
+        self.progress.skipped_in_a_row = 0 if result.is_finite else self.progress.skipped_in_a_row + 1
+        return result, num_tokens / step_s
+
+    def batches(self, step: int, batching: Batching) -> StepBatches:
+        """This rank's share of a step."""
+        data, accelerator = self.facts.train_data, self.accelerator
+        cuts = batching.cut(self.step_rows(step), data.lengths, accelerator.num_processes, accelerator.process_index)
+        return StepBatches(cuts, [batching.tensors(data.dataset, cut) for cut in cuts])
+
+    def step_rows(self, step: int) -> RowIndices:
+        """The rows of a step, over all ranks."""
+        plan = self.facts.plan
+        return step_rows(plan.num_rows, plan.rows_per_optimizer_step, self.config.train.seed, step)
+
+    def say(self, line: str) -> None:
+        self.accelerator.print(showable(line))
+
+    def batching_limit(self) -> str:
+        return f"{self.batching.limit} {'tokens' if self.config.data.packing else 'rows'}"
+
+    def out_of_memory(self, error: BaseException) -> RankFault:
+        """What happened, what was predicted, and the cheapest change."""
+        memory = self.facts.memory
+        fix, plan = cheapest_change(self.facts) if memory else (None, None)
+        return RankFault(
+            f"step {self.progress.step + 1}: out of memory on {self.accelerator.device} (rank "
+            f"{self.accelerator.process_index}): {(str(error).splitlines() or [type(error).__name__])[0]}\n"
+            f"predicted: {memory or 'nothing'}\n"
+            f"Fix: {fix or 'a smaller model'}"
+            + (f" ({plan.total_bytes / 2**30:.1f} GiB predicted)" if plan else "")
+            + ("" if self.config.train.auto_batch_size else ", or train.auto_batch_size=true")
+        )
+
+    def note_skipped(self, result: StepResult) -> None:
+        """Say which rows the step held that was not applied."""
+        dataset = self.facts.train_data.dataset
+        lines = sorted(int(dataset[int(row)]["line"]) for row in self.step_rows(self.progress.step - 1))
+        self.metrics.write("skipped", step=self.progress.step, lines=lines)
+        log(
+            self.accelerator,
+            f"warning: step {self.progress.step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, so "
+            f"the step was not applied; its rows: {self.config.data.train_file} lines {lines}",
+        )
+
+    def measure(self) -> EvalResult | None:
+        """Held-out loss; None without held-out rows."""
+        if self.facts.eval_data is None:
+            return None
+        result = evaluate(
+            self.accelerator, self.model, self.facts.eval_data, eval_batching(self.config, pad_id(self.facts.tokenizer))
+        )
+        if not math.isfinite(result.loss):
+            raise TrainingError(
+                f"held-out loss at step {self.progress.step} is {result.loss}: the model gives no numbers any more. "
+                "Fix: a lower train.learning_rate"
+            )
+        self.metrics.write("eval", step=self.progress.step, **result.to_dict())
+        log(self.accelerator, f"eval at step {self.progress.step}: {result}")
+        return result
+
+    def reply(self) -> list[str]:
+        """To the sample prompts, as the model is now."""
+        return reply_to_all(
+            self.accelerator,
+            self.model,
+            self.facts.tokenizer,
+            self.prompts,
+            self.config.train.sample_max_new_tokens,
+        )
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.folder / "checkpoints" / f"step-{step:06d}"
+
+    def save(self) -> None:
+        """Begin to write a checkpoint of now."""
+        self.finish_saving()
+        state = {**self.progress.to_dict(), "config": self.config.to_dict(), "data": self.fingerprint}
+        snapshot = take_snapshot(self.accelerator, self.model, self.optimizer, self.scheduler, state)
+        keeps_best = self.config.train.keep_adapter == "best" and self.progress.best is not None
+        best = self.checkpoint_path(self.progress.best_step).name if keeps_best else None
+        self.writer.start(self.checkpoint_path(self.progress.step), snapshot, self.config.train.save_total_limit, best)
+
+    def finish_saving(self) -> None:
+        """Until the checkpoint that was begun is whole."""
+        try:
+            self.writer.wait()
+        except OSError as error:
+            if self.config.train.on_save_error == "error":
+                raise TrainingError(f"{error}. Fix: room on the disk, then --resume") from error
+            log(self.accelerator, f"warning: {error}; going on without it (train.on_save_error)")
+
+    def take_best_adapter(self) -> int:
+        """Put the best adapter in place of the last where that is asked for; returns the step that it is of."""
+        progress, path = self.progress, self.checkpoint_path(self.progress.best_step)
+        if self.config.train.keep_adapter == "last" or progress.best is None or progress.best_step == progress.step:
+            return progress.step
+        if not path.is_dir():  # it could not be written, and train.on_save_error=continue
+            log(self.accelerator, f"warning: {path} is not there, so adapter/ is the last, not the best")
+            return progress.step
+        restore_adapter(find_checkpoint(self.folder, path, self.say, may_rename=False), self.model)
+        progress.after = progress.best
+        return progress.best_step
+
+    def finish(self, started: float) -> dict[str, Any]:
+        """Adapter, sample replies, summary and report.
+
+        Args:
+            started: `time.monotonic()` at the start of the run.
+        """
+        config, plan, progress, say = self.config, self.facts.plan, self.progress, self.say
+        adapter_step = self.take_best_adapter()
+        replies_after = self.reply()
+        adapter_dir = self.folder / "adapter"
+        save_adapter(self.accelerator, self.model, self.facts.tokenizer, config, adapter_dir)
+        before, after = progress.before, progress.after
+        eval_data = self.facts.eval_data
+        summary = {
+            "total_optimizer_steps": plan.total_optimizer_steps,
+            "warmup_steps": plan.warmup_steps,
+            "peak_learning_rate": plan.peak_learning_rate,
+            "eval_loss_before": before.loss if before else None,
+            "eval_loss_after": after.loss if after else None,
+            "eval_perplexity_after": after.perplexity if after else None,
+            "eval_token_accuracy_after": after.token_accuracy if after else None,
+            "num_train_conversations": plan.num_rows,
+            "num_dropped_conversations": self.facts.train_data.counts.dropped,
+            "train_rows": self.facts.train_data.counts.to_dict(),
+            "eval_rows": eval_data.counts.to_dict() if eval_data else None,
+            "num_supervised_tokens": progress.num_supervised_tokens,
+            "num_skipped_steps": progress.num_skipped_steps,
+            "stopped_early_at_step": progress.step if progress.step < plan.total_optimizer_steps else None,
+            "best_step": progress.best_step if progress.best else None,
+            "adapter_step": adapter_step,
+            "micro_batch_limit": self.batching.limit,
+            "world_size": self.accelerator.num_processes,
+            "resumed_at_step": self.resumed_at_step,
+            "train_time_s": round(progress.train_time_s, 3),
+            "tokens_per_s": round(progress.num_tokens / progress.train_time_s, 1),
+            "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
+            "adapter_dir": str(adapter_dir),
+            "command": shlex.join(sys.argv),
+            "versions": versions(),
+            "wall_time_s": round(time.monotonic() - started, 3),
+        }
+        samples = [
+            {"prompt": prompt["messages"][-1]["content"], "before": old, "after": new}
+            for prompt, old, new in zip(self.prompts, progress.replies_before or [], replies_after, strict=True)
+        ]
+        for sample in samples:
+            self.metrics.write("sample", **sample)
+            say(f"\nuser:   {printable(sample['prompt'])}")
+            say(f"before: {printable(sample['before'])}\nafter:  {printable(sample['after'])}")
+        if before and after:
+            of_step = "" if adapter_step == progress.step else f", of step {adapter_step}, the best"
+            say(
+                f"\nheld-out loss: {before.loss:.4f} before, {after.loss:.4f} after "
+                f"({after.loss / before.loss - 1:+.1%}){of_step}"
+            )
+        self.metrics.close()
+        if self.accelerator.is_main_process:
+            write_json(self.folder / "summary.json", summary)
+            try:
+                say(f"report: {write_report(self.folder)}")
+            except ConfigError as error:  # a page that cannot be drawn costs nobody the run
+                say(f"report: not written: {error}")
+        which = f"of step {adapter_step}, the {'best' if config.train.keep_adapter == 'best' else 'last'}"
+        say(
+            f"done: {progress.step} optimizer steps in {progress.train_time_s:.0f} s, "
+            f"{summary['tokens_per_s']:.0f} tokens/s, peak memory "
+            f"{summary['peak_memory_bytes'] / 2**30:.1f} GiB; adapter ({which}) in {adapter_dir}"
+        )
+        if progress.num_skipped_steps:
+            say(f"warning: {counted(progress.num_skipped_steps, 'step')} not applied: loss or gradient not finite")
+        self.accelerator.wait_for_everyone()
+        return summary
+
+
+def log(accelerator: Accelerator, line: str) -> None:
+    if accelerator.is_main_process:
+        tqdm.write(showable(line), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def _log_step(
+    accelerator: Accelerator,
+    metrics: MetricsFile,
+    plan: SchedulePlan,
+    step: int,
+    result: StepResult,
+    tokens_per_s: float,
+) -> None:
+    memory_bytes = peak_memory_bytes(accelerator.device)
+    epoch = step / plan.optimizer_steps_per_epoch
+    metrics.write(
+        "train",
+        step=step,
+        epoch=round(epoch, 4),
+        loss=result.loss,
+        learning_rate=result.learning_rate,
+        grad_norm=result.grad_norm,
+        num_supervised_tokens=result.num_supervised_tokens,
+        tokens_per_s=round(tokens_per_s, 1),
+        peak_memory_bytes=memory_bytes,
+    )
+    log(
+        accelerator,
+        f"step {step:>{len(str(plan.total_optimizer_steps))}}/{plan.total_optimizer_steps}  epoch {epoch:.2f}  "
+        f"loss {result.loss:.4f}  lr {result.learning_rate:.2e}  grad_norm {result.grad_norm:.3f}  "
+        f"{result.num_supervised_tokens} supervised tokens  {tokens_per_s:.0f} tok/s  {memory_bytes / 2**30:.1f} GiB",
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of what decides a run's numbers."""
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
+    return {
+        "lora_core": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+    }

@@ -1,0 +1,103 @@
+"""Sample replies: what the model answers before and after training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lora_core.config.schema import RunConfig
+from lora_core.data.counts import EncodedFile
+from lora_core.data.messages import Message, parse_json_row
+from lora_core.data.template import render_chat
+from lora_core.errors import DataError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedTokenizerBase
+
+
+@torch.no_grad()
+def sample_reply(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: Any,
+    max_new_tokens: int,
+) -> str:
+    """The model's greedy reply to a conversation that ends with a user's turn."""
+    was_training = model.training
+    model.eval()
+    text = render_chat(tokenizer, messages, tools, add_generation_prompt=True)
+    prompt = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
+    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    output = model.generate(
+        **prompt,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        use_cache=True,
+        pad_token_id=pad_token_id,
+    )
+    model.train(was_training)
+    reply = str(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+    return reply.strip()
+
+
+def sample_prompts(config: RunConfig, eval_data: EncodedFile | None) -> list[dict[str, Any]]:
+    """The first held-out conversations that ask something, up to their first assistant turn."""
+    if eval_data is None or config.train.num_sample_replies == 0:
+        return []
+    path = Path(config.data.eval_file or config.data.train_file)
+    wanted = [int(line) for line in eval_data.dataset[: 4 * config.train.num_sample_replies]["line"]]
+    by_line = _lines(path, set(wanted))
+    prompts: list[dict[str, Any]] = []
+    for line in wanted:
+        conversation = parse_json_row(by_line[line])
+        first = next(i for i, message in enumerate(conversation.messages) if message["role"] == "assistant")
+        messages = conversation.messages[:first]
+        if messages and messages[-1]["role"] == "user" and len(prompts) < config.train.num_sample_replies:
+            prompts.append({"messages": messages, "tools": conversation.tools})
+    return prompts
+
+
+def _lines(path: Path, wanted: set[int]) -> dict[int, str]:
+    """The lines with these 1-based numbers."""
+    found: dict[int, str] = {}
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if number in wanted:
+                found[number] = raw.decode("utf-8-sig")
+                if len(found) == len(wanted):
+                    break
+    if len(found) < len(wanted):
+        raise DataError(f"{path}: changed while the run was starting; start it again")
+    return found
+
+
+def reply_to_all(
+    accelerator: Accelerator,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[dict[str, Any]],
+    max_new_tokens: int,
+) -> list[str]:
+    """Every rank answers its share; all get all answers, in order."""
+    from accelerate.utils import gather_object
+
+    if not prompts:
+        return []
+    adapted = accelerator.unwrap_model(model).model
+    mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
+    # Generation takes a token at a time and grows a cache: train.torch_compile would compile for that anew.
+    with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
+        replies = [
+            (i, sample_reply(adapted, tokenizer, prompts[i]["messages"], prompts[i]["tools"], max_new_tokens))
+            for i in mine
+        ]
+    return [reply for _, reply in sorted(gather_object(replies))]

@@ -1,0 +1,190 @@
+"""`train`: everything up to the first step, then the loop."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from lora_core.config.schema import RunConfig
+from lora_core.data.counts import EncodedFile
+from lora_core.data.encoded import load_data, pad_id
+from lora_core.data.packing import train_batching
+from lora_core.model.base import add_adapter, compile_layers, describe_parameters, load_base_model, load_tokenizer
+from lora_core.model.loss import CausalLMLoss, check_head
+from lora_core.model.optimizer import build_optimizer, build_scheduler
+from lora_core.preflight.memory import micro_batch_limit_that_fits
+from lora_core.preflight.preflight import gather_facts, refuse_errors, report, run_checks
+from lora_core.runtime.devices import build_accelerator, end_with_launcher, look_around, seed_everything
+from lora_core.runtime.faults import naming_lost_ranks
+from lora_core.runtime.run_folder import (
+    MetricsFile,
+    check_run_folder,
+    clear_run_folder,
+    cut_metrics,
+    write_json,
+    write_text,
+)
+from lora_core.schedule import SchedulePlan
+from lora_core.training.checkpoint import (
+    CheckpointWriter,
+    check_same_run,
+    data_hash,
+    find_checkpoint,
+    restore,
+    set_aside_newer,
+)
+from lora_core.training.loop import Run
+from lora_core.training.progress import Progress
+from lora_core.training.replies import sample_prompts
+from lora_core.untrusted.text import showable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def train(config: RunConfig, resume: str | Path | None = None) -> dict[str, Any]:
+    """Fine-tune as the configuration says; returns what is written to `summary.json`.
+
+    Call it in every process of the launch (`accelerate launch`, `torchrun`), or in one process for one device.
+
+    Args:
+        resume: a checkpoint's folder, or "newest" for the newest whole one in `config.output_dir`. The run then ends as
+            if it had never been stopped.
+
+    Raises:
+        RunStopped: SIGTERM, SIGINT or SIGUSR1 came; a checkpoint was written.
+        LoraCoreError: and nothing else for a mistake in configuration or data; the message names value, limit and fix.
+    """
+    started = time.monotonic()
+    end_with_launcher()
+    accelerator = build_accelerator(config)
+    with naming_lost_ranks(accelerator, config.train.rank_timeout_s):
+        run = _set_up(config, accelerator, resume)
+        run.train()
+        return run.finish(started)
+
+
+def _set_up(config: RunConfig, accelerator: Accelerator, resume: str | Path | None) -> Run:
+    """Everything up to the first step, or to the step that a checkpoint was written after."""
+
+    def say(line: str) -> None:
+        accelerator.print(showable(line))
+
+    # Data first: it is cheap, and most of what can be wrong is wrong there.
+    tokenizer = load_tokenizer(config.model, config.data.chat_template)
+    with accelerator.main_process_first():
+        train_data, eval_data = load_data(config, tokenizer)
+    say(f"train: {config.data.train_file}: {train_data.counts}")
+    if eval_data is not None:
+        say(f"eval:  {config.data.eval_file or f'{config.data.eval_fraction:.0%} held out'}: {eval_data.counts}")
+    # What the main process sees decides for all: free memory and disk differ from moment to moment.
+    environment = broadcast_object_list([look_around(config, accelerator.num_processes)])[0]
+    if resume is not None:  # the run that is there is the one to go on with
+        environment = replace(environment, output_dir_problem=None)
+    facts = gather_facts(config, environment, tokenizer, train_data, eval_data)
+    plan = facts.plan
+    say(describe_plan(plan, config))
+    say(f"memory: {facts.memory}" if facts.memory else "memory: not predicted")
+    findings = run_checks(facts)
+    refuse_errors(findings, config.preflight.allow)
+    for finding in findings:
+        say(str(finding))
+
+    fingerprint = data_hash(train_data, eval_data)
+    folder = Path(config.output_dir).expanduser()
+    checkpoint = None
+    if resume is None:
+        check_run_folder(config.output_dir, config.overwrite_output_dir)
+    else:
+        asked = None if resume == "newest" else Path(resume)
+        checkpoint = find_checkpoint(folder, asked, say, accelerator.is_main_process)
+        for difference in check_same_run(checkpoint, config, fingerprint, accelerator.num_processes):
+            say(f"resume: {difference}")
+    accelerator.wait_for_everyone()  # all have looked before one writes
+
+    base = load_base_model(config.model, accelerator.device, config.data.packing)
+    adapted = add_adapter(base, config.lora, config.train.seed, config.train.gradient_checkpointing)
+    check_head(adapted)
+    if config.train.torch_compile:
+        compile_layers(adapted)
+    if accelerator.is_main_process:  # only now, so that a model that cannot be loaded costs nobody an earlier run
+        if checkpoint is None:
+            clear_run_folder(folder)
+        else:
+            cut_metrics(folder / "metrics.jsonl", checkpoint.step)
+            for name in set_aside_newer(checkpoint):
+                say(f"resume: a later checkpoint is set aside as {name}")
+        write_text(folder / "config.yaml", config.to_yaml())
+        write_json(folder / "preflight.json", report(facts, findings))
+        write_json(folder / "rows.json", rows_as_seen(tokenizer, train_data))
+    accelerator.wait_for_everyone()
+    say(f"model: {config.model.name_or_path} on {accelerator.device}: {describe_parameters(adapted)}")
+    optimizer = build_optimizer(adapted, config.train, accelerator.device, say)
+    scheduler = build_scheduler(optimizer, plan)
+    model, optimizer = accelerator.prepare(CausalLMLoss(adapted), optimizer)
+    seed_everything(config.train.seed, accelerator.process_index)
+    run = Run(
+        config=config,
+        accelerator=accelerator,
+        facts=facts,
+        fingerprint=fingerprint,
+        folder=folder,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        batching=train_batching(config, pad_id(tokenizer)),
+        metrics=MetricsFile(folder / "metrics.jsonl", accelerator.is_main_process),
+        writer=CheckpointWriter(accelerator),
+        prompts=sample_prompts(config, eval_data),
+        progress=Progress(),
+        resumed_at_step=checkpoint.step if checkpoint else None,
+    )
+    if checkpoint is None:
+        run.progress.micro_batch_limit = micro_batch_limit_that_fits(facts)
+        run.progress.before = run.progress.after = run.measure()
+        run.progress.replies_before = run.reply()
+    else:
+        run.progress = Progress.from_dict({key: checkpoint.state[key] for key in Progress().to_dict()})
+        restore(checkpoint, accelerator, model, optimizer, scheduler)
+        say(f"resume: from {checkpoint.path}, at step {run.progress.step} of {plan.total_optimizer_steps}")
+    if run.progress.micro_batch_limit is not None:
+        run.batching = run.batching.limited(run.progress.micro_batch_limit)
+    return run
+
+
+def describe_plan(plan: SchedulePlan, config: RunConfig) -> str:
+    """Two lines for the log."""
+    train = config.train
+    return (
+        f"plan:  {plan.num_rows} conversations / ({train.per_device_train_batch_size} a device x "
+        f"{train.gradient_accumulation_steps} accumulated x {plan.num_processes} processes) = "
+        f"{plan.optimizer_steps_per_epoch} steps an epoch, {plan.total_optimizer_steps} optimizer steps in all\n"
+        f"       warmup {plan.warmup_steps} steps, peak learning rate {plan.peak_learning_rate:.3g} "
+        f"({plan.peak_fraction:.1%} of {train.learning_rate:g})"
+    )
+
+
+def rows_as_seen(tokenizer: PreTrainedTokenizerBase, data: EncodedFile, num_rows: int = 12) -> list[dict[str, Any]]:
+    """The first rows as the model sees them: line, numbers of tokens, and spans of text, supervised or not."""
+
+    def spans(row: dict[str, Any]) -> list[tuple[str, bool]]:
+        # Decoded in one piece: a character of several tokens has no text of its own in any of them.
+        pairs = zip(row["input_ids"], row["loss_mask"], strict=True)
+        groups = itertools.groupby(pairs, key=lambda pair: bool(pair[1]))
+        return [(str(tokenizer.decode([token for token, _ in group])), supervised) for supervised, group in groups]
+
+    return [
+        {
+            "line": row["line"],
+            "num_tokens": len(row["input_ids"]),
+            "num_supervised": sum(row["loss_mask"]),
+            "spans": spans(row),
+        }
+        for row in (data.dataset[index] for index in range(min(num_rows, len(data.lengths))))
+    ]

@@ -1,0 +1,86 @@
+"""The maths of one optimizer step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from lora_core.data.packing import to_device
+from lora_core.errors import TrainingError
+
+if TYPE_CHECKING:
+    from torch.optim.lr_scheduler import LRScheduler
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, over all ranks."""
+
+    loss: float
+    """Mean cross-entropy over the step's supervised tokens, nats."""
+    grad_norm: float
+    """Global norm before clipping."""
+    learning_rate: float
+    """That this step used."""
+    num_supervised_tokens: int
+
+    @property
+    def is_finite(self) -> bool:
+        """False: loss or gradient was not, and the step was not applied."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+def train_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler,
+    batches: Sequence[dict[str, Any]],
+    max_grad_norm: float | None,
+) -> StepResult:
+    """One optimizer step over this rank's micro-batches.
+
+    loss = sum over all supervised tokens of all micro-batches and ranks / number of those tokens, so the gradient is
+    the same however the step's conversations are cut. If loss or gradient is not finite, parameters and optimizer are
+    left as they were; the schedule goes on either way, because it is a function of the step.
+
+    Raises:
+        TrainingError: no token is supervised.
+    """
+    local_tokens = sum(int(batch["loss_mask"][:, 1:].sum()) for batch in batches)
+    num_tokens = int(_sum_over_ranks(accelerator, torch.tensor(local_tokens)))
+    if num_tokens == 0:
+        raise TrainingError("an optimizer step holds no supervised token; rows without any must be dropped before")
+    learning_rate = optimizer.param_groups[0]["lr"]
+
+    loss_sum = torch.zeros((), dtype=torch.float32, device=accelerator.device)
+    for index, batch in enumerate(batches):
+        last = index == len(batches) - 1
+        with nullcontext() if last else accelerator.no_sync(model):
+            micro_loss_sum = model(**to_device(batch, accelerator.device)).loss_sum
+            # DDP and FSDP average gradients over ranks; times their number, the average is the sum.
+            accelerator.backward(micro_loss_sum * (accelerator.num_processes / num_tokens))
+        loss_sum += micro_loss_sum.detach()
+    loss = float(_sum_over_ranks(accelerator, loss_sum)) / num_tokens
+
+    limit = math.inf if max_grad_norm is None else max_grad_norm
+    grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), limit))
+    result = StepResult(loss, grad_norm, learning_rate, num_tokens)
+    if result.is_finite:
+        optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    return result
+
+
+def _sum_over_ranks(accelerator: Accelerator, value: Tensor) -> Tensor:
+    total = accelerator.reduce(value.detach().to(accelerator.device), "sum")
+    assert isinstance(total, Tensor)
+    return total

@@ -1,0 +1,78 @@
+"""Contract: the mask is exact, on every row of the user's own files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_core.data.chat import ChatEncoder, EncodedChat
+from lora_core.data.counts import EncodedFile
+from lora_core.data.mask_reader import MaskReader, MaskReading
+from lora_core.data.messages import Conversation, parse_json_row
+from lora_core.errors import DataError, counted
+from lora_core.verification.table import Check
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def check_masks(rows: str, path: str, data: EncodedFile, tokenizer: PreTrainedTokenizerBase) -> Check:
+    """Every row that is trained or measured on, against its line in the file.
+
+    Raises:
+        DataError: the file changed meanwhile.
+    """
+    reader = MaskReader(tokenizer)
+    encoder = ChatEncoder(tokenizer)
+    cut = in_part = 0
+    problems = []
+    for row, line in _rows_with_lines(Path(path), data):
+        conversation = parse_json_row(line)
+        result, was_cut = _read_row(reader, encoder, conversation, row["input_ids"], row["loss_mask"])
+        if result.problem is not None:
+            problems.append(f"line {row['line']}: {result.problem}")
+            continue
+        cut += was_cut
+        in_part += not result.place_is_known
+    exact = len(data.lengths) - len(problems) - cut
+    measured = f"{exact:,} of {len(data.lengths):,} exact"
+    if cut:
+        measured += f", {cut:,} cut at max_seq_length (exact up to there)"
+    if in_part:
+        measured += f"; {in_part:,} by text and order alone"
+    if data.counts.dropped:
+        measured += f"; {data.counts.dropped:,} more were dropped"
+    problem = None
+    if problems:
+        more = f"; and {len(problems) - 5:,} more" if len(problems) > 5 else ""
+        problem = f"{path}: {counted(len(problems), 'row')} broken: {'; '.join(problems[:5])}{more}"
+    return Check.judged("mask", rows, "every row exact", measured, problem)
+
+
+def _read_row(
+    reader: MaskReader, encoder: ChatEncoder, conversation: Conversation, ids: list[int], mask: list[bool]
+) -> tuple[MaskReading, bool]:
+    """What the reader says, and whether the row was cut. A cut row is read whole, and must be how that begins."""
+    reading = reader.read(conversation, EncodedChat(ids, mask))
+    if reading.problem is None:
+        return reading, False
+    whole = encoder.encode_batch([conversation])[0]
+    if not isinstance(whole, EncodedChat) or len(whole.input_ids) <= len(ids):
+        return reading, False
+    if whole.input_ids[: len(ids)] != ids or [False, *whole.loss_mask[1 : len(ids)]] != mask:
+        return reading, False
+    return reader.read(conversation, whole), True
+
+
+def _rows_with_lines(path: Path, data: EncodedFile) -> Iterator[tuple[dict[str, Any], str]]:
+    """Each encoded row with the line that it came from; the file is read once, a line at a time."""
+    rows: Iterator[dict[str, Any]] = iter(data.dataset)
+    row = next(rows, None)
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if row is not None and number == row["line"]:
+                yield row, raw.decode("utf-8-sig")
+                row = next(rows, None)
+    if row is not None:
+        raise DataError(f"{path}: has no line {row['line']} any more; it changed meanwhile; fix: start again")

@@ -1,0 +1,126 @@
+"""The commands as a user runs them: exit codes, sentences in place of tracebacks, nothing but ours on the console."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_core.commands.command_line import heavy_imports
+from tests.conftest import ROOT, chat
+
+
+def launch(*arguments: str, cwd: Path = ROOT, prefix: list[str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [*(prefix or [sys.executable]), *arguments]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def settings(tmp_path: Path, tiny_model_dir: Path, write_rows: Any) -> list[str]:
+    rows = write_rows([chat(f"q{i}", f"a{i}") for i in range(12)])
+    return [
+        f"model.name_or_path={tiny_model_dir}",
+        f"data.train_file={rows}",
+        f"data.eval_file={rows}",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        f"output_dir={tmp_path / 'run'}",
+        "train.num_sample_replies=1",
+        "train.num_train_epochs=1",
+    ]
+
+
+def test_help_lists_every_key_without_loading_torch() -> None:
+    done = launch("-X", "importtime", "launch/train.py", "--help")
+    assert done.returncode == 0
+    assert "train.warmup_ratio" in done.stdout
+    assert "lora.target_modules" in done.stdout
+    assert "torch" not in done.stderr
+
+
+def test_imports_are_kept_from_the_collector_which_is_on_again_even_after_one_that_fails() -> None:
+    def fail() -> None:
+        with heavy_imports():
+            assert not gc.isenabled()
+            raise ModuleNotFoundError
+
+    kept = [object()]
+    try:
+        with pytest.raises(ModuleNotFoundError):
+            fail()
+        assert gc.isenabled()
+        assert not any(each is kept for each in gc.get_objects())
+    finally:
+        gc.unfreeze()
+
+
+def test_train_then_evaluate_and_all_that_is_printed_is_ours(settings: list[str]) -> None:
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_config.yaml"]
+    done = launch("launch/train.py", "--cfg", "demo", *settings, prefix=accelerate)
+    assert done.returncode == 0, done.stderr
+    ours = (
+        "train:",
+        "eval:",
+        "warning:",
+        "note:",
+        "eval at",
+        "plan:",
+        "  ",
+        "memory:",
+        "model:",
+        "report:",
+        "optimizer:",
+        "step",
+        "user:",
+        "before:",
+        "after:",
+        "held-out",
+        "done:",
+    )
+    foreign = [line for line in done.stdout.splitlines() if line and not line.startswith(ours)]
+    assert foreign == []
+    assert done.stderr == ""
+    evaluated = launch("launch/evaluate.py", "--cfg", "demo", *settings)
+    assert evaluated.returncode == 0, evaluated.stderr
+    last_eval = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("eval at step 2"))
+    assert evaluated.stdout.strip() == last_eval.removeprefix("eval at step 2: ")
+    again = launch("launch/train.py", "--cfg", "demo", *settings, "overwrite_output_dir=false")
+    assert (again.returncode, again.stdout.count("plan:")) == (2, 1)
+    assert "holds an earlier run; fix: output_dir=" in again.stderr
+
+
+def test_an_override_after_resume_is_not_taken_for_a_checkpoint() -> None:
+    done = launch("launch/train.py", "--cfg", "demo", "--resume", "train.max_steps=3")
+    assert done.returncode == 2
+    assert "--resume took train.max_steps=3 for a checkpoint; fix: put --resume at the end" in done.stderr
+
+
+def test_two_ranks_train_together_and_only_one_speaks(settings: list[str]) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    done = launch("launch/train.py", "--cfg", "demo", *settings, "train.max_steps=3", prefix=torchrun)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("plan:") == 1
+    assert "x 2 processes) = 1 steps an epoch" in done.stdout
+    assert done.stdout.count("step 3/3") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--cfg", "nothing"], "--cfg nothing: no such file"),
+        (["--cfg", "demo", "train.lr=1"], "train.lr = 1: unknown key"),
+        (["--cfg", "demo", "data.train_file=missing.jsonl"], "missing.jsonl: no such file"),
+        (["--cfg", "demo", "model.name_or_path=./missing"], "no such folder"),
+        (["--cfg", "demo", "data.chat_template=missing.jinja"], "data.chat_template=missing.jinja: cannot be read"),
+    ],
+)
+def test_mistakes_give_a_sentence_and_exit_code_2(arguments: list[str], expected: str) -> None:
+    done = launch("launch/train.py", *arguments)
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr

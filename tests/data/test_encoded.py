@@ -1,0 +1,128 @@
+"""Contract 6: every row is accounted for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from lora_core.data.chat import encode_chat
+from lora_core.data.counts import EncodedFile
+from lora_core.data.encoded import encode_file, hold_out
+from lora_core.errors import DataError
+from tests.conftest import chat, make_tokenizer
+
+
+def encode(path: Path, tokenizer: PreTrainedTokenizerFast, **changes: Any) -> EncodedFile:
+    arguments: dict[str, Any] = {"max_seq_length": 512, "cache_dir": path.parent / "cache", **changes}
+    return encode_file(path, tokenizer, **arguments)
+
+
+def test_rows_come_back_as_encode_chat_gives_them(write_rows: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [chat("q", "a"), chat("你好", "再见", "q", "a " * 20), chat("x<|im_end|>", "y")]
+    encoded = encode(write_rows(rows), tokenizer)
+    for got, row in zip(encoded.dataset, rows, strict=True):
+        one = encode_chat(tokenizer, row["messages"])
+        assert (got["input_ids"], got["loss_mask"]) == (one.input_ids, one.loss_mask)
+    assert encoded.lengths.tolist() == [len(row["input_ids"]) for row in encoded.dataset]
+    assert encoded.dataset["line"][:] == [1, 2, 3]
+
+
+def test_several_processes_give_the_same_rows_in_order(write_rows: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write_rows([chat(f"question {i}", f"answer {i}") for i in range(1200)])
+    one = encode(path, tokenizer, num_proc=1)
+    two = encode(path, tokenizer, num_proc=2)
+    assert one.dataset.to_dict() == two.dataset.to_dict()
+    assert one.counts == two.counts
+
+
+def test_every_row_is_counted(write_rows: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [chat("q", "a"), chat("q", "long " * 30), chat("a very long question " * 30, "a"), {"text": "no chat"}]
+    encoded = encode(write_rows(rows), tokenizer, max_seq_length=40, on_bad_row="skip")
+    counts = encoded.counts
+    assert (counts.read, counts.kept, counts.dropped_bad, counts.dropped_unsupervised) == (4, 2, 1, 1)
+    assert counts.read == counts.kept + counts.dropped
+    full = [encode_chat(tokenizer, row["messages"]) for row in rows[:3]]
+    assert counts.truncated == 2
+    assert counts.truncated_tokens == sum(max(0, len(one.input_ids) - 40) for one in full)
+    assert counts.truncated_supervised_tokens == sum(sum(one.loss_mask[40:]) for one in full)
+    assert counts.tokens == len(full[0].input_ids) + 40 == encoded.lengths.sum()
+    assert counts.supervised_tokens == sum(sum(one.loss_mask[:40]) for one in full[:2])
+    assert encoded.dataset["line"][:] == [1, 2]
+    assert "4 rows read, 2 kept, 1 dropped as unreadable, 1 dropped with nothing supervised" in str(counts)
+    assert "2 rows cut at the right, losing" in str(counts)
+
+
+def test_bad_rows_are_listed_as_file_and_line_up_to_twenty(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "rows.jsonl"
+    good = json.dumps(chat("q", "a")).encode()
+    path.write_bytes(b"\n".join([b"\xef\xbb\xbf" + good, b"", b"  \r", good + b"\r", b"\xff\xfe", *[b"{}"] * 30]))
+    with pytest.raises(DataError) as caught:
+        encode(path, tokenizer)
+    text = str(caught.value)
+    assert "31 rows of 33 cannot be used" in text
+    assert f"{path}:5: not UTF-8 at byte 0 of the line" in text
+    assert f"{path}:24: has the keys (none)" in text
+    assert f"{path}:25:" not in text
+    assert "and 11 more" in text
+    assert "data.on_bad_row=skip" in text
+    assert encode(path, tokenizer, on_bad_row="skip").counts.dropped_bad == 31
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "no such file"),
+        (b"", "the file is empty"),
+        (b"\n \n", "every line is blank"),
+        (b'\n[{"messages": []}]', "holds a JSON array"),
+    ],
+)
+def test_files_that_hold_no_rows(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, content: bytes | None, expected: str
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=expected):
+        encode(path, tokenizer)
+
+
+def test_no_row_left_names_the_limit(write_rows: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(DataError, match=r"max_seq_length is 4; fix: a larger data\.max_seq_length"):
+        encode(write_rows([chat("question", "answer")]), tokenizer, max_seq_length=4)
+
+
+def test_a_second_start_reuses_the_encoded_rows_and_any_change_does_not(
+    write_rows: Any, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_rows([chat("q", "a")])
+    first = encode(path, tokenizer)
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("encoded again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_core.data.chat.ChatEncoder.encode_batch", never)
+        assert encode(path, tokenizer).dataset.to_dict() == first.dataset.to_dict()
+    cached = len(list((path.parent / "cache").iterdir()))
+    encode(path, tokenizer, max_seq_length=100)
+    encode(path, make_tokenizer("x" + str(tokenizer.chat_template)))
+    path.write_text(path.read_text() * 2)
+    assert encode(path, tokenizer).counts.read == 2
+    assert len(list((path.parent / "cache").iterdir())) == cached + 3
+
+
+def test_hold_out_splits_without_overlap_the_same_way_each_time(
+    write_rows: Any, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    encoded = encode(write_rows([chat(f"q{i}", f"a{i}") for i in range(20)]), tokenizer)
+    train, held_out = hold_out(encoded, 0.1, seed=42)
+    assert (train.counts.kept, held_out.counts.kept) == (18, 2)
+    assert sorted([*train.dataset["line"], *held_out.dataset["line"]]) == list(range(1, 21))
+    assert hold_out(encoded, 0.1, seed=42)[1].dataset["line"][:] == held_out.dataset["line"][:]
+    assert train.counts.supervised_tokens + held_out.counts.supervised_tokens == encoded.counts.supervised_tokens
+    assert train.lengths.tolist() == [len(row["input_ids"]) for row in train.dataset]

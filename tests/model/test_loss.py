@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import Qwen2ForCausalLM
+
+from lora_core.errors import TrainingError
+from lora_core.model import loss
+from lora_core.model.loss import CausalLMLoss, check_head
+from tests.conftest import make_model
+from tests.families import FAMILIES
+
+
+def batch() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    input_ids = torch.randint(10, 300, (3, 12))
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1, 7:] = 0
+    loss_mask = (torch.rand(3, 12) < 0.4) & attention_mask.bool()
+    loss_mask[:, 0] = False
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "loss_mask": loss_mask}
+
+
+@pytest.mark.parametrize("head", ["trains", "frozen", "frozen, sharp"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_the_models_own_loss_on_the_same_labels(family: str, head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    check_head(model)
+    if head != "trains":
+        monkeypatch.setattr(loss, "_LOGITS_PER_CHUNK", 5 * model.config.get_text_config().vocab_size)
+        weight = model.get_output_embeddings().weight.requires_grad_(False)
+        if head == "frozen, sharp":  # probabilities that float32 cannot hold
+            weight.mul_(1000)
+    inputs = batch()
+    labels = torch.where(inputs["loss_mask"], inputs["input_ids"], -100)
+    own = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels)
+    sums = CausalLMLoss(model)(**inputs)
+    assert int(sums.num_tokens) == int(inputs["loss_mask"].sum())
+    assert float(sums.loss_sum.detach() / sums.num_tokens) == pytest.approx(float(own.loss.detach()), rel=1e-5)
+    right = own.logits[:, :-1].argmax(-1) == inputs["input_ids"][:, 1:]
+    assert int(sums.num_correct) == int((right & inputs["loss_mask"][:, 1:]).sum())
+
+
+def test_the_vocabulary_projection_runs_for_supervised_positions_only() -> None:
+    model = make_model(300)
+    seen: list[int] = []
+    model.lm_head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[:-1].numel()))
+    inputs = batch()
+    CausalLMLoss(model)(**inputs)
+    assert seen == [int(inputs["loss_mask"].sum())]
+
+
+def test_a_head_that_trains_gets_its_gradient_and_a_frozen_one_gives_the_same_to_the_rest() -> None:
+    model = make_model(300)
+    inputs = batch()
+    CausalLMLoss(model)(**inputs).loss_sum.backward()
+    wanted = model.model.layers[0].mlp.up_proj.weight.grad.clone()
+    assert model.lm_head.weight.grad.abs().sum() > 0
+    model.zero_grad()
+    model.lm_head.weight.requires_grad_(False)
+    (CausalLMLoss(model)(**inputs).loss_sum * 2).backward()
+    torch.testing.assert_close(model.model.layers[0].mlp.up_proj.weight.grad / 2, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_filler_adds_nothing_and_still_reaches_the_parameters() -> None:
+    model = make_model(300)
+    inputs = batch()
+    inputs["loss_mask"][:] = False
+    sums = CausalLMLoss(model)(**inputs)
+    assert (float(sums.loss_sum.detach()), int(sums.num_tokens)) == (0.0, 0)
+    sums.loss_sum.backward()
+    assert all(not p.grad.any() for p in model.model.layers.parameters() if p.grad is not None)
+    assert model.model.layers[0].mlp.up_proj.weight.grad is not None
+
+
+class _AddsToItsLogits(Qwen2ForCausalLM):
+    def forward(self, *args: object, **kwargs: object) -> object:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits + 1.0
+        return output
+
+
+def test_a_model_whose_logits_are_not_its_heads_is_told_apart() -> None:
+    model: nn.Module = _AddsToItsLogits(make_model(300).config)
+    with pytest.raises(TrainingError, match="_AddsToItsLogits computes its logits in a way"):
+        check_head(model)

@@ -1,0 +1,301 @@
+"""Every check: something that trips it, and a healthy run that trips none."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from lora_core.config.load import load_config, with_overrides
+from lora_core.data.encoded import load_data
+from lora_core.errors import ConfigError, PreflightError
+from lora_core.preflight.catalogue import CHECKS, ERROR_IDS, documentation
+from lora_core.preflight.findings import Facts, Finding
+from lora_core.preflight.preflight import apply_fixes, gather_facts, refuse_errors, run_checks
+from lora_core.runtime.devices import DeviceMemory, look_around
+from tests.conftest import CHATML, ROOT, chat, make_tokenizer
+
+TRAIN = [chat(f"question {i}", f"answer {i}") for i in range(78)]
+HELD_OUT = [chat(f"another {i}", f"answer {i}") for i in range(10)]
+
+# id -> (severity, overrides that trip it on 78 short rows, the fix)
+TRIPS = {
+    "warmup_past_end": ("error", ["train.warmup_steps=50"], "train.warmup_steps=5"),
+    "warmup_long": ("warning", ["train.warmup_steps=16"], "train.warmup_steps=5"),
+    "few_steps": ("warning", ["train.num_train_epochs=2"], "train.num_train_epochs=3"),
+    "single_pass": (
+        "warning",
+        ["train.num_train_epochs=1", "train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=1"],
+        "train.num_train_epochs=3",
+    ),
+    "batch_larger_than_data": (
+        "warning",
+        ["train.gradient_accumulation_steps=40", "train.num_train_epochs=30"],
+        "train.gradient_accumulation_steps=9",
+    ),
+    "small_last_step": ("note", ["train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=11"], None),
+    "logging_steps_past_end": ("warning", ["train.logging_steps=51"], "train.logging_steps=5"),
+    "eval_steps_past_end": ("warning", ["train.eval_steps=51"], "train.eval_steps=5"),
+    "save_steps_past_end": ("warning", ["train.save_steps=51"], "train.save_steps=5"),
+    "targets_q_v_only": (
+        "warning",
+        ["lora.target_modules=[q_proj,v_proj]"],
+        "lora.target_modules=[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]",
+    ),
+    "targets_missing": (
+        "error",
+        ["lora.target_modules=[q_proj,k_proj,c_attn]"],
+        "lora.target_modules=[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]",
+    ),
+    "targets_head": (
+        "warning",
+        ["lora.target_modules=[q_proj,k_proj,lm_head]"],
+        "lora.target_modules=[q_proj,k_proj]",
+    ),
+    "alpha_unusual": ("warning", ["lora.alpha=200"], "lora.alpha=32"),
+    "learning_rate_unusual": ("warning", ["train.learning_rate=5e-3"], "train.learning_rate=2e-4"),
+    "rows_truncated": ("warning", ["data.max_seq_length=24"], "data.max_seq_length=26"),
+    "learning_rate_low_for_steps": ("note", ["train.learning_rate=5e-5"], None),
+    "no_held_out_rows": ("note", ["data.eval_file=null"], "data.eval_fraction=0.1"),
+}
+
+# id -> (severity, what to change in the environment, overrides, the fix)
+AROUND: dict[str, tuple[str, dict[str, Any], list[str], str | None]] = {
+    "memory_too_small": ("error", {"device": DeviceMemory("cuda", 10**6)}, [], None),
+    "world_size_differs": ("error", {"asked_processes": 2}, [], None),
+    "bf16_unsupported": ("error", {"bf16": "none"}, [], "train.bf16=false model.dtype=float32"),
+    "bf16_slow": ("note", {"bf16": "emulated"}, [], None),
+    "bitsandbytes_missing": ("error", {"has_bitsandbytes": False}, [], "train.optim=adamw_torch"),
+    "disk_too_small": ("error", {"free_disk_bytes": 10**6}, [], None),
+    "output_dir_taken": (
+        "error",
+        {"output_dir_problem": "output_dir=run: holds an earlier run; fix: x", "free_output_dir": "run-2"},
+        [],
+        "output_dir=run-2",
+    ),
+    "optimizer_cannot_run": ("error", {"sharding": "fsdp"}, [], "train.optim=adamw_torch"),
+    "optimizer_not_paged": ("note", {}, ["train.optim=paged_adamw_8bit"], "train.optim=adamw_torch"),
+    "fsdp_quant_storage": (
+        "error",
+        {"sharding": "fsdp"},
+        ["train.optim=adamw_torch", "model.quantization=nf4"],
+        "model.quant_storage=bfloat16",
+    ),
+}
+
+# id -> (rows that trip it, the lines that it names)
+ROWS: dict[str, tuple[list[Any], str]] = {
+    "rows_duplicated": ([*TRAIN, TRAIN[3], TRAIN[70]], "lines 79, 80"),
+    "replies_empty": ([*TRAIN, chat("question", " ")], "line 79"),
+    "special_tokens_in_text": ([chat("what is <|im_end|> for?", "it ends a turn"), *TRAIN], "line 1"),
+    "eval_overlap": ([*TRAIN, HELD_OUT[0], chat("ANOTHER, 1", "answer: 1!")], "lines 79, 80; 1 but for case"),
+    "rows_unreadable": ([*TRAIN, {"text": "no chat"}], "line 79"),
+}
+
+
+@pytest.fixture
+def base(tmp_path: Path, tiny_model_dir: Path, write_rows: Any) -> list[str]:
+    return [
+        f"model.name_or_path={tiny_model_dir}",
+        f"data.train_file={write_rows(TRAIN)}",
+        f"data.eval_file={write_rows(HELD_OUT, 'heldout.jsonl')}",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        f"output_dir={tmp_path / 'run'}",
+        # A run about which nothing is to be said: an optimizer for every device, a rate for 50 steps.
+        "train.optim=adamw_8bit",
+        "train.learning_rate=2e-4",
+    ]
+
+
+@pytest.fixture
+def look(base: list[str], tokenizer: PreTrainedTokenizerFast) -> Any:
+    def run(*overrides: str, cfg: str = "qwen0.5b", num_processes: int = 1, template: str = "", **around: Any) -> Facts:
+        config = load_config(cfg, [*base, *overrides])
+        with_template = make_tokenizer(template) if template else tokenizer
+        train_data, eval_data = load_data(config, with_template)
+        environment = replace(look_around(config, num_processes), bf16="native", asked_processes=None)
+        return gather_facts(config, replace(environment, **around), with_template, train_data, eval_data)
+
+    return run
+
+
+@pytest.fixture
+def find(look: Any) -> Any:
+    def run(*overrides: str, **settings: Any) -> dict[str, Finding]:
+        return {finding.id: finding for finding in run_checks(look(*overrides, **settings))}
+
+    return run
+
+
+@pytest.mark.parametrize("cfg", ["qwen0.5b", "qwen1.5b", "qwen7b"])
+def test_the_shipped_configs_find_nothing_on_78_rows_but_that_the_rate_is_low(find: Any, cfg: str) -> None:
+    assert find(cfg=cfg) == {}
+    shipped = load_config(cfg).train.learning_rate
+    assert [f.severity for f in find(f"train.learning_rate={shipped}", cfg=cfg).values()] == ["note"]
+
+
+@pytest.mark.parametrize("name", TRIPS)
+def test_each_check_trips_alone_and_its_fix_mends_it(find: Any, name: str) -> None:
+    severity, overrides, fix = TRIPS[name]
+    findings = find(*overrides)
+    assert list(findings) == [name]
+    found = findings[name]
+    assert found.severity == severity
+    assert (severity == "error") == (name in ERROR_IDS)
+    assert found.fix == fix
+    if found.fix:
+        assert find(*overrides, *found.fix.split()) == {}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_each_check_of_the_environment_trips_alone(find: Any, name: str) -> None:
+    severity, around, overrides, fix = AROUND[name]
+    findings = find(*overrides, **around)
+    assert list(findings) == [name]
+    assert findings[name].severity == severity
+    assert findings[name].fix == fix or name == "memory_too_small"
+    assert (severity == "error") == (name in ERROR_IDS)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_each_check_of_rows_names_their_lines(find: Any, write_rows: Any, name: str) -> None:
+    rows, lines = ROWS[name]
+    findings = find(f"data.train_file={write_rows(rows, 'other.jsonl')}", "data.on_bad_row=skip")
+    assert list(findings) == [name]
+    assert lines in findings[name].message
+
+
+def test_rows_cut_so_short_that_nothing_is_supervised_are_named(find: Any, write_rows: Any) -> None:
+    rows = write_rows([*TRAIN, chat("word " * 60, "yes")], "long.jsonl")
+    finding = find(f"data.train_file={rows}", "data.max_seq_length=40")["rows_unsupervised"]
+    assert "1 of 79 rows are left out with nothing supervised (line 79)" in finding.message
+    assert find(f"data.train_file={rows}", str(finding.fix)) == {}
+
+
+def test_templates_that_teach_something_odd_are_told(find: Any) -> None:
+    assert "<|endoftext|>" in find(template=CHATML.replace("<|im_end|>", "<|endoftext|>"))["turn_end_not_eos"].message
+    assert list(find(template="{{ '<|im_start|>system\\nYou are Pim<|im_end|>\\n' }}" + CHATML)) == [
+        "template_adds_system"
+    ]
+
+
+def test_two_bos_tokens_are_counted(look: Any, find: Any) -> None:
+    facts = look()
+    facts.train_data.rows.has_doubled_bos[4] = True
+    assert "(line 5)" in next(f for f in run_checks(facts) if f.id == "bos_doubled").message
+
+
+def test_a_token_across_the_border_of_an_answer_is_a_note(look: Any) -> None:
+    facts = look()
+    facts.train_data.rows.cut_at_border[6] = True
+    assert next(f for f in run_checks(facts) if f.id == "tokens_cut_at_border").severity == "note"
+
+
+def test_what_does_not_fit_gets_the_cheapest_change_that_does(look: Any, find: Any) -> None:
+    overrides = ["model.dtype=float32", "train.bf16=false", "data.eval_file=null", "data.eval_fraction=0"]
+    facts = look(*overrides)
+    assert facts.memory is not None
+    changed = facts.predict_memory(with_overrides(facts.config, ["train.gradient_checkpointing=true"]))
+    device = replace(facts.environment.device, limit_bytes=(facts.memory.total_bytes + changed.total_bytes) // 2)
+    found = find(*overrides, device=device)["memory_too_small"]
+    assert found.fix == "train.gradient_checkpointing=true"
+    assert "memory_too_small" not in find(*overrides, found.fix, device=device)
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_with_auto_batch_size_smaller_micro_batches_are_noted_where_they_fit(
+    look: Any, find: Any, packing: str
+) -> None:
+    overrides = ["data.eval_file=null", "data.eval_fraction=0", f"data.packing={packing}", "train.auto_batch_size=true"]
+    facts = look(*overrides)
+    assert facts.memory is not None
+    one_row = [f"train.max_tokens_per_device_batch={facts.train_data.lengths.max()}"]
+    if packing == "false":
+        one_row = ["train.per_device_train_batch_size=1"]
+    smallest = facts.predict_memory(with_overrides(facts.config, one_row))
+    device = replace(facts.environment.device, limit_bytes=(facts.memory.total_bytes + smallest.total_bytes) // 2)
+    found = find(*overrides, device=device)
+    assert "memory_too_small" not in found
+    assert found["micro_batches_smaller"].severity == "note"
+    assert "a micro-batch holds at most" in found["micro_batches_smaller"].message
+    too_small = replace(device, limit_bytes=smallest.total_bytes // 2)
+    assert "memory_too_small" in find(*overrides, device=too_small)
+
+
+def test_every_finding_that_a_check_may_yield_is_tripped_here() -> None:
+    elsewhere = {
+        "micro_batches_smaller",
+        "rows_unsupervised",
+        "turn_end_not_eos",
+        "template_adds_system",
+        "bos_doubled",
+        "tokens_cut_at_border",
+    }
+    assert {name for _, ids in CHECKS for name in ids} == {*TRIPS, *AROUND, *ROWS, *elsewhere}
+
+
+def test_every_check_has_its_row_in_the_docs() -> None:
+    assert (ROOT / "docs/preflight.md").read_text(encoding="utf-8") == documentation(), "fix: python docs/write.py"
+
+
+def test_a_default_warmup_of_a_single_step_run_is_an_error_too(find: Any) -> None:
+    # 10% of one step, rounded up, is that step: its learning rate would be 0.
+    assert find("train.max_steps=1")["warmup_past_end"].fix == "train.warmup_steps=0"
+
+
+def test_the_same_settings_on_eight_processes_are_few_steps(find: Any) -> None:
+    assert find(num_processes=8)["few_steps"].value == 10
+
+
+def test_errors_are_refused_together_unless_allowed_by_id(find: Any) -> None:
+    findings = list(find("train.warmup_steps=100").values())
+    with pytest.raises(PreflightError, match=r"preflight\.allow=\[warmup_past_end\]"):
+        refuse_errors(findings, [])
+    refuse_errors(findings, ["warmup_past_end"])
+    with pytest.raises(ConfigError, match=r"no such error, or none to allow; known: warmup_past_end"):
+        refuse_errors(findings, ["warmup"])
+
+
+def test_the_old_settings_mended_find_nothing(base: list[str], find: Any) -> None:
+    old = [
+        "train.num_train_epochs=1",
+        "train.warmup_steps=100",
+        "train.per_device_train_batch_size=8",
+        "train.gradient_accumulation_steps=1",
+        "train.logging_steps=20",
+        "lora.target_modules=[q_proj,v_proj]",
+    ]
+    assert set(find(*old)) == {
+        "warmup_past_end",
+        "few_steps",
+        "single_pass",
+        "logging_steps_past_end",
+        "targets_q_v_only",
+    }
+    mended = apply_fixes("qwen0.5b", [*base, *old], None, 1)
+    assert mended.train.num_train_epochs == 3
+    assert apply_fixes("qwen0.5b", [*base, *old], None, 1) == mended
+
+
+def test_the_command_prints_json_alone_and_exits_with_2_on_an_error(base: list[str], tmp_path: Path) -> None:
+    fixed = tmp_path / "fixed.yaml"
+    command = [sys.executable, "launch/preflight.py", "--cfg", "qwen0.5b", "--json", *base]
+    done = subprocess.run(
+        [*command, "train.warmup_steps=100", "--write", str(fixed)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    printed = json.loads(done.stdout)
+    assert [finding["id"] for finding in printed["findings"]] == ["warmup_past_end"]
+    assert printed["plan"]["total_optimizer_steps"] == 50
+    assert printed["data"]["train"]["counts"]["read"] == 78
+    assert "this run is not started" in done.stderr
+    again = [sys.executable, "launch/preflight.py", "--cfg", str(fixed), "--num-processes", "1"]
+    done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "nothing found" in done.stdout

@@ -1,0 +1,172 @@
+"""Memory that runs out in the middle of a step, and ranks that are lost."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from lora_core.config.load import load_config
+from lora_core.errors import RankFault
+from lora_core.runtime.devices import _ACCELERATE
+from lora_core.runtime.faults import is_out_of_memory
+from lora_core.training.setup import train
+from lora_core.training.step import StepResult, train_step
+from tests.conftest import ROOT, chat
+
+
+@pytest.fixture
+def settings(tmp_path: Path, tiny_model_dir: Path, write_rows: Any) -> list[str]:
+    rows = write_rows([chat(f"question {i}", f"answer {i}") for i in range(22)])
+    return [
+        f"model.name_or_path={tiny_model_dir}",
+        f"data.train_file={rows}",
+        f"data.eval_file={rows}",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        f"output_dir={tmp_path / 'run'}",
+        "overwrite_output_dir=true",
+        "train.num_sample_replies=0",
+        "train.bf16=false",
+        "model.dtype=float32",
+        "lora.dropout=0",
+    ]
+
+
+def test_only_a_lack_of_memory_is_taken_for_one() -> None:
+    with pytest.raises(RuntimeError) as no_memory:
+        torch.empty(2**50)
+    assert is_out_of_memory(no_memory.value)
+    with pytest.raises(RuntimeError) as wrong_shapes:
+        torch.ones(2, 3) @ torch.ones(2, 3)
+    assert not is_out_of_memory(wrong_shapes.value)
+
+
+@pytest.fixture
+def too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that hold more than two rows in a micro-batch ask for more memory than there is, once under way."""
+
+    def step(accelerator: Any, model: Any, optimizer: Any, scheduler: Any, batches: Any, *rest: Any) -> StepResult:
+        for batch in batches:
+            model(**batch).loss_sum.backward()  # what a step leaves behind when it fails
+            if len(batch.get("segment_lengths", batch["input_ids"])) > 2:
+                torch.empty(2**50)
+        optimizer.zero_grad()
+        return train_step(accelerator, model, optimizer, scheduler, batches, *rest)
+
+    monkeypatch.setattr(sys.modules["lora_core.training.loop"], "train_step", step)
+
+
+def test_memory_that_runs_out_says_what_was_predicted_and_what_to_do(
+    settings: list[str], too_little_memory: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(RankFault) as refused:
+        train(load_config("demo", settings))
+    said = str(refused.value)
+    # The figures depend on what this process already holds: at the start and now they have to be the same.
+    (at_the_start,) = re.findall(r"^memory: (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert "step 1: out of memory on cpu (rank 0): [enforce fail" in said
+    assert f"predicted: {at_the_start}\n" in said
+    assert re.search(r"Fix: train\.gradient_checkpointing=true \(\d+\.\d GiB predicted\)", said)
+    assert "train.auto_batch_size=true" in said
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_smaller_micro_batches_take_the_same_steps(
+    settings: list[str], packing: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = ["train.per_device_train_batch_size=8", "train.gradient_accumulation_steps=1", f"data.packing={packing}"]
+    config = load_config("demo", [*settings, *cut, "train.auto_batch_size=true", "train.max_steps=5"])
+    wanted = train(config)
+    request.getfixturevalue("too_little_memory")
+    capsys.readouterr()
+    got = train(config)
+    assert capsys.readouterr().out.count("out of memory; again with micro-batches of at most") == 2
+    assert got["micro_batch_limit"] < wanted["micro_batch_limit"]
+    assert got["eval_loss_after"] == pytest.approx(wanted["eval_loss_after"], rel=1e-5)
+    assert got["total_optimizer_steps"] == wanted["total_optimizer_steps"] == 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+@pytest.mark.parametrize("to_all", [False, True], ids=["SIGTERM to the launcher", "Ctrl-C, which both get"])
+def test_training_ends_with_its_launcher_and_leaves_a_checkpoint(
+    settings: list[str], tmp_path: Path, to_all: bool
+) -> None:
+    log = tmp_path / "log"
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_config.yaml"]
+    command = [*accelerate, "launch/train.py", "--cfg", "demo", *settings, "train.num_train_epochs=500"]
+    with log.open("w") as file:
+        launcher = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        wait_for_step(3, log, [launcher])
+        (training,) = psutil.Process(launcher.pid).children()
+        os.killpg(launcher.pid, signal.SIGINT) if to_all else launcher.terminate()
+        launcher.wait(timeout=30)
+        gone, _ = psutil.wait_procs([training], timeout=30)
+        assert gone == [training]
+        by = "SIGINT" if to_all else "SIGTERM"
+        assert re.search(rf"error: stopped by {by} after step \d+ of 1500", log.read_text())
+        assert list((tmp_path / "run/checkpoints").glob("step-*/manifest.json"))
+    finally:
+        with suppress(ProcessLookupError):  # it should be gone
+            os.killpg(launcher.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("command", "is_launcher"),
+    [
+        (["python", "/venv/bin/accelerate", "launch", "train.py"], True),
+        (["python", "-m", "accelerate.commands.launch", "train.py"], True),
+        (["bash", "/home/me/accelerate/run.sh"], False),
+        (["bash", "-c", "nohup python launch/train.py --cfg accelerated &"], False),
+    ],
+)
+def test_only_accelerate_launch_is_followed(command: list[str], is_launcher: bool) -> None:
+    assert any(_ACCELERATE.search(part) for part in command[:4]) is is_launcher
+
+
+def wait_for_step(step: int, log: Path, processes: list[subprocess.Popen[bytes]]) -> None:
+    deadline = time.monotonic() + 120
+    while not re.search(rf"step +{step}/", log.read_text()):
+        assert time.monotonic() < deadline, log.read_text()
+        assert all(process.poll() is None for process in processes), log.read_text()
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(("doomed", "fault"), [(1, signal.SIGKILL), (1, signal.SIGSTOP)], ids=["dies", "hangs"])
+def test_a_lost_rank_is_named_by_the_one_that_is_left(
+    settings: list[str], tmp_path: Path, doomed: int, fault: signal.Signals
+) -> None:
+    port = str(20000 + os.getpid() % 10000)
+    command = [sys.executable, "launch/train.py", "--cfg", "demo", *settings, "train.num_train_epochs=500"]
+    ranks = []
+    for rank in (0, 1):  # as torchrun starts them, but for its watch: it would end the others before they can speak
+        environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        environment |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        log = (tmp_path / f"rank{rank}.log").open("w")
+        ranks.append(
+            subprocess.Popen(
+                [*command, "train.rank_timeout_s=8"], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
+        )
+    try:
+        wait_for_step(3, tmp_path / "rank0.log", ranks)
+        ranks[doomed].send_signal(fault)
+        survivor = ranks[1 - doomed]
+        assert survivor.wait(timeout=60) == 1
+        said = (tmp_path / f"rank{1 - doomed}.log").read_text()
+        assert f"error: rank {doomed} of 2 died or did not answer within 8 s" in said
+        assert "Traceback" not in said
+    finally:
+        for rank_ in ranks:
+            rank_.kill()
+            rank_.wait()
