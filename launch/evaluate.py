@@ -1,4 +1,4 @@
-"""Held-out loss of an adapter: accelerate launch launch/evaluate.py --cfg NAME [--adapter DIR] [key=value ...]"""
+"""Eval loss of an adapter: accelerate launch launch/evaluate.py --cfg NAME [--adapter DIR] [key=value ...]"""
 
 import json
 import sys

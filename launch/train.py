@@ -14,7 +14,7 @@ def main() -> None:
         nargs="?",
         const="newest",
         metavar="CHECKPOINT",
-        help="go on with the run in output_dir, from its newest whole checkpoint or from the one named",
+        help="resume the run in output_dir, from its newest whole checkpoint or from the named one",
     )
     arguments = parser.parse_intermixed_args()
     if arguments.resume and "=" in arguments.resume and not Path(arguments.resume).exists():

@@ -1,4 +1,4 @@
-"""Do the contracts hold on my model and rows? python launch/verify.py --cfg NAME [--json] [key=value ...]"""
+"""Checks lora_core on your own model and rows: python launch/verify.py --cfg NAME [--json] [key=value ...]"""
 
 import json
 import sys
@@ -21,10 +21,10 @@ def main() -> None:
         result = verify(config, say=lambda line: print(line, file=sys.stderr, flush=True))
     except LoraCoreError as error:
         if arguments.json:
-            print(json.dumps({"settings": [], "checks": [], "held": None, "error": str(error)}))
+            print(json.dumps({"settings": [], "checks": [], "passed": None, "error": str(error)}))
         raise
     print(json.dumps({**result.to_dict(), "error": None}) if arguments.json else result)
-    result.refuse_broken()
+    result.refuse_failed()
 
 
 if __name__ == "__main__":

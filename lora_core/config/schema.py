@@ -15,7 +15,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    """Unknown keys are errors and nothing is coerced: `train.bf16: "no"` is a mistake, not a truth."""
+    """Unknown keys are errors and nothing is coerced: `train.bf16: "no"` is a mistake, not false."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
@@ -34,7 +34,7 @@ class ModelConfig(Section):
     quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = Field(
         "uint8", description="what nf4 weights are stored as; under FSDP it must be the same as dtype"
     )
-    attn_implementation: str = Field("sdpa", description="what transformers calls it: sdpa, eager, flash_attention_2")
+    attn_implementation: str = Field("sdpa", description="as transformers names it: sdpa, eager, flash_attention_2")
 
 
 class LoraConfig(Section):
@@ -53,27 +53,29 @@ class LoraConfig(Section):
 class DataConfig(Section):
     """The rows. Paths are relative to the folder that the command runs in."""
 
-    train_file: str = Field("data/train.jsonl", description="chat JSONL, one conversation a line")
-    eval_file: str | None = Field(None, description="held-out chat JSONL; not together with eval_fraction")
-    eval_fraction: Fraction = Field(0.0, description="share of the training rows to hold out instead; 0 holds out none")
-    max_seq_length: PositiveInt = Field(1024, description="tokens; a longer row is cut on the right, and counted")
+    train_file: str = Field("data/train.jsonl", description="chat JSONL, one row per line")
+    eval_file: str | None = Field(None, description="the eval set, chat JSONL; not together with eval_fraction")
+    eval_fraction: Fraction = Field(
+        0.0, description="share of the rows of train_file that becomes the eval set; 0 is none"
+    )
+    max_seq_length: PositiveInt = Field(1024, description="a longer row is truncated to so many tokens, and counted")
     on_bad_row: Literal["error", "skip"] = Field(
-        "error", description="a row that cannot be read: stop with file:line, or skip and count it"
+        "error", description="for a row that cannot be read: stop and name file:line, or skip and count it"
     )
     packing: bool = Field(
-        True, description="lay conversations end to end in place of padding; same gradient, no token wasted"
+        True, description="put examples end to end instead of padding; same gradient, no wasted tokens"
     )
-    chat_template: str | None = Field(None, description="a Jinja file to use in place of the tokenizer's own template")
+    chat_template: str | None = Field(None, description="a Jinja file to use instead of the tokenizer's own template")
     num_proc: PositiveInt | None = Field(
-        None, description="processes that encode rows; null is one per core, for large files"
+        None, description="processes that encode rows; null is one per core for large files"
     )
     cache_dir: str = Field("~/.cache/lora_core/encoded", description="where encoded rows are kept between runs")
 
     @model_validator(mode="after")
-    def _one_held_out_source(self) -> DataConfig:
+    def _one_eval_set(self) -> DataConfig:
         if self.eval_file is not None and self.eval_fraction > 0:
             raise ValueError(
-                f"eval_file={self.eval_file} and eval_fraction={self.eval_fraction} both name held-out rows; "
+                f"eval_file={self.eval_file} and eval_fraction={self.eval_fraction} both name an eval set; "
                 "fix: data.eval_fraction=0, or data.eval_file=null"
             )
         return self
@@ -83,14 +85,14 @@ class TrainConfig(Section):
     """The loop. A step is an optimizer step everywhere."""
 
     num_train_epochs: PositiveInt = Field(3, description="passes over the training rows")
-    max_steps: PositiveInt | None = Field(None, description="optimizer steps; in place of num_train_epochs when set")
-    per_device_train_batch_size: PositiveInt = Field(2, description="conversations per micro-batch and device")
-    per_device_eval_batch_size: PositiveInt = Field(8, description="conversations per evaluation batch and device")
+    max_steps: PositiveInt | None = Field(None, description="optimizer steps; replaces num_train_epochs when set")
+    per_device_train_batch_size: PositiveInt = Field(2, description="examples per device and micro-batch")
+    per_device_eval_batch_size: PositiveInt = Field(8, description="examples per device and evaluation batch")
     max_tokens_per_device_batch: PositiveInt | None = Field(
-        None, description="of a packed micro-batch; null is per_device_train_batch_size x max_seq_length"
+        None, description="tokens of a packed micro-batch; null is per_device_train_batch_size x max_seq_length"
     )
     gradient_accumulation_steps: PositiveInt = Field(4, description="micro-batches per optimizer step")
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(5e-5, description="at the end of warmup")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(5e-5, description="peak, at the end of warmup")
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
         None, description="optimizer steps of linear warmup; not together with warmup_ratio"
     )
@@ -104,7 +106,7 @@ class TrainConfig(Section):
     )
     bf16: bool = Field(True, description="compute under bfloat16 autocast")
     gradient_checkpointing: bool = Field(
-        False, description="recompute activations in the backward: less memory, more time"
+        False, description="recompute activations in the backward pass: less memory, more time"
     )
     torch_compile: bool = Field(
         False, description="compile the decoder layers at the first steps; on a CPU it gained nothing (see the README)"
@@ -121,25 +123,26 @@ class TrainConfig(Section):
         2, description="checkpoints to keep, the newest ones, and the best beside them"
     )
     on_save_error: Literal["error", "continue"] = Field(
-        "error", description="a checkpoint that cannot be written: stop, or say so and go on"
+        "error", description="for a checkpoint that cannot be written: stop, or warn and continue"
     )
     keep_adapter: Literal["last", "best"] = Field(
-        "last", description="which goes into adapter/: the last step's, or that of the lowest held-out loss"
+        "last", description="which adapter is saved in adapter/: of the last step, or of the lowest eval loss"
     )
     early_stopping_patience: PositiveInt | None = Field(
-        None, description="evaluations in a row without a lower held-out loss before the run ends; null runs to the end"
+        None, description="evaluations in a row without a lower eval loss before the run stops; null never stops early"
     )
     max_skipped_steps: PositiveInt = Field(
-        3, description="steps in a row, left out for a loss or gradient that is not finite, at which the run stops"
+        3,
+        description="the run stops after so many skipped steps in a row (loss or gradient not finite)",
     )
     auto_batch_size: bool = Field(
-        False, description="cut steps into smaller micro-batches where memory is short; same steps, same gradient"
+        False, description="use smaller micro-batches where memory is short; same steps, same gradient"
     )
     rank_timeout_s: PositiveInt = Field(
-        1800, description="seconds that ranks wait for each other before they take one for lost"
+        1800, description="seconds that ranks wait for each other before they report one as lost"
     )
     num_sample_replies: Annotated[int, Field(ge=0)] = Field(
-        3, description="held-out prompts answered before and after training"
+        3, description="prompts of the eval set answered before and after training"
     )
     sample_max_new_tokens: PositiveInt = Field(64, description="tokens per sample reply, greedy")
 
@@ -156,7 +159,7 @@ class TrainConfig(Section):
 class PreflightConfig(Section):
     """The checks before the first step."""
 
-    allow: list[str] = Field([], description="ids of errors to run in spite of, such as warmup_past_end")
+    allow: list[str] = Field([], description="ids of errors to ignore, such as warmup_past_end")
 
 
 class RunConfig(Section):
@@ -171,7 +174,7 @@ class RunConfig(Section):
     overwrite_output_dir: bool = Field(False, description="replace an earlier run in output_dir")
 
     @model_validator(mode="after")
-    def _held_out_rows_where_they_decide(self) -> RunConfig:
+    def _eval_set_where_it_decides(self) -> RunConfig:
         decides = [
             f"train.{name}={value}"
             for name, value in (
@@ -182,7 +185,7 @@ class RunConfig(Section):
         ]
         if decides and self.data.eval_file is None and self.data.eval_fraction == 0:
             raise ValueError(
-                f"{' and '.join(decides)} goes by held-out loss, and there are no held-out rows; fix: "
+                f"{' and '.join(decides)} needs an eval loss, and there is no eval set; fix: "
                 "data.eval_fraction=0.1, or data.eval_file=FILE"
             )
         return self
