@@ -90,7 +90,7 @@ def test_train_then_evaluate_and_all_that_is_printed_is_ours(settings: list[str]
     assert evaluated.stdout.strip() == last_eval.removeprefix("eval at step 2: ")
     again = launch("launch/train.py", "--cfg", "demo", *settings, "overwrite_output_dir=false")
     assert (again.returncode, again.stdout.count("plan:")) == (2, 1)
-    assert "holds an earlier run; fix: output_dir=" in again.stderr
+    assert "contains an earlier run; fix: output_dir=" in again.stderr
 
 
 def test_an_override_after_resume_is_not_taken_for_a_checkpoint() -> None:
