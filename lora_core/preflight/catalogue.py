@@ -86,7 +86,7 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_fsdp_quantization, {"fsdp_quant_storage": "error"}),
     (check_memory, {"memory_too_small": "error", "micro_batches_smaller": "note"}),
     (check_world_size, {"world_size_differs": "error"}),
-    (check_bf16, {"bf16_unsupported": "error", "bf16_slow": "note"}),
+    (check_bf16, {"bf16_unsupported": "error", "bf16_slow": "warning"}),
     (check_bitsandbytes, {"bitsandbytes_missing": "error"}),
     (check_disk, {"disk_too_small": "error"}),
     (check_output_dir, {"output_dir_taken": "error"}),

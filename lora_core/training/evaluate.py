@@ -18,7 +18,7 @@ from lora_core.data.packing import Batching, eval_batching, to_device
 from lora_core.errors import ConfigError
 from lora_core.model.base import load_tokenizer
 from lora_core.model.loss import CausalLMLoss
-from lora_core.runtime.devices import build_accelerator
+from lora_core.runtime.devices import build_accelerator, with_precision
 from lora_core.training.adapter_folder import load_adapter
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ def evaluate_adapter(config: RunConfig, adapter_dir: str | Path) -> EvalResult:
         raise ConfigError(
             f"{adapter_dir}: holds no adapter_config.json; fix: --adapter FOLDER, such as outputs/demo/adapter"
         )
+    config, _ = with_precision(config)
     accelerator = build_accelerator(config)
     tokenizer = load_tokenizer(config.model, config.data.chat_template)
     with accelerator.main_process_first():

@@ -20,8 +20,9 @@ from lora_core.model.loss import CausalLMLoss, check_head
 from lora_core.model.optimizer import build_optimizer, build_scheduler
 from lora_core.preflight.memory import micro_batch_limit_that_fits
 from lora_core.preflight.preflight import gather_facts, refuse_errors, report, run_checks
-from lora_core.runtime.devices import build_accelerator, end_with_launcher, look_around, seed_everything
+from lora_core.runtime.devices import build_accelerator, look_around, seed_everything, with_precision
 from lora_core.runtime.faults import naming_lost_ranks
+from lora_core.runtime.launcher import end_with_launcher
 from lora_core.runtime.run_folder import (
     MetricsFile,
     check_run_folder,
@@ -63,7 +64,10 @@ def train(config: RunConfig, resume: str | Path | None = None) -> dict[str, Any]
     """
     started = time.monotonic()
     end_with_launcher()
+    config, precision = with_precision(config)
     accelerator = build_accelerator(config)
+    if precision is not None:
+        accelerator.print(precision)
     with naming_lost_ranks(accelerator, config.train.rank_timeout_s):
         run = _set_up(config, accelerator, resume)
         run.train()
