@@ -1,30 +1,64 @@
-"""Writes what the docs take from the code: python docs/write.py [--memory]
+"""Writes what docs and configurations take from the code: python docs/write.py [--memory]
 
-docs/preflight.md comes from the checks' docstrings. With --memory, docs/memory.md is predicted anew from the configs of
+docs/preflight.md comes from the checks' docstrings; configs/base.yaml and configs/schema.json from the models in
+lora_core/config/schema.py. With --memory, docs/memory.md is predicted anew from the configs of
 the three Qwen2.5 models, which must be in the hub cache; some minutes.
 """
 
 import argparse
 import itertools
+import json
 from pathlib import Path
+from typing import Any
 
+import yaml
+
+from lora_core.config.keys import config_keys, json_schema
+from lora_core.config.schema import RunConfig
 from lora_core.preflight.catalogue import documentation
 from lora_core.runtime.run_folder import write_text
 
 HERE = Path(__file__).parent
 HEADER = """# Memory
 
-Predicted peak in GiB on each GPU, by `lora_core/memory.py`: the loop's own step on tensors without storage, LoRA and
+Predicted peak in GiB on each GPU, by `lora_core/memory/`: the loop's own step on tensors without storage, LoRA and
 optimizer as shipped, every token of the rows supervised, packed rows, no evaluation. Each cell: without / with
 `train.gradient_checkpointing`. 0.75 GiB of each figure stand for the CUDA context, which is assumed. FSDP figures are
 worked out from the same counts. No figure here was measured on a GPU; on the CPU, predictions are tested to be within
 15% of a measured step.
 
-`python launch/preflight.py --cfg qwen7b --gpu-memory-gib 24` answers for your rows and settings.
+`lora-core preflight --cfg qwen7b --gpu-memory-gib 24` answers for your rows and settings.
 
 | model | weights | batch x length | 1 GPU | DDP, 2 to 8 | FSDP, 2 | FSDP, 4 | FSDP, 8 |
 |---|---|---|---|---|---|---|---|
 """
+
+
+BASE_YAML = """# yaml-language-server: $schema=schema.json
+# Every key with its default, made by `python docs/write.py`. A file with `extends: base.yaml` sets only what differs.
+"""
+
+
+def base_yaml() -> str:
+    """configs/base.yaml: each key with its default, its type and what it means."""
+    meanings = config_keys()
+    lines: list[str] = []
+    for section, values in RunConfig().model_dump(mode="json").items():
+        if isinstance(values, dict):
+            lines += ["", f"{section}:"]
+            lines += [f"  {_setting(key, value, meanings[f'{section}.{key}'])}" for key, value in values.items()]
+        elif section != "output_dir":  # comes from the configuration's name
+            lines += ["", _setting(section, values, meanings[section])]
+    output_dir = meanings["output_dir"].rsplit(": ", 1)[-1]
+    return BASE_YAML + "\n".join([*lines, "", f"# output_dir  {output_dir}", ""])
+
+
+def _setting(key: str, value: Any, meaning: str) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000).split("\n")[0]
+    if isinstance(value, float) and value != 0 and abs(value) < 1e-3:
+        text = f"{value:e}".replace(".000000", "").replace("e-0", "e-")
+    what, _, description = meaning.partition(": ")
+    return f"{key}: {text}  # {what.split(', default ')[0]}: {description}"
 
 
 def memory_page() -> str:
@@ -64,5 +98,7 @@ if __name__ == "__main__":
     parser.add_argument("--memory", action="store_true", help="docs/memory.md too")
     arguments = parser.parse_args()
     write_text(HERE / "preflight.md", documentation())
+    write_text(HERE.parent / "configs/base.yaml", base_yaml())
+    write_text(HERE.parent / "configs/schema.json", json.dumps(json_schema(), indent=2) + "\n")
     if arguments.memory:
         write_text(HERE / "memory.md", memory_page())

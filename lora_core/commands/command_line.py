@@ -86,6 +86,12 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any key: train.num_train_epochs=3")
 
 
+def say_first(line: str) -> None:
+    """Say, once for all processes of a run, what is about to take some seconds."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
+
+
 @contextmanager
 def heavy_imports() -> Iterator[None]:
     """Import torch and the like in this block with the garbage collector off, which never looks at what they made.

@@ -18,7 +18,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from lora_core.commands.command_line import Command, heavy_imports, quiet_libraries
+from lora_core.commands.command_line import Command, heavy_imports, quiet_libraries, say_first
 from lora_core.config.load import load_config, shipped_file
 from lora_core.errors import ConfigError
 
@@ -98,6 +98,7 @@ def _run(arguments: Namespace) -> None:
     config = load_config("demo", arguments.overrides)
     fetch_model()
     write_rows(Path("examples"))
+    say_first("importing PyTorch and transformers ...")
     with heavy_imports():
         quiet_libraries()
         from lora_core.training.setup import train

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from lora_core.commands.command_line import Command, add_config_arguments, heavy_imports, quiet_libraries
+from lora_core.commands.command_line import Command, add_config_arguments, heavy_imports, quiet_libraries, say_first
 from lora_core.config.load import load_config
 from lora_core.errors import ConfigError
 
@@ -25,6 +25,7 @@ def _run(arguments: Namespace) -> None:
     if arguments.resume and "=" in arguments.resume and not Path(arguments.resume).exists():
         raise ConfigError(f"--resume took {arguments.resume} for a checkpoint; fix: put --resume at the end")
     config = load_config(arguments.cfg, arguments.overrides, arguments.model)
+    say_first("importing PyTorch and transformers ...")
     with heavy_imports():
         quiet_libraries()
         from lora_core.training.setup import train

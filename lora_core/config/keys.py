@@ -81,3 +81,13 @@ def nearest_key(key: str) -> str:
     by_last_part = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
     close = by_last_part or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     return f"nearest: {close[0]} ({config_keys()[close[0]]})" if close else f"sections: {', '.join(SECTIONS)}"
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a configuration file, for editors that complete and check YAML: `configs/schema.json`."""
+    schema = RunConfig.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "lora_core configuration"
+    extends = {"type": "string", "description": "a file beside this one, or a shipped configuration, such as qwen7b"}
+    schema["properties"] = {"extends": extends, **schema["properties"]}
+    return schema

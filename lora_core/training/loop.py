@@ -7,6 +7,7 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from lora_core.runtime.faults import StopSignals, free_memory, is_out_of_memory
 from lora_core.runtime.run_folder import MetricsFile, write_json
 from lora_core.schedule import SchedulePlan
 from lora_core.training.adapter_folder import save_adapter
+from lora_core.training.callbacks import Callback
 from lora_core.training.checkpoint import CheckpointWriter, find_checkpoint, restore_adapter, take_snapshot
 from lora_core.training.evaluate import EvalResult, evaluate
 from lora_core.training.progress import Progress
@@ -58,6 +60,8 @@ class Run:
     prompts: list[Any]
     progress: Progress
     resumed_at_step: int | None
+    callbacks: Sequence[Callback]
+    """Empty but in the main process."""
 
     def __post_init__(self) -> None:
         self.prefetcher = BatchPrefetcher(self.batches, self.facts.plan.total_optimizer_steps)
@@ -87,7 +91,9 @@ class Run:
                 if not result.is_finite:
                     self.note_skipped(result)
                 elif progress.step % config.logging_steps == 0 or is_last:
-                    _log_step(self.accelerator, self.metrics, plan, progress.step, result, tokens_per_s)
+                    values = _log_step(self.accelerator, self.metrics, plan, progress.step, result, tokens_per_s)
+                    for callback in self.callbacks:
+                        callback.on_log(values)
                 is_best = False
                 if progress.step % eval_every == 0 or is_last:
                     measured = self.measure()
@@ -223,12 +229,17 @@ class Run:
                 f"held-out loss at step {self.progress.step} is {result.loss}: the model gives no numbers any more. "
                 "Fix: a lower train.learning_rate"
             )
-        self.metrics.write("eval", step=self.progress.step, **result.to_dict())
+        values = {"step": self.progress.step, **result.to_dict()}
+        self.metrics.write("eval", **values)
+        for callback in self.callbacks:
+            callback.on_evaluate(values)
         log(self.accelerator, f"eval at step {self.progress.step}: {result}")
         return result
 
-    def reply(self) -> list[str]:
-        """To the sample prompts, as the model is now."""
+    def reply(self, when: str) -> list[str]:
+        """To the sample prompts, as the model is now: before or after training."""
+        if self.prompts:
+            self.say(f"sample replies {when} training: {counted(len(self.prompts), 'prompt')} ...")
         return reply_to_all(
             self.accelerator,
             self.model,
@@ -252,11 +263,15 @@ class Run:
     def finish_saving(self) -> None:
         """Until the checkpoint that was begun is whole."""
         try:
-            self.writer.wait()
+            path = self.writer.wait()
         except OSError as error:
             if self.config.train.on_save_error == "error":
                 raise TrainingError(f"{error}. Fix: room on the disk, then --resume") from error
-            log(self.accelerator, f"warning: {error}; going on without it (train.on_save_error)")
+            log(self.accelerator, f"warning: {error}; continuing without it (train.on_save_error)")
+            return
+        if path is not None:
+            for callback in self.callbacks:
+                callback.on_save(path)
 
     def take_best_adapter(self) -> int:
         """Put the best adapter in place of the last where that is asked for; returns the step that it is of."""
@@ -278,7 +293,7 @@ class Run:
         """
         config, plan, progress, say = self.config, self.facts.plan, self.progress, self.say
         adapter_step = self.take_best_adapter()
-        replies_after = self.reply()
+        replies_after = self.reply("after")
         adapter_dir = self.folder / "adapter"
         save_adapter(self.accelerator, self.model, self.facts.tokenizer, config, adapter_dir)
         before, after = progress.before, progress.after
@@ -340,6 +355,8 @@ class Run:
         )
         if progress.num_skipped_steps:
             say(f"warning: {counted(progress.num_skipped_steps, 'step')} not applied: loss or gradient not finite")
+        for callback in self.callbacks:
+            callback.on_end(summary)
         self.accelerator.wait_for_everyone()
         return summary
 
@@ -357,26 +374,28 @@ def _log_step(
     step: int,
     result: StepResult,
     tokens_per_s: float,
-) -> None:
+) -> dict[str, float]:
+    """Write and print what a step gave; returns what was written."""
     memory_bytes = peak_memory_bytes(accelerator.device)
     epoch = step / plan.optimizer_steps_per_epoch
-    metrics.write(
-        "train",
-        step=step,
-        epoch=round(epoch, 4),
-        loss=result.loss,
-        learning_rate=result.learning_rate,
-        grad_norm=result.grad_norm,
-        num_supervised_tokens=result.num_supervised_tokens,
-        tokens_per_s=round(tokens_per_s, 1),
-        peak_memory_bytes=memory_bytes,
-    )
+    values = {
+        "step": step,
+        "epoch": round(epoch, 4),
+        "loss": result.loss,
+        "learning_rate": result.learning_rate,
+        "grad_norm": result.grad_norm,
+        "num_supervised_tokens": result.num_supervised_tokens,
+        "tokens_per_s": round(tokens_per_s, 1),
+        "peak_memory_bytes": memory_bytes,
+    }
+    metrics.write("train", **values)
     log(
         accelerator,
         f"step {step:>{len(str(plan.total_optimizer_steps))}}/{plan.total_optimizer_steps}  epoch {epoch:.2f}  "
         f"loss {result.loss:.4f}  lr {result.learning_rate:.2e}  grad_norm {result.grad_norm:.3f}  "
         f"{result.num_supervised_tokens} supervised tokens  {tokens_per_s:.0f} tok/s  {memory_bytes / 2**30:.1f} GiB",
     )
+    return values
 
 
 def versions() -> dict[str, str]:
