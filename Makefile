@@ -25,6 +25,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/pyright tests/typing
 	@$(BIN)/python examples/fetch_demo_model.py
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
