@@ -36,7 +36,8 @@ def with_precision(config: RunConfig) -> tuple[RunConfig, str | None]:
     """
     if config.train.bf16 != "auto":
         return config, None
-    if _bf16() == "native":
+    # 4-bit weights are multiplied in bfloat16 on any device.
+    if _bf16() == "native" or config.model.quantization == "nf4":
         return with_overrides(config, ["train.bf16=true"]), None
     dtype = ["model.dtype=float32"] if config.model.dtype == "bfloat16" else []
     line = "precision: float32, as this device has no bfloat16 instructions (train.bf16=auto)"

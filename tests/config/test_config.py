@@ -8,6 +8,7 @@ import jsonschema
 import pytest
 import yaml
 
+from lora_core.config import keys
 from lora_core.config.keys import config_keys, json_schema
 from lora_core.config.load import load_config
 from lora_core.config.schema import ALL_SEVEN_PROJECTIONS, RunConfig, TrainConfig
@@ -165,6 +166,16 @@ def test_a_users_file_extends_a_shipped_configuration_from_any_folder(
         ConfigError, match=r"extends = 'qwen8b': there is no such file .* \(there are: base, demo, qwen"
     ):
         load_config("mine.yaml")
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("train.lr", "train.learning_rate"), ("lora_r", "lora.rank")])
+def test_what_other_tools_call_a_key_is_known(theirs: str, ours: str) -> None:
+    with pytest.raises(ConfigError, match=f"{theirs} = 1: unknown key; nearest: {ours} "):
+        load_config("demo", [f"{theirs}=1"])
+
+
+def test_every_other_name_leads_to_a_key_that_there_is() -> None:
+    assert set(keys._ALSO_CALLED.values()) <= set(config_keys())
 
 
 def test_one_warmup_alone_is_enough_in_python_too() -> None:
