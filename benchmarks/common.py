@@ -65,7 +65,7 @@ def set_up(config: RunConfig, accelerator: Accelerator, base: Any, num_rows: int
     """Put the adapter on a base model and prepare it for steps."""
     adapted = add_adapter(base, config.lora, config.train.seed, config.train.gradient_checkpointing)
     plan = plan_for(config, num_rows, accelerator.num_processes)
-    optimizer = build_optimizer(adapted, config.train, accelerator.device, lambda _: None)
+    optimizer = build_optimizer(adapted, config.train, accelerator.device)
     scheduler = build_scheduler(optimizer, plan)
     model, optimizer = accelerator.prepare(CausalLMLoss(adapted), optimizer)
     model.train()

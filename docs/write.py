@@ -21,9 +21,9 @@ from lora_core.runtime.run_folder import write_text
 HERE = Path(__file__).parent
 HEADER = """# Memory
 
-Predicted peak in GiB on each GPU, by `lora_core/memory/`: the loop's own step on tensors without storage, LoRA and
-optimizer as shipped, every token of the rows supervised, packed rows, no evaluation. Each cell: without / with
-`train.gradient_checkpointing`. 0.75 GiB of each figure stand for the CUDA context, which is assumed. FSDP figures are
+Predicted peak memory in GiB on each GPU, by `lora_core/memory/`: the loop's own step on tensors without storage, LoRA
+and optimizer as shipped, every token a loss token, packed examples, no evaluation. Each cell: without / with
+`train.gradient_checkpointing`. 0.75 GiB of each figure are for the CUDA context, which is assumed. FSDP figures are
 worked out from the same counts. No figure here was measured on a GPU; on the CPU, predictions are tested to be within
 15% of a measured step.
 

@@ -1,4 +1,4 @@
-"""Do the contracts hold on my model and rows? python launch/verify.py --cfg NAME [key=value ...]"""
+"""Checks lora_core on your own model and rows: python launch/verify.py --cfg NAME [key=value ...]"""
 
 import sys
 

@@ -46,7 +46,7 @@ class RowError(LoraCoreError):
 
 
 class ChatTemplateError(RowError):
-    """The chat template cannot show this conversation, or its mask would not be exact."""
+    """The chat template cannot show this row, or its mask would not be exact."""
 
 
 class PreflightError(LoraCoreError):
@@ -56,15 +56,15 @@ class PreflightError(LoraCoreError):
 
 
 class TrainingError(LoraCoreError):
-    """The run could not go on, such as for a loss that is not finite. Exit code 1."""
+    """The run could not continue, for example because a loss is not finite. Exit code 1."""
 
 
 class RankFault(TrainingError):
-    """What befell one rank, which the others may not live to tell: each rank that raises it says so. Exit code 1."""
+    """What happened to one rank. Each rank that raises it prints it: the others may be gone. Exit code 1."""
 
 
-class ContractBroken(LoraCoreError):
-    """A contract did not hold on this model and these rows; lists each. Exit code 3."""
+class CheckFailed(LoraCoreError):
+    """`verify`: a check failed on this model and these rows; lists each. Exit code 3."""
 
     exit_code = 3
 
@@ -78,6 +78,12 @@ class RunStopped(LoraCoreError):
 def counted(number: int, noun: str) -> str:
     """`1 row`, `2 rows`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def lines_of(lines: Sequence[int]) -> str:
+    """`line 4`, `lines 4, 71`; past 10 only how many more."""
+    shown = ", ".join(map(str, lines[:10])) + (f", ... and {len(lines) - 10:,} more" if len(lines) > 10 else "")
+    return f"line{'' if len(lines) == 1 else 's'} {shown}"
 
 
 def problem_list(title: str, problems: Sequence[str], limit: int = 20) -> str:

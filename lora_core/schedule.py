@@ -1,8 +1,8 @@
 """Rows -> micro-batches -> optimizer steps -> warmup -> learning rate. Arithmetic only; imports no torch.
 
-The failure this project was born from, in these numbers: 78 rows, batch 8, 1 epoch is 10 optimizer steps. With
+The failure that this project began with, in numbers: 78 rows, batch 8, 1 epoch is 10 optimizer steps. With
 `warmup_steps=100` step k of 10 runs at k/100 of the learning rate, k from 0 to 9: the largest rate that any update
-used is 9.0% of the one asked for. (The scheduler object then shows 10%, for a step 11 that never comes.)
+used is 9.0% of the configured one. (The scheduler object then shows 10%, for a step 11 that never comes.)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class SchedulePlan:
     total_optimizer_steps: int
     warmup_steps: int
     learning_rate: float
-    """As asked for; reached at the end of warmup, if the run gets there."""
+    """As configured; reached at the end of warmup, if the run gets there."""
 
     @property
     def peak_learning_rate(self) -> float:
@@ -35,7 +35,7 @@ class SchedulePlan:
 
     @property
     def peak_fraction(self) -> float:
-        """`peak_learning_rate` over the learning rate asked for; 1.0 in a healthy run."""
+        """`peak_learning_rate` over the configured learning rate; 1.0 in a healthy run."""
         return self.peak_learning_rate / self.learning_rate
 
     def learning_rate_at(self, optimizer_step: int) -> float:
@@ -85,7 +85,7 @@ def plan_schedule(
     (10, 50)
 
     Args:
-        num_rows: conversations that are trained on, after any are dropped.
+        num_rows: examples that are trained on, without dropped rows.
         warmup_steps: optimizer steps; wins over `warmup_ratio`.
         warmup_ratio: share of all optimizer steps, rounded up.
         max_steps: replaces `num_train_epochs`; may stop inside an epoch or go past it.

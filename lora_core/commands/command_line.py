@@ -28,7 +28,7 @@ _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, 
 def run_command(command: Callable[[], None]) -> int:
     """Run a command; returns its exit code.
 
-    0 done, 1 a fault while running, 2 a configuration or data error, 3 a contract did not hold (verify), 75 stopped by
+    0 done, 1 a fault while running, 2 a configuration or data error, 3 a check failed (verify), 75 stopped by
     a signal with a checkpoint written, 130 interrupted at once.
     """
     sys.excepthook = _print_fault

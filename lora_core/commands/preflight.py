@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def _run(arguments: Namespace) -> None:
             finding_of,
             look_at_run,
             refuse_errors,
+            refused_errors,
             report,
             run_checks,
         )
@@ -48,11 +50,15 @@ def _run(arguments: Namespace) -> None:
     if arguments.json:
         print(json.dumps(values_without_secrets(report(facts, findings))))
     else:
-        print(showable(describe(facts)))
-        print(showable("\n".join(map(str, findings)) or "nothing found"))
+        # Refused errors are printed below, as the reason not to start.
+        refused = refused_errors(findings, config.preflight.allow)
+        lines = [str(finding) for finding in findings if finding not in refused] if findings else ["nothing found"]
+        print(showable("\n".join([describe(facts), *lines])))
     if arguments.write:
-        fixed = apply_fixes(arguments.cfg, arguments.overrides, arguments.model, *run)
+        fixed, applied = apply_fixes(arguments.cfg, arguments.overrides, arguments.model, *run)
         write_text(Path(arguments.write), fixed.to_yaml())
+        written = f"wrote {arguments.write}: {' '.join(applied) or 'no fix to apply'}"
+        print(showable(written), file=sys.stderr if arguments.json else sys.stdout)
     refuse_errors(findings, config.preflight.allow)
 
 

@@ -1,4 +1,4 @@
-"""`lora-core verify`: the contracts on the user's own model and rows."""
+"""`lora-core verify`: lora_core checked on the user's own model and rows."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def _run(arguments: Namespace) -> None:
         result = verify(config, say=lambda line: print(line, file=sys.stderr, flush=True))
     except LoraCoreError as error:
         if arguments.json:
-            print(json.dumps({"settings": [], "checks": [], "held": None, "error": str(error)}))
+            print(json.dumps({"settings": [], "checks": [], "passed": None, "error": str(error)}))
         raise
     print(json.dumps({**result.to_dict(), "error": None}) if arguments.json else result)
-    result.refuse_broken()
+    result.refuse_failed()
 
 
 COMMAND = Command("masks, gradients, plan, resume and reload, checked on my model and rows", _add_arguments, _run)

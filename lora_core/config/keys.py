@@ -46,34 +46,40 @@ def config_keys() -> dict[str, str]:
     return keys
 
 
+_KINDS = {"integer": "int", "number": "float", "boolean": "bool", "string": "str", "null": "null"}
+
+
 def _allowed(schema: Mapping[str, Any]) -> str:
-    """A JSON schema in words."""
+    """A JSON schema in words: `a float in (0, 1]`, `an int >= 1 or null`, `one of a|b`, `a list of str`."""
     if "anyOf" in schema:
         return " or ".join(_allowed(option) for option in schema["anyOf"])
     if "enum" in schema:
-        return "|".join(schema["enum"])
+        return f"one of {'|'.join(schema['enum'])}"
     if "const" in schema:
         return str(schema["const"])
     if schema["type"] == "array":
-        return f"list of {_allowed(schema['items'])}s"
-    words = {
-        "integer": "whole number",
-        "number": "number",
-        "boolean": "true|false",
-        "string": "text",
-        "null": "null",
-    }
+        return f"a list of {_KINDS[schema['items']['type']]}"
+    kind = _KINDS[schema["type"]]
+    with_article = kind if kind == "null" else f"{'an' if kind == 'int' else 'a'} {kind}"
+    return f"{with_article} {_interval(schema)}".strip()
+
+
+def _interval(schema: Mapping[str, Any]) -> str:
+    """The limits of a number: `>= 1` with one end, `in (0, 1]` with two."""
     limits = [
-        f"{sign} {schema[key]}"
-        for key, sign in (
-            ("minimum", ">="),
-            ("exclusiveMinimum", ">"),
-            ("maximum", "<="),
-            ("exclusiveMaximum", "<"),
+        (sign, bracket, schema[key])
+        for key, sign, bracket in (
+            ("minimum", ">=", "["),
+            ("exclusiveMinimum", ">", "("),
+            ("maximum", "<=", "]"),
+            ("exclusiveMaximum", "<", ")"),
         )
         if key in schema
     ]
-    return " ".join([words[schema["type"]], " and ".join(limits)]).strip()
+    if len(limits) == 2:
+        (_, opening, low), (_, closing, high) = limits
+        return f"in {opening}{low:g}, {high:g}{closing}"
+    return "".join(f"{sign} {limit:g}" for sign, _, limit in limits)
 
 
 # What the keys are called elsewhere: TRL and transformers, PEFT, Axolotl, LLaMA-Factory, Unsloth.

@@ -27,7 +27,7 @@ _MAX_CONFIG_BYTES = 1_000_000
 class _YamlLoader(yaml.SafeLoader):
     """YAML 1.2 numbers: PyYAML's own rules read `5e-5` as a string because it has no dot.
 
-    No aliases: ten lines of them can stand for more values than fit in memory.
+    No aliases: ten lines of them can mean more values than fit in memory.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -40,7 +40,7 @@ class _YamlLoader(yaml.SafeLoader):
         """No setting is larger than 64 bits, and Python refuses to write out a number of thousands of digits."""
         value = int(super().construct_yaml_int(node))
         if abs(value) >= 2**63:
-            raise yaml.MarkedYAMLError(None, None, "a whole number of more than 64 bits", node.start_mark)
+            raise yaml.MarkedYAMLError(None, None, "an int of more than 64 bits", node.start_mark)
         return value
 
 
@@ -67,7 +67,7 @@ def _flatten(
     for key_node, value_node in node.value:
         place = f"{file}:{key_node.start_mark.line + 1}"
         if not isinstance(key_node, yaml.ScalarNode):
-            problems.append(f"{place}  a key must be a plain word")
+            problems.append(f"{place}  a key must be a plain string")
             continue
         key = f"{prefix}{key_node.value}"
         if key in seen:
@@ -125,10 +125,10 @@ def read_layers(
             "or of a shipped configuration, such as qwen7b"
         )
     parent_path = path.parent / parent.value
-    # A configuration may come from somebody else: it names no file outside its own folder, not by a link either.
+    # A configuration may come from somebody else: it must not name a file outside its own folder, not by a link either.
     if not parent_path.resolve().is_relative_to(path.parent.resolve()):
         raise ConfigError(
-            f"{parent.source}  extends = {quoted(parent.value)}: must lie beside this file; fix: copy it there"
+            f"{parent.source}  extends = {quoted(parent.value)}: must be in the folder of this file; fix: copy it there"
         )
     if not parent_path.is_file():
         parent_path = shipped / f"{parent.value.removesuffix('.yaml')}.yaml"

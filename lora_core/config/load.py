@@ -2,7 +2,7 @@
 
 Settings come in layers: the defaults below, then the YAML that `--cfg` names (with the files it `extends`), then
 `key=value` from the command line. Later layers win. A key that is unknown or ill-typed is refused, with the file
-and line it stands in, what is allowed, and the nearest key that exists; all problems are reported together.
+and line, what is allowed, and the nearest key that exists; all problems are reported together.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lora_core.config.keys import SECTIONS, config_keys, nearest_key
 from lora_core.config.layers import Setting, merge, parse_overrides, read_layers
 from lora_core.config.legacy import is_legacy, legacy_layer
 from lora_core.config.schema import RunConfig
-from lora_core.errors import ConfigError, problem_list
+from lora_core.errors import ConfigError, counted, problem_list
 from lora_core.untrusted.text import quoted
 
 
@@ -55,7 +55,7 @@ def _check(settings: Mapping[str, Setting], problems: list[str]) -> RunConfig | 
 
 
 def _holds_control_characters(value: Any) -> bool:
-    """In a text or a list of texts; half a surrogate pair is one too. No path, name or word has any."""
+    """In a str or a list of str; half a surrogate pair counts too. No path, name or word has any."""
     if isinstance(value, list):
         return any(_holds_control_characters(item) for item in value if isinstance(item, str))
     return isinstance(value, str) and any(unicodedata.category(character) in ("Cc", "Cs") for character in value)
@@ -126,7 +126,7 @@ def load_config(cfg: str | Path, overrides: Sequence[str] = (), model: str | Non
     settings = merge([{"output_dir": Setting(f"outputs/{name}", "default")}, *layers])
     config = _check(settings, problems)
     if problems or config is None:
-        raise ConfigError(problem_list(f"The configuration has {len(problems)} problem(s):", problems))
+        raise ConfigError(problem_list(f"The configuration has {counted(len(problems), 'problem')}:", problems))
     return config
 
 
@@ -145,5 +145,5 @@ def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     }
     changed = _check(merge([settings, parse_overrides(overrides, problems)]), problems)
     if problems or changed is None:
-        raise ConfigError(problem_list(f"The configuration has {len(problems)} problem(s):", problems))
+        raise ConfigError(problem_list(f"The configuration has {counted(len(problems), 'problem')}:", problems))
     return changed

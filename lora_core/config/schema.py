@@ -15,7 +15,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    """Unknown keys are errors and nothing is coerced: `train.bf16: "no"` is a mistake, not a truth."""
+    """Unknown keys are errors and nothing is coerced: `train.bf16: "no"` is a mistake, not false."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
@@ -37,7 +37,7 @@ class ModelConfig(Section):
         default="uint8", description="what nf4 weights are stored as; under FSDP it must be the same as dtype"
     )
     attn_implementation: str = Field(
-        default="sdpa", description="what transformers calls it: sdpa, eager, flash_attention_2"
+        default="sdpa", description="as transformers names it: sdpa, eager, flash_attention_2"
     )
 
 
@@ -57,33 +57,33 @@ class LoraConfig(Section):
 class DataConfig(Section):
     """The rows. Paths are relative to the folder that the command runs in."""
 
-    train_file: str = Field(default="data/train.jsonl", description="chat JSONL, one conversation a line")
-    eval_file: str | None = Field(default=None, description="held-out chat JSONL; not together with eval_fraction")
+    train_file: str = Field(default="data/train.jsonl", description="chat JSONL, one row per line")
+    eval_file: str | None = Field(default=None, description="the eval set, chat JSONL; not together with eval_fraction")
     eval_fraction: Fraction = Field(
-        default=0.0, description="share of the training rows to hold out instead; 0 holds out none"
+        default=0.0, description="share of the rows of train_file that becomes the eval set; 0 is none"
     )
     max_seq_length: PositiveInt = Field(
-        default=1024, description="tokens; a longer row is cut on the right, and counted"
+        default=1024, description="a longer row is truncated to so many tokens, and counted"
     )
     on_bad_row: Literal["error", "skip"] = Field(
-        default="error", description="a row that cannot be read: stop with file:line, or skip and count it"
+        default="error", description="for a row that cannot be read: stop and name file:line, or skip and count it"
     )
     packing: bool = Field(
-        default=True, description="lay conversations end to end in place of padding; same gradient, no token wasted"
+        default=True, description="put examples end to end instead of padding; same gradient, no wasted tokens"
     )
     chat_template: str | None = Field(
-        default=None, description="a Jinja file to use in place of the tokenizer's own template"
+        default=None, description="a Jinja file to use instead of the tokenizer's own template"
     )
     num_proc: PositiveInt | None = Field(
-        default=None, description="processes that encode rows; null is one per core, for large files"
+        default=None, description="processes that encode rows; null is one per core for large files"
     )
     cache_dir: str = Field(default="~/.cache/lora_core/encoded", description="where encoded rows are kept between runs")
 
     @model_validator(mode="after")
-    def _one_held_out_source(self) -> DataConfig:
+    def _one_eval_set(self) -> DataConfig:
         if self.eval_file is not None and self.eval_fraction > 0:
             raise ValueError(
-                f"eval_file={self.eval_file} and eval_fraction={self.eval_fraction} both name held-out rows; "
+                f"eval_file={self.eval_file} and eval_fraction={self.eval_fraction} both name an eval set; "
                 "fix: data.eval_fraction=0, or data.eval_file=null"
             )
         return self
@@ -94,17 +94,15 @@ class TrainConfig(Section):
 
     num_train_epochs: PositiveInt = Field(default=3, description="passes over the training rows")
     max_steps: PositiveInt | None = Field(
-        default=None, description="optimizer steps; in place of num_train_epochs when set"
+        default=None, description="optimizer steps; replaces num_train_epochs when set"
     )
-    per_device_train_batch_size: PositiveInt = Field(default=2, description="conversations per micro-batch and device")
-    per_device_eval_batch_size: PositiveInt = Field(
-        default=8, description="conversations per evaluation batch and device"
-    )
+    per_device_train_batch_size: PositiveInt = Field(default=2, description="examples per device and micro-batch")
+    per_device_eval_batch_size: PositiveInt = Field(default=8, description="examples per device and evaluation batch")
     max_tokens_per_device_batch: PositiveInt | None = Field(
-        default=None, description="of a packed micro-batch; null is per_device_train_batch_size x max_seq_length"
+        default=None, description="tokens of a packed micro-batch; null is per_device_train_batch_size x max_seq_length"
     )
     gradient_accumulation_steps: PositiveInt = Field(default=4, description="micro-batches per optimizer step")
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(default=5e-5, description="at the end of warmup")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(default=5e-5, description="peak, at the end of warmup")
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
         default=None, description="optimizer steps of linear warmup; not together with warmup_ratio"
     )
@@ -120,11 +118,11 @@ class TrainConfig(Section):
     )
     bf16: bool | Literal["auto"] = Field(
         default=True,
-        description="compute under bfloat16 autocast; auto is true where the device has instructions for it, else all "
-        "of the run is float32",
+        description="compute under bfloat16 autocast; auto: true where the device has bfloat16 instructions, else the "
+        "whole run is float32",
     )
     gradient_checkpointing: bool = Field(
-        default=False, description="recompute activations in the backward: less memory, more time"
+        default=False, description="recompute activations in the backward pass: less memory, more time"
     )
     torch_compile: bool = Field(
         default=False,
@@ -142,34 +140,33 @@ class TrainConfig(Section):
         default=2, description="checkpoints to keep, the newest ones, and the best beside them"
     )
     on_save_error: Literal["error", "continue"] = Field(
-        default="error", description="a checkpoint that cannot be written: stop, or say so and go on"
+        default="error", description="for a checkpoint that cannot be written: stop, or warn and continue"
     )
     keep_adapter: Literal["last", "best"] = Field(
-        default="last", description="which goes into adapter/: the last step's, or that of the lowest held-out loss"
+        default="last", description="which adapter is saved in adapter/: of the last step, or of the lowest eval loss"
     )
     early_stopping_patience: PositiveInt | None = Field(
         default=None,
-        description="evaluations in a row without a lower held-out loss before the run ends; null runs to the end",
+        description="evaluations in a row without a lower eval loss before the run stops; null never stops early",
     )
     max_skipped_steps: PositiveInt = Field(
         default=3,
-        description="steps in a row, left out for a loss or gradient that is not finite, at which the run stops",
+        description="the run stops after so many skipped steps in a row (loss or gradient not finite)",
     )
     auto_batch_size: bool = Field(
-        default=False,
-        description="cut steps into smaller micro-batches where memory is short; same steps, same gradient",
+        default=False, description="use smaller micro-batches where memory is short; same steps, same gradient"
     )
     rank_timeout_s: PositiveInt = Field(
-        default=1800, description="seconds that ranks wait for each other before they take one for lost"
+        default=1800, description="seconds that ranks wait for each other before they report one as lost"
     )
     num_sample_replies: Annotated[int, Field(ge=0)] = Field(
-        default=3, description="held-out prompts answered before and after training"
+        default=3, description="prompts of the eval set answered before and after training"
     )
     sample_max_new_tokens: PositiveInt = Field(default=64, description="tokens per sample reply, greedy")
 
     @model_validator(mode="before")
     @classmethod
-    def _one_warmup_said(cls, values: Any) -> Any:
+    def _one_warmup_set(cls, values: Any) -> Any:
         """One kind of warmup, where only that one is set, replaces the other's default."""
         if isinstance(values, dict) and values.get("warmup_steps") is not None and "warmup_ratio" not in values:
             return {**values, "warmup_ratio": None}
@@ -188,7 +185,7 @@ class TrainConfig(Section):
 class PreflightConfig(Section):
     """The checks before the first step."""
 
-    allow: list[str] = Field(default=[], description="ids of errors to run in spite of, such as warmup_past_end")
+    allow: list[str] = Field(default=[], description="ids of errors to ignore, such as warmup_past_end")
 
 
 class RunConfig(Section):
@@ -203,7 +200,7 @@ class RunConfig(Section):
     overwrite_output_dir: bool = Field(default=False, description="replace an earlier run in output_dir")
 
     @model_validator(mode="after")
-    def _held_out_rows_where_they_decide(self) -> RunConfig:
+    def _eval_set_where_it_decides(self) -> RunConfig:
         decides = [
             f"train.{name}={value}"
             for name, value in (
@@ -214,7 +211,7 @@ class RunConfig(Section):
         ]
         if decides and self.data.eval_file is None and self.data.eval_fraction == 0:
             raise ValueError(
-                f"{' and '.join(decides)} goes by held-out loss, and there are no held-out rows; fix: "
+                f"{' and '.join(decides)} needs an eval loss, and there is no eval set; fix: "
                 "data.eval_fraction=0.1, or data.eval_file=FILE"
             )
         return self

@@ -1,15 +1,15 @@
-"""Conversation -> (input_ids, loss_mask), through the model's own chat template.
+"""`Conversation` -> (input_ids, loss_mask), through the model's own chat template.
 
-What is supervised: each assistant turn as the template shows it, and the token that ends the turn. Nothing else.
+The loss tokens: each assistant turn as the template shows it, and the token that ends the turn. Nothing else.
 
     text    <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n
     mask    ........................................................11111111111111..
 
-How it is found, for any template, with or without `{% generation %}`: the conversation is rendered a second time
-with a marker in place of each turn. What stands between the markers is the template's own frame, and the real text
+How it is found, for any template, with or without `{% generation %}`: the row is rendered a second time
+with a marker in place of each turn. What is between the markers is the template's own frame, and the real text
 must be exactly frame, turn, frame, turn, ..., frame. Where it is not (some templates move a system turn, or indent a
 tool's answer), markers take the place of the assistant's turns alone. Where a template treats turns too differently for
-that, the turn is what follows the generation prompt; and where none of it holds, the row is refused. The mask is
+that, the turn is what follows the generation prompt; and where none of these works, the row is refused. The mask is
 never guessed.
 
 Text that looks like a control token (`<|im_end|>` typed by a user) is encoded as the characters it is.
@@ -40,14 +40,14 @@ _ROLES_REMEMBERED = 1_000
 
 @dataclass(frozen=True)
 class EncodedChat:
-    """A conversation as the model sees it."""
+    """A row as the model sees it."""
 
     input_ids: list[int]
     """(T,) token ids."""
     loss_mask: list[bool]
-    """(T,) True where the token is supervised: the model is to learn to produce it."""
+    """(T,) True for the loss tokens: the model learns to produce these."""
     holds_special_text: bool = False
-    """The row's own text looks like a special token somewhere; it was encoded as the characters it is."""
+    """The row's own text contains what looks like a special token; it was encoded as plain characters."""
     cut_at_border: bool = False
     """A token would have reached across the start of an assistant turn; the text was cut there."""
 
@@ -63,7 +63,7 @@ class _Span:
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None
 ) -> EncodedChat:
-    """Encode one conversation. `show_chat` prints the result with the supervised tokens coloured.
+    """Encode one row. `show_chat` prints the result with the loss tokens coloured.
 
     Args:
         messages: `{"role": ..., "content": ...}` turns, in any shape that a row may have.
@@ -71,8 +71,8 @@ def encode_chat(
 
     Raises:
         RowError: a message is malformed.
-        ConfigError: the template takes too much time, memory or room.
-        ChatTemplateError: the template refuses the conversation, or its mask would not be exact.
+        ConfigError: the template takes too much time or memory, or writes too much.
+        ChatTemplateError: the template refuses the row, or its mask would not be exact.
     """
     conversation = parse_row({"messages": list(messages), "tools": tools})
     result = ChatEncoder(tokenizer).encode_batch([conversation])[0]
@@ -82,18 +82,18 @@ def encode_chat(
 
 
 def show_chat(tokenizer: PreTrainedTokenizerBase, encoded: EncodedChat) -> str:
-    """The tokens as text for a terminal: supervised ones green, the others dim, a bar between tokens."""
+    """The tokens as text for a terminal: loss tokens green, the others dim, a bar between tokens."""
     pieces = []
-    for token, supervised in zip(encoded.input_ids, encoded.loss_mask, strict=True):
+    for token, is_loss_token in zip(encoded.input_ids, encoded.loss_mask, strict=True):
         # Control characters in training text must not reach the terminal.
         text = "⏎".join(map(printable, str(tokenizer.decode([token])).split("\n")))
         newline = "\n" if "⏎" in text else ""
-        pieces.append(f"\x1b[{'32;1' if supervised else '2'}m{text}\x1b[0m{newline}")
+        pieces.append(f"\x1b[{'32;1' if is_loss_token else '2'}m{text}\x1b[0m{newline}")
     return "|".join(pieces)
 
 
 class ChatEncoder:
-    """`encode_chat` for many conversations with one tokenizer."""
+    """`encode_chat` for many rows with one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.is_fast:
@@ -118,10 +118,10 @@ class ChatEncoder:
         self._frames_by_roles: dict[tuple[str, ...], list[str] | None] = {}
 
     def encode_batch(self, conversations: Sequence[Conversation]) -> list[EncodedChat | RowError]:
-        """One result per conversation, in order; a `RowError` where it cannot be encoded.
+        """One result per row, in order; a `RowError` where it cannot be encoded.
 
         Raises:
-            ConfigError: the template takes too much time, memory or room. No row can be trusted to it then.
+            ConfigError: the template takes too much time or memory, or writes too much. No row can be trusted to it.
         """
         results: list[EncodedChat | RowError | None] = [None] * len(conversations)
         plans: list[tuple[int, str, list[_Span], dict[str, str]]] = []
@@ -164,7 +164,7 @@ class ChatEncoder:
         return apply_template(self.tokenizer, messages, tools, add_generation_prompt)
 
     def _spans_between_frames(self, text: str, conversation: Conversation) -> list[tuple[int, int]] | None:
-        """Assistant turns as what lies between the template's frames; None if the text is not built that way."""
+        """Assistant turns as what is between the template's frames; None if the text is not built that way."""
         messages, tools = conversation.messages, conversation.tools
         if not tools and all(message.keys() == {"role", "content"} for message in messages):
             spans = _turns_between(text, self._frames_of_all(messages), messages)
@@ -186,7 +186,7 @@ class ChatEncoder:
         return self._frames_by_roles[roles]
 
     def _frames(self, text: str, messages: list[Message], tools: Any, roles: set[str]) -> list[str] | None:
-        """What the template writes around the turns of these roles; None if that is not to be told."""
+        """What the template writes around the turns of these roles; None if that cannot be determined."""
         # Doubled, not counted up: a text that holds them all would have no end.
         word = "TurnMarker"
         while word in text:
@@ -201,7 +201,7 @@ class ChatEncoder:
                 marked.append(message)
         try:
             rest = self.apply_template(marked, tools)
-        except ChatTemplateError:  # such as one that wants a tool's answer to follow a call
+        except ChatTemplateError:  # for example one that requires a tool's answer to follow a call
             return None
         if re.findall(rf"{word}\d+x", rest) != markers:
             return None
@@ -247,8 +247,8 @@ class ChatEncoder:
         match = self._turn_end.match(text, end)
         if match is None:
             raise ChatTemplateError(
-                f"the chat template ends an assistant turn with {text[end : end + 20]!r}, which is no special token: "
-                "the model would not learn to stop; fix: data.chat_template=FILE.jinja that puts "
+                f"the chat template ends an assistant turn with {text[end : end + 20]!r}, which is not a special "
+                "token: the model would not learn to stop; fix: data.chat_template=FILE.jinja that puts "
                 f"{self.tokenizer.eos_token!r} after each assistant turn"
             )
         return match.end()
@@ -325,9 +325,9 @@ class ChatEncoder:
             piece_ids = self._ids(hidden[piece], as_plain_text=True) if piece in hidden else self._ids(piece)
             while span.end <= start:
                 span = next(turns)
-            supervised = span.start <= start
+            is_in_turn = span.start <= start
             ids += piece_ids
-            mask += [supervised] * len(piece_ids)
+            mask += [is_in_turn] * len(piece_ids)
         return EncodedChat(ids, mask, bool(hidden), cut_at_border)
 
 
@@ -336,7 +336,7 @@ def _last_flags(items: Sequence[Any]) -> list[bool]:
 
 
 def _turns_between(text: str, frames: list[str] | None, turns: Sequence[Message]) -> list[tuple[int, int]] | None:
-    """Where each turn stands in the text, if that is exactly frame, turn, frame, ..., turn, frame; None if not."""
+    """Where each turn is in the text, if that is exactly frame, turn, frame, ..., turn, frame; None if not."""
     if frames is None or not text.startswith(frames[0]):
         return None
     position = len(frames[0])
@@ -359,7 +359,7 @@ def _turn_end_before_frame(text: str, start: int, message: Message, frame: str, 
             if text.startswith(shown + frame, start) and (not is_last or end + len(frame) == len(text)):
                 return end
         return None
-    # The template writes the call in a form of its own: it is all that stands before the next frame.
+    # The template writes the call in a form of its own: it is everything before the next frame.
     if is_last:
         end = len(text) - len(frame)
         return end if end >= start and text.endswith(frame) else None
@@ -368,7 +368,7 @@ def _turn_end_before_frame(text: str, start: int, message: Message, frame: str, 
 
 
 def _mask_tokens(offsets: Sequence[tuple[int, int]], spans: Sequence[_Span]) -> list[bool] | None:
-    """Which tokens lie in a span; None if a token reaches across a span's start.
+    """Which tokens are in a span; None if a token reaches across a span's start.
 
     Tokens tile the text. Some tokenizers leave a token's leading space out of its offsets, so a token starts where
     the one before it ended (several tokens of one character share that character's offsets).

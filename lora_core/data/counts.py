@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from lora_core.errors import DataError, counted, problem_list
+from lora_core.errors import DataError, counted, lines_of, problem_list
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,16 +25,16 @@ class RowCounts:
     dropped_bad: int
     """Could not be read or encoded (only with on_bad_row=skip)."""
     dropped_unsupervised: int
-    """Nothing to learn from is left, such as when the answer lies past max_seq_length."""
+    """No loss token is left, for example because the answer comes after max_seq_length."""
     truncated: int
-    """Rows that were cut at max_seq_length; among the kept ones and the unsupervised ones."""
+    """Rows that were truncated to max_seq_length; kept ones, and dropped ones without loss tokens."""
     truncated_tokens: int
     truncated_supervised_tokens: int
     tokens: int
-    """In kept rows, after cutting."""
+    """In kept rows, after truncation."""
     supervised_tokens: int
     longest: int
-    """Tokens of the longest row before cutting."""
+    """Tokens of the longest row before truncation."""
 
     @property
     def dropped(self) -> int:
@@ -48,12 +48,12 @@ class RowCounts:
         if self.dropped_bad:
             text += f", {self.dropped_bad:,} dropped as unreadable"
         if self.dropped_unsupervised:
-            text += f", {self.dropped_unsupervised:,} dropped with nothing supervised"
-        text += f"; {self.tokens:,} tokens, {self.supervised_tokens:,} of them supervised"
+            text += f", {self.dropped_unsupervised:,} dropped without loss tokens"
+        text += f"; {self.tokens:,} tokens, {self.supervised_tokens:,} of them loss tokens"
         if self.truncated:
             text += (
-                f"; {counted(self.truncated, 'row')} cut at the right, losing {self.truncated_tokens:,} tokens "
-                f"({self.truncated_supervised_tokens:,} supervised)"
+                f"; {counted(self.truncated, 'row')} truncated, losing {counted(self.truncated_tokens, 'token')} "
+                f"({counted(self.truncated_supervised_tokens, 'loss token')})"
             )
         return text
 
@@ -65,18 +65,20 @@ class RowFacts:
     line: npt.NDArray[np.int64]
     """1-based line in the file."""
     length: npt.NDArray[np.int64]
-    """Tokens before cutting; 0 for an unreadable row."""
+    """Tokens before truncation; 0 for an unreadable row."""
     is_bad: npt.NDArray[np.bool_]
     is_unsupervised: npt.NDArray[np.bool_]
     lost_supervised: npt.NDArray[np.int64]
-    """Supervised tokens past max_seq_length."""
+    """Loss tokens past max_seq_length."""
     has_empty_reply: npt.NDArray[np.bool_]
     """An assistant turn without text and without tool calls."""
     holds_special_text: npt.NDArray[np.bool_]
     cut_at_border: npt.NDArray[np.bool_]
     has_doubled_bos: npt.NDArray[np.bool_]
+    has_system_turn: npt.NDArray[np.bool_]
+    """Of its own; False for an unreadable row."""
     exact_key: npt.NDArray[np.int64]
-    """Hash of the row's tokens before cutting."""
+    """Hash of the row's tokens before truncation."""
     text_key: npt.NDArray[np.int64]
     """Hash of the row's words: case, white space and punctuation left out."""
 
@@ -121,12 +123,13 @@ def account(
         holds_special_text=column("holds_special_text"),
         cut_at_border=column("cut_at_border"),
         has_doubled_bos=column("has_doubled_bos"),
+        has_system_turn=column("has_system_turn"),
         exact_key=column("exact_key"),
         text_key=column("text_key"),
     )
     if bad.any() and on_bad_row == "error":
-        listed = [f"{path}:{line}: {problem}" for line, problem in zip(rows.line[bad], problems[bad], strict=True)]
-        title = f"{path}: {counted(len(listed), 'row')} of {len(bad):,} cannot be used:"
+        title = f"{path}: {int(bad.sum()):,} of {counted(len(bad), 'row')} cannot be used:"
+        listed = _one_line_for_each_problem(path, rows.lines(bad), problems[bad])
         raise DataError(
             problem_list(title, listed) + "\nFix them, or drop and count them with data.on_bad_row=skip",
             "rows_unreadable",
@@ -153,6 +156,18 @@ def account(
             "no_rows_left",
         )
     return EncodedFile(dataset.select_columns(["input_ids", "loss_mask", "line"]), lengths, counts, rows)
+
+
+def _one_line_for_each_problem(path: Path, lines: Sequence[int], problems: Sequence[str]) -> list[str]:
+    """`rows.jsonl:4: PROBLEM`; for a problem of several rows their number and lines, at its first line."""
+    lines_by_problem: dict[str, list[int]] = {}
+    for line, problem in zip(lines, problems, strict=True):
+        lines_by_problem.setdefault(problem, []).append(line)
+    return [
+        f"{path}:{having[0]}: "
+        + (problem if len(having) == 1 else f"{len(having):,} rows: {problem} ({lines_of(having)})")
+        for problem, having in lines_by_problem.items()
+    ]
 
 
 def list_lengths(dataset: Dataset) -> npt.NDArray[np.int64]:

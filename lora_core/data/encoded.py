@@ -1,6 +1,6 @@
 """A chat JSONL -> an encoded dataset on disk, memory-mapped, with every row accounted for.
 
-Only byte offsets of the lines are held in memory (16 bytes a row). Rows are read, encoded in batches over several
+Only byte offsets of the lines are kept in memory (16 bytes a row). Rows are read, encoded in batches over several
 processes, and written to an Arrow file whose name is a hash of all that decides its content: the file's bytes, the
 tokenizer, the template, the length limit and this code. A second start reads that file.
 """
@@ -40,7 +40,7 @@ _MAX_ROW_BYTES = 10_000_000
 
 
 def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[EncodedFile, EncodedFile | None]:
-    """Training rows, and held-out rows if there are any."""
+    """The training set, and the eval set if there is one."""
 
     def encode(path: str) -> EncodedFile:
         return encode_file(
@@ -80,13 +80,13 @@ def encode_file(
     """Encode a chat JSONL, or take the result of an earlier call from `cache_dir`.
 
     Args:
-        max_seq_length: tokens; longer rows are cut on the right.
+        max_seq_length: longer rows are truncated to so many tokens.
         on_bad_row: "error" or "skip".
         num_proc: worker processes; None is one per core when there are enough rows to pay for them.
 
     Raises:
-        DataError: the file is missing, empty or not JSONL; a row is bad (up to 20 are listed, as file:line, unless
-            on_bad_row is "skip"); or no row is left to train on.
+        DataError: the file is missing, empty or not JSONL; a row is bad (up to 20 problems are listed, as
+            file:line, unless on_bad_row is "skip"); or no row is left to train on.
     """
     path = Path(path)
     try:
@@ -116,11 +116,11 @@ def _line_table(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64
     """Start, size in bytes and 1-based number of each line that is not blank."""
     if not path.is_file():
         raise DataError(
-            f"{path}: no such file (looked from {Path.cwd()}); fix: data.train_file=PATH or data.eval_file=PATH",
+            f"{path}: no such file (working folder: {Path.cwd()}); fix: data.train_file=PATH or data.eval_file=PATH",
             "data_file_missing",
         )
     if path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty; it must hold one JSON object a line", "data_file_empty")
+        raise DataError(f"{path}: the file is empty; it must hold one JSON object per line", "data_file_empty")
     starts, sizes, numbers = [], [], []
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         start, number = 0, 0
@@ -139,12 +139,12 @@ def _line_table(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64
             start = end + 1
         if starts and content[starts[0] : starts[0] + 64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
             raise DataError(
-                f'{path}: holds a JSON array; one JSON object a line is needed; fix: python -c "import json; '
+                f'{path}: holds a JSON array, but one JSON object per line is needed; fix: python -c "import json; '
                 f"[print(json.dumps(row)) for row in json.load(open('{path}'))]\" > {path.stem}.jsonl",
                 "data_not_jsonl",
             )
     if not starts:
-        raise DataError(f"{path}: every line is blank; the file must hold one JSON object a line", "data_file_empty")
+        raise DataError(f"{path}: every line is blank; the file must hold one JSON object per line", "data_file_empty")
     return np.array(starts), np.array(sizes), np.array(numbers)
 
 
@@ -192,6 +192,7 @@ def _encode_lines(
             "holds_special_text": Value("bool"),
             "cut_at_border": Value("bool"),
             "has_doubled_bos": Value("bool"),
+            "has_system_turn": Value("bool"),
             "exact_key": Value("int64"),
             "text_key": Value("int64"),
         }
@@ -214,16 +215,16 @@ def _encode_lines(
         if "subprocesses has abruptly died" not in str(error):
             raise
         raise DataError(
-            f"{path}: one of {num_proc} processes that encode rows was killed: for its memory, or for a chat template "
-            "that does not end; fix: data.num_proc=1, or another data.chat_template"
+            f"{path}: one of {num_proc} processes that encode rows was killed: it ran out of memory, or its chat "
+            "template did not end; fix: data.num_proc=1, or another data.chat_template"
         ) from error
 
 
 @contextmanager
 def _no_tokenizer_threads() -> Iterator[None]:
-    """For processes that are forked here: the tokenizer's threads do not live on in them, and would be waited for.
+    """For processes that are forked here: the tokenizer's threads do not exist in them, and would be waited for.
 
-    datasets says so too when it forks, but leaves it said to the tokenizers of this process after them.
+    datasets sets the same when it forks, but leaves it set for this process afterwards.
     """
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
@@ -271,7 +272,7 @@ def _row_columns(
         mask: list[bool] = []
         encoded_or_not = EncodedChat([], [])
     else:
-        # The first token has nothing before it to be predicted from, so it is never supervised.
+        # The first token has nothing before it to be predicted from, so it is never a loss token.
         ids, mask = encoded.input_ids, [False, *encoded.loss_mask[1:]]
         encoded_or_not = encoded
     bos = encoder.tokenizer.bos_token_id
@@ -286,6 +287,7 @@ def _row_columns(
         "holds_special_text": encoded_or_not.holds_special_text,
         "cut_at_border": encoded_or_not.cut_at_border,
         "has_doubled_bos": bos is not None and ids[:2] == [bos, bos],
+        "has_system_turn": isinstance(parsed, Conversation) and _has_system_turn(parsed),
         "exact_key": _key(np.array(ids, dtype=np.int32).tobytes()),
         "text_key": _key(_words(parsed).encode()) if isinstance(parsed, Conversation) else 0,
     }
@@ -298,8 +300,12 @@ def _has_empty_reply(conversation: Conversation) -> bool:
     )
 
 
+def _has_system_turn(conversation: Conversation) -> bool:
+    return any(message["role"] == "system" for message in conversation.messages)
+
+
 def _words(conversation: Conversation) -> str:
-    """A conversation with case, white space and punctuation left out: what two copies of a row have in common."""
+    """A row's text without case, white space and punctuation: what near duplicates have in common."""
     turns = (f"{message['role']} {message['content']}" for message in conversation.messages)
     return " ".join(re.findall(r"\w+", " ".join(turns).casefold()))
 
@@ -319,7 +325,7 @@ def _parse_line(raw: bytes) -> Conversation | RowError:
 
 
 def hold_out(encoded: EncodedFile, fraction: float, seed: int) -> tuple[EncodedFile, EncodedFile]:
-    """Split off a seeded share of the rows: (train, held out). At least one row goes to each side.
+    """Split off a seeded share of the rows: (training set, eval set). At least one row goes to each side.
 
     Raises:
         DataError: there are fewer than two rows.
@@ -327,7 +333,7 @@ def hold_out(encoded: EncodedFile, fraction: float, seed: int) -> tuple[EncodedF
     num_rows = len(encoded.lengths)
     if num_rows < 2:
         raise DataError(
-            f"data.eval_fraction={fraction} needs at least 2 rows, there is {num_rows}; fix: data.eval_fraction=0"
+            f"data.eval_fraction={fraction} needs at least 2 rows, and {num_rows} was kept; fix: data.eval_fraction=0"
         )
     num_held_out = min(num_rows - 1, max(1, round(num_rows * fraction)))
     order = np.random.default_rng([seed, 0xE7A1]).permutation(num_rows)

@@ -24,13 +24,13 @@ class MaskReading:
     problem: str | None
     place_is_known: bool = True
     """False: the template shows earlier turns differently later on (or has none of its own for a tool call), so that
-    the turns were compared by text and order, and not by where they stand."""
+    the turns were compared by text and order, and not by position."""
 
 
 class MaskReader:
     """Reads a mask back, without knowing how `chat.py` made it.
 
-    From the row, the turns' contents; from the template, the whole text and what stands before each turn; from the
+    From the row, the turns' contents; from the template, the whole text and what comes before each turn; from the
     tokenizer, the special tokens. The decoded tokens must agree with all three.
     """
 
@@ -40,7 +40,7 @@ class MaskReader:
         self._specials = sorted(specials | set(tokenizer.all_special_tokens), key=len, reverse=True)
 
     def read(self, conversation: Conversation, encoded: EncodedChat) -> MaskReading:
-        """Read one row that was not cut."""
+        """Read one row that was not truncated."""
         shown = self._render(conversation.messages, conversation)
         if shown is None:
             return MaskReading("the chat template refuses it now")
@@ -50,17 +50,15 @@ class MaskReader:
         if same(text) != same(shown):
             return MaskReading(f"its tokens read {_shortened(text)!r}, the template writes {_shortened(shown)!r}")
         replies = self._replies(conversation, shown)
-        supervised = same(
-            self._decode([t for t, flag in zip(encoded.input_ids, encoded.loss_mask, strict=True) if flag])
-        )
+        trained = same(self._decode([t for t, flag in zip(encoded.input_ids, encoded.loss_mask, strict=True) if flag]))
         assistants = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
         pattern = "".join(
             self._turn(conversation.messages[i], reply, same) for i, reply in zip(assistants, replies, strict=True)
         )
-        if re.fullmatch(pattern, supervised, re.DOTALL) is None:
+        if re.fullmatch(pattern, trained, re.DOTALL) is None:
             contents = " | ".join(conversation.messages[i]["content"] for i in assistants)
             return MaskReading(
-                f"supervised is {_shortened(supervised)!r}, the assistant's turns are {_shortened(contents)!r}"
+                f"the loss tokens read {_shortened(trained)!r}, the assistant's turns are {_shortened(contents)!r}"
             )
         starts = _starts(encoded.loss_mask)
         place_is_known = len(starts) == len(assistants)
@@ -71,13 +69,13 @@ class MaskReader:
                 here = same(self._decode(encoded.input_ids[:start]))
                 if before is not None and not here.startswith(same(before)):
                     return MaskReading(
-                        f"turn {index + 1} is supervised too early, from {_shortened(here, from_end=True)!r} on"
+                        f"the loss tokens of turn {index + 1} begin early, after {_shortened(here, from_end=True)!r}"
                     )
         return MaskReading(None, place_is_known)
 
     def _turn(self, message: Message, reply: str | None, same: Callable[[str], str]) -> str:
-        """A regular expression for a supervised turn: the content, with or without the white space at its ends, or the
-        whole of what the template writes after the prompt; and the special tokens that end it."""
+        """A regular expression for the loss tokens of a turn: the content, with or without the white space at its ends,
+        or all that the template writes after the prompt; and the special tokens that end it."""
         content = message["content"]
         forms = [content, content.strip(), content.lstrip(), content.rstrip()]
         alternatives = [] if "tool_calls" in message else [re.escape(same(form)) for form in dict.fromkeys(forms)]
@@ -91,7 +89,7 @@ class MaskReader:
 
     def _replies(self, conversation: Conversation, shown: str) -> list[str | None]:
         """For each assistant turn what the template writes after the prompt, up to the special tokens that end it; None
-        where the template shows it otherwise in the whole conversation."""
+        where the template shows it differently in the whole row."""
         special = re.compile("|".join(map(re.escape, self._specials)) or r"(?!)")
         replies: list[str | None] = []
         for index, message in enumerate(conversation.messages):
@@ -107,7 +105,7 @@ class MaskReader:
         return replies
 
     def _before(self, conversation: Conversation, index: int, shown: str) -> str | None:
-        """What the template writes before a turn: the generation prompt with it, if the whole conversation has it."""
+        """What the template writes before a turn: the generation prompt with it, if the whole row has it."""
         for with_prompt in (True, False):
             before = self._render(conversation.messages[:index], conversation, with_prompt)
             if before is not None and shown.startswith(before):
@@ -117,7 +115,7 @@ class MaskReader:
     def _render(self, messages: list[Message], conversation: Conversation, with_prompt: bool = False) -> str | None:
         try:
             return render_chat(self._tokenizer, messages, conversation.tools, with_prompt)
-        except ChatTemplateError:  # such as for a conversation without a question
+        except ChatTemplateError:  # for example for messages without a question
             return None
 
     def _gives_back(self, text: str) -> bool:
@@ -129,7 +127,7 @@ class MaskReader:
 
 
 def _starts(mask: Sequence[bool]) -> list[int]:
-    """Where each run of supervised tokens starts."""
+    """Where each run of loss tokens starts."""
     return [i for i, flag in enumerate(mask) if flag and (i == 0 or not mask[i - 1])]
 
 

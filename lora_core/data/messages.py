@@ -1,6 +1,6 @@
 """One row of a chat file, in any accepted shape, -> `Conversation`.
 
-Accepted rows (JSON objects; keys that are not named here are left alone):
+Accepted rows (JSON objects; keys that are not named here are ignored):
 
     {"messages": [{"role": "user", "content": "..."}, ...]}              roles system, user, assistant, tool
     {"conversations": [{"from": "human", "value": "..."}, ...]}          ShareGPT; role/content too
@@ -38,7 +38,7 @@ _ROLES = {
     "observation": "tool",
 }
 
-# Tools and arguments may be nested so deep. Schemas take ten; templates and Arrow walk them by recursion.
+# Tools and arguments may be nested this deep. Schemas need ten levels; templates and Arrow walk them by recursion.
 _MAX_DEPTH = 50
 
 
@@ -79,7 +79,7 @@ def parse_row(row: Any) -> Conversation:
         raise RowError(f"must be a JSON object, not {_kind(row)}")
     turns = _turns(row)
     if not turns:
-        raise RowError("has no turns; an assistant turn is needed to learn from")
+        raise RowError("has no turns; it needs an assistant turn to train on")
     messages = [_message(turn, number) for number, turn in enumerate(turns, start=1)]
     system = row.get("system")
     if system is not None and system != "":
@@ -87,7 +87,7 @@ def parse_row(row: Any) -> Conversation:
             raise RowError("has both a system key and a system turn; keep one")
         messages.insert(0, {"role": "system", "content": _text(system, "system")})
     if not any(message["role"] == "assistant" for message in messages):
-        raise RowError("has no assistant turn; there is nothing to learn from it")
+        raise RowError("has no assistant turn; it needs one to train on")
     return Conversation(messages, _tools(row.get("tools")))
 
 
@@ -150,7 +150,7 @@ def _text(value: Any, what: str) -> str:
         wrong = [part for part in parts if not isinstance(part, str)]
         value = wrong[0] if wrong else "".join(parts)
     if not isinstance(value, str):
-        raise RowError(f"{what} must be text, not {_kind(value)}")
+        raise RowError(f"{what} must be a string, not {_kind(value)}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -225,9 +225,9 @@ def _check_plain(value: Any, what: str, depth: int = 1) -> None:
         for item in value:
             _check_plain(item, what, depth + 1)
     elif isinstance(value, float) and not math.isfinite(value):
-        raise RowError(f"{what}: {value} is not a number that JSON has")
+        raise RowError(f"{what}: {value} is not a number in JSON")
     elif not (value is None or isinstance(value, (bool, int, float))):
-        raise RowError(f"{what} must be made of JSON's own kinds of values, not {_kind(value)}")
+        raise RowError(f"{what} must hold JSON values only, not {_kind(value)}")
 
 
 def _refuse_constant(name: str) -> None:
@@ -237,7 +237,7 @@ def _refuse_constant(name: str) -> None:
 def _finite_number(text: str) -> float:
     number = float(text)
     if math.isinf(number):
-        raise ValueError(f"{quoted(text)} is larger than any number that Python has")
+        raise ValueError(f"{quoted(text)} is too large for a float")
     return number
 
 
@@ -245,7 +245,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key {quoted(twice)} stands twice in one object")
+        raise ValueError(f"duplicate key {quoted(twice)} in one object")
     return row
 
 
@@ -253,8 +253,8 @@ def _kind(value: Any) -> str:
     names = {
         dict: "an object",
         list: "a list",
-        str: "text",
-        bool: "a truth value",
+        str: "a string",
+        bool: "a bool",
         int: "a number",
         float: "a number",
     }

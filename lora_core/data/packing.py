@@ -1,7 +1,7 @@
-"""Which rows each optimizer step takes, how they are cut into micro-batches, and the tensors of one micro-batch.
+"""Which rows each optimizer step takes, how they are divided into micro-batches, and the tensors of one micro-batch.
 
 Everything here is a function of its arguments: the same seed, epoch and step give the same rows on any machine, so
-a run can be picked up at any step.
+a run can be resumed at any step.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class MicroBatchRows:
 
     rows: RowIndices
     is_filler: bool = False
-    """True when this rank has no row left but others do. It then runs a row with nothing supervised, which adds 0 to
+    """True when this rank has no row left but others do. It then runs a row without loss tokens, which adds 0 to
     the loss: ranks that synchronise gradients must all run the same number of micro-batches."""
 
 
@@ -77,7 +77,7 @@ class Batching:
         return self.per_device_batch_size if self.max_tokens is None else self.max_tokens
 
     def limited(self, limit: int) -> Batching:
-        """Another limit. What a step holds, and so its gradient, stays as it is; it is cut into more micro-batches."""
+        """Another limit. What a step holds, and so its gradient, stays as it is; it takes more micro-batches."""
         if self.max_tokens is None:
             return replace(self, per_device_batch_size=limit)
         return replace(self, max_tokens=limit)
@@ -136,14 +136,14 @@ class BatchPrefetcher:
 
 
 def train_batching(config: RunConfig, pad_token_id: int) -> Batching:
-    """How a run cuts its training steps."""
+    """How a run divides its training steps into micro-batches."""
     train, data = config.train, config.data
     budget = train.max_tokens_per_device_batch or train.per_device_train_batch_size * data.max_seq_length
     return Batching(train.per_device_train_batch_size, pad_token_id, budget if data.packing else None)
 
 
 def eval_batching(config: RunConfig, pad_token_id: int) -> Batching:
-    """How a run cuts its held-out rows."""
+    """How a run divides its eval set into micro-batches."""
     size = config.train.per_device_eval_batch_size
     return Batching(size, pad_token_id, size * config.data.max_seq_length if config.data.packing else None)
 
@@ -208,7 +208,7 @@ def _longest_first(rows: RowIndices, lengths: RowIndices) -> RowIndices:
 def collate(rows: Sequence[dict[str, Any]], pad_token_id: int, is_filler: bool = False) -> dict[str, torch.Tensor]:
     """Rows -> one right-padded micro-batch of (B, T) tensors: input_ids, attention_mask, loss_mask.
 
-    `loss_mask` says what is supervised. It does not look at the ids, so a pad token that equals the EOS token
+    `loss_mask` marks the loss tokens. It does not look at the ids, so a pad token that equals the EOS token
     cannot hide an EOS.
     """
     import torch
@@ -228,13 +228,13 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int, is_filler: bool =
 
 
 def collate_packed(rows: Sequence[dict[str, Any]], is_filler: bool = False) -> dict[str, Any]:
-    """Rows -> one flat row of (1, T) tensors, whole conversations end to end.
+    """Rows -> one flat row of (1, T) tensors, whole examples end to end.
 
         input_ids         a0 a1 a2 b0 b1 c0 c1 c2
         position_ids       0  1  2  0  1  0  1  2
         segment_lengths   (3, 2, 3)
 
-    The first token of a conversation is never supervised: what stands before it belongs to another.
+    The first token of an example is never a loss token: what comes before it belongs to another example.
     """
     import torch
 
@@ -253,5 +253,5 @@ def collate_packed(rows: Sequence[dict[str, Any]], is_filler: bool = False) -> d
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The tensors of a micro-batch on a device; segment lengths stay plain numbers."""
+    """The tensors of a micro-batch on a device; segment lengths stay ints."""
     return {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}

@@ -1,4 +1,4 @@
-"""A conversation as the chat template writes it, with bounds on what the template may do: it is a program."""
+"""A row as the chat template writes it, with bounds on what the template may do: it is a program."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# What a chat template may use for one conversation. Real ones take milliseconds and write some thousand characters of
-# their own and some dozen a turn; the rest is the conversation, which indented JSON makes many times as long.
+# What a chat template may use for one row. Real ones take milliseconds and write some thousand characters of
+# their own and some dozen per turn; the rest is the row, which indented JSON makes many times as long.
 _TEMPLATE_SECONDS = 10.0
 _TEMPLATE_MEMORY_BYTES = 2**29
 _TEMPLATE_BYTES_PER_CHARACTER = 64
@@ -30,11 +30,11 @@ def render_chat(
     tools: list[dict[str, Any]] | None = None,
     add_generation_prompt: bool = False,
 ) -> str:
-    """The conversation as the template writes it.
+    """The messages as the template writes them.
 
     Raises:
-        ConfigError: the template takes too much time, memory or room.
-        ChatTemplateError: it refuses the conversation.
+        ConfigError: the template takes too much time or memory, or writes too much.
+        ChatTemplateError: it refuses the messages.
     """
     with template_limits(tokenizer, [Conversation(list(messages), tools)]) as next_one:
         next_one()
@@ -47,7 +47,7 @@ def template_limits(
 ) -> Iterator[Callable[[], None]]:
     """Bounds on what the template may do: it is a program from a model repository.
 
-    Yields what to call before each conversation, in order: every one has the whole time for itself.
+    Yields what to call before each of them, in order: every one gets the full time.
     """
     characters = [_num_characters(conversation) for conversation in conversations]
     memory_bytes = _TEMPLATE_MEMORY_BYTES + _TEMPLATE_BYTES_PER_CHARACTER * sum(characters)
@@ -74,7 +74,7 @@ def _runaway(tokenizer: PreTrainedTokenizerBase, did: str, conversation: Convers
     characters = counted(_num_characters(conversation), "character")
     return ConfigError(
         f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} (or data.chat_template) {did} on a "
-        f"conversation of {turns} and {characters}; fix: data.chat_template=FILE.jinja, one that ends",
+        f"row of {turns} and {characters}; fix: data.chat_template=FILE.jinja, one that ends",
         "template_runaway",
     )
 
@@ -89,11 +89,11 @@ def apply_template(
             list(messages), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
         )
         assert isinstance(rendered, str)
-        rendered.encode("utf-8")  # half a surrogate pair is no text
+        rendered.encode("utf-8")  # half a surrogate pair is not text
     except MemoryError:
         raise
     except Exception as error:
-        said = str(error)[:500]  # a template can raise the whole conversation
+        said = str(error)[:500]  # a template can raise the whole row
         raise ChatTemplateError(f"the chat template refuses it: {type(error).__name__}: {said}") from error
     if len(rendered) > _TEMPLATE_OWN_CHARACTERS:
         conversation = Conversation(list(messages), tools)

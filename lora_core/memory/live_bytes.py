@@ -12,11 +12,11 @@ from torch.utils._pytree import tree_iter
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storage that is alive while operations run, by component, and keeps the moment of the peak."""
+    """Counts the storage that is alive while operations run, by component, and remembers the peak."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.num_supervised = 0
+        self.num_loss_tokens = 0
         self._at_peak: dict[str, int] = {}
         self._vocab_size = vocab_size
         self._now: dict[str, int] = {}
@@ -49,8 +49,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.nonzero.default:
-            # The one operation whose size depends on values: how many tokens are supervised.
-            result = torch.empty((self.num_supervised, args[0].dim()), dtype=torch.long)
+            # The one operation whose size depends on values: how many loss tokens there are.
+            result = torch.empty((self.num_loss_tokens, args[0].dim()), dtype=torch.long)
         else:
             result = func(*args, **(kwargs or {}))
         for tensor in tree_iter(result):

@@ -21,8 +21,8 @@ class MicroBatch:
     """The shape of one micro-batch."""
 
     lengths: tuple[int, ...]
-    """Tokens of each conversation in it."""
-    num_supervised: int
+    """Tokens of each example in it."""
+    num_loss_tokens: int
     packed: bool
 
     @property
@@ -51,13 +51,15 @@ def largest_micro_batch(config: RunConfig, data: EncodedFile, plan: SchedulePlan
 def largest_cut(
     batching: Batching, rows: npt.NDArray[np.int64], data: EncodedFile, max_seq_length: int, num_processes: int
 ) -> MicroBatch:
-    lengths = np.minimum(data.lengths, max_seq_length)  # a shorter limit may be asked about than rows were cut at
-    supervised_share = data.counts.supervised_tokens / data.counts.tokens
+    lengths = np.minimum(
+        data.lengths, max_seq_length
+    )  # the limit may be shorter than the one that rows were truncated to
+    loss_share = data.counts.supervised_tokens / data.counts.tokens
     cuts = [c for rank in range(num_processes) for c in batching.cut(rows, lengths, num_processes, rank)]
     made = (
         MicroBatch(
             tuple(lengths[cut.rows].tolist()),
-            max(1, round(supervised_share * int(lengths[cut.rows].sum()))),
+            max(1, round(loss_share * int(lengths[cut.rows].sum()))),
             packed=batching.max_tokens is not None,
         )
         for cut in cuts

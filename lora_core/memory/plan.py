@@ -17,6 +17,7 @@ import peft  # noqa: F401  # loaded here so that what it takes is in the process
 from lora_core.config.schema import RunConfig
 from lora_core.data.counts import EncodedFile
 from lora_core.data.packing import eval_batching
+from lora_core.errors import counted
 from lora_core.memory.micro_batch import MicroBatch, largest_cut, largest_micro_batch
 from lora_core.memory.simulate import live_at_peak
 from lora_core.runtime.devices import DeviceMemory
@@ -34,7 +35,7 @@ _CUDA_CONTEXT_BYTES = 768 * 2**20
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Predicted bytes on one device at the moment when most is held."""
+    """Predicted peak bytes on one device."""
 
     device: str
     """cpu or cuda."""
@@ -74,9 +75,9 @@ class MemoryPlan:
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in self.components.items() if size)
         return (
-            f"{self.total_bytes / 2**30:.1f} GiB at the peak of {self.limit_bytes / 2**30:.1f} GiB ({self.device}, "
-            f"micro-batch of {len(self.micro_batch.lengths)} conversations, {self.micro_batch.num_tokens:,} tokens): "
-            f"{parts}"
+            f"predicted peak memory: {self.total_bytes / 2**30:.1f} of {self.limit_bytes / 2**30:.1f} GiB "
+            f"({self.device}, micro-batch of {counted(len(self.micro_batch.lengths), 'example')}, "
+            f"{counted(self.micro_batch.num_tokens, 'token')}): {parts}"
         )
 
 

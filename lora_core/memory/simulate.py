@@ -68,7 +68,7 @@ def _simulate(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         give_fake_weights(model)
-    optimizer = build_optimizer(model, config.train, torch.device("cpu"), lambda _: None)
+    optimizer = build_optimizer(model, config.train, torch.device("cpu"))
     live = LiveBytes(causal_lm_of(model).config.get_text_config().vocab_size)
     with mode:
         for tensor in frozen_tensors(model):
@@ -86,7 +86,7 @@ def _simulate(
         loss = CausalLMLoss(model).train()
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.train.bf16 is not False)
         with live:
-            live.num_supervised = micro_batch.num_supervised
+            live.num_loss_tokens = micro_batch.num_loss_tokens
             with autocast:
                 result = loss(**_fake_batch(micro_batch, device_kind))
             result.loss_sum.backward()
@@ -96,7 +96,7 @@ def _simulate(
             peaks.append(live.take_peak())
             if eval_micro_batch is not None:
                 loss.eval()
-                live.num_supervised = eval_micro_batch.num_supervised
+                live.num_loss_tokens = eval_micro_batch.num_loss_tokens
                 with torch.no_grad(), autocast:
                     loss(**_fake_batch(eval_micro_batch, device_kind))
                 peaks.append(live.take_peak())

@@ -1,4 +1,4 @@
-"""Attention over packed segments: conversations laid end to end in one row, none of which sees another.
+"""Attention over packed segments: examples end to end in one row, none of which sees another.
 
     row       a a a b b c c c c         a may look at     1 . . . . . . . .
     segments  3, 2, 4                                     1 1 . . . . . . .
@@ -63,7 +63,7 @@ def segment_attention(
 
     Args:
         query: (1, heads, T, D); key and value: (1, key heads, T or more, D).
-        segment_lengths: they add up to T. None is one conversation, such as in generation: the keys may then hold
+        segment_lengths: they add up to T. None is one example, such as in generation: the keys may then hold
             earlier positions from a cache.
 
     Returns:
@@ -269,7 +269,7 @@ def _hidden(length: int, num_keys: int, window: int | None, device: torch.device
 
 @torch.no_grad()
 def check_packing(model: nn.Module) -> None:
-    """Check that two conversations in one packed row give what each gives alone, to the model's precision.
+    """Check that two examples in one packed row give what each gives alone, to the model's precision.
 
     Raises:
         ConfigError: they do not; this model cannot be packed.
@@ -290,20 +290,20 @@ def check_packing(model: nn.Module) -> None:
     alone = torch.cat([hidden(s, p, (s.shape[1],)) for s, p in zip(segments, positions, strict=True)])
     try:
         packed = hidden(torch.cat(segments, 1), torch.cat(positions, 1), (7, 5))
-    except RuntimeError as error:  # such as a kernel that this GPU has not
+    except RuntimeError as error:  # for example a kernel that this GPU does not have
         raise ConfigError(
-            f"data.packing=true: {type(causal_lm).__name__} cannot attend over packed conversations on {device}: "
+            f"data.packing=true: {type(causal_lm).__name__} cannot attend over packed examples on {device}: "
             f"{(str(error).splitlines() or [type(error).__name__])[0]}; fix: data.packing=false"
         ) from error
     model.train(was_training)
     difference = ((packed - alone).norm() / alone.norm()).item()
     if not math.isfinite(difference):
         raise ConfigError(
-            f"{type(causal_lm).__name__} gives values that are not finite; fix: another model or model.dtype, its "
-            "weights are broken or do not suit the precision"
+            f"{type(causal_lm).__name__} gives values that are not finite: its weights are damaged or do not suit the "
+            "precision; fix: another model.name_or_path or model.dtype"
         )
     if not difference < 0.05:
         raise ConfigError(
-            f"data.packing=true: {type(causal_lm).__name__} lets packed conversations see each other (their hidden "
+            f"data.packing=true: {type(causal_lm).__name__} lets packed examples see each other (their hidden "
             f"states change by {difference:.1%}); fix: data.packing=false"
         )

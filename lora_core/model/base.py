@@ -43,7 +43,7 @@ def load_tokenizer(config: ModelConfig, chat_template: str | None = None) -> Pre
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             name, revision=config.revision, trust_remote_code=False
         )
-    except Exception as error:  # the files are somebody else's, and transformers raises whatever it trips over
+    except Exception as error:  # the files are somebody else's, and transformers raises many kinds of errors for them
         raise cannot_load("tokenizer", name, error) from error
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
@@ -95,7 +95,7 @@ def load_base_model(config: ModelConfig, device: torch.device, packing: bool = F
         packing: attend within packed segments (in place of SDPA; other implementations find the segments themselves).
 
     Raises:
-        ConfigError: it cannot be found or read, or cannot keep packed conversations apart.
+        ConfigError: it cannot be found or read, or cannot keep packed examples apart.
     """
     from transformers import AutoModelForCausalLM
 
@@ -127,7 +127,7 @@ def keep_4bit_weights_trainable(model: nn.Module) -> None:
     """Keep bitsandbytes from re-packing 4-bit weights for inference on a CPU with AVX512-BF16.
 
     It does so, for good, in the first forward without gradients; after that its matmul has no backward, and an
-    adapter below gets no gradient through the layer: one evaluation, and training goes on with nothing to say so.
+    adapter below gets no gradient through the layer: one evaluation, and training continues without it, silently.
     """
     module: Any
     for module in model.modules():
@@ -136,7 +136,7 @@ def keep_4bit_weights_trainable(model: nn.Module) -> None:
 
 
 def resolve_name(config: ModelConfig) -> str:
-    """`name_or_path` with `~` resolved; a path that looks like one must exist."""
+    """`name_or_path` with `~` resolved; what looks like a path must exist."""
     name = config.name_or_path
     if not name.startswith(("~", "/", "./", "../")):
         return name
@@ -156,19 +156,19 @@ def cannot_load(what: str, name: str, error: Exception) -> ConfigError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if "gated repo" in str(error) or "awaiting a review" in str(error):
         return ConfigError(
-            f"model.name_or_path={name}: the model is gated, and there is no token with access to it. Fix: ask for "
+            f"model.name_or_path={name}: the model is gated, and no token with access was found; fix: request "
             f"access at https://huggingface.co/{name}, then `hf auth login`",
             "model_gated",
         )
     if "trust_remote_code" in str(error):
         return ConfigError(
-            f"model.name_or_path={name}: the {what} is a program in the model's repository, and lora_core runs no code "
-            "from model repositories; fix: a model of a family that transformers itself holds",
+            f"model.name_or_path={name}: the {what} needs code from the model's repository, and lora_core runs no such "
+            "code; fix: a model of a family that transformers supports itself",
             "model_needs_code",
         )
     return ConfigError(
-        f"model.name_or_path={name}: the {what} cannot be loaded: {reason}. Fix: a hub id or a local folder; "
-        "`hf auth login` for a gated model; unset HF_HUB_OFFLINE if it is not cached",
+        f"model.name_or_path={name}: the {what} cannot be loaded: {reason.rstrip('.')}; fix: a hub id or a local "
+        "folder; `hf auth login` for a gated model; unset HF_HUB_OFFLINE if it is not cached",
         "model_unreadable",
     )
 
@@ -197,7 +197,7 @@ def add_adapter(
     """Put a LoRA adapter on the base model: float32, the only thing that trains, its start fixed by `seed`.
 
     Raises:
-        ConfigError: a target module matches nothing; lists what there is.
+        ConfigError: a target module matches nothing; lists the linear layers.
     """
     import peft
 
@@ -237,7 +237,7 @@ def compile_layers(model: PeftModel) -> None:
     device = model.device
     try:
         torch.compile(torch.sin)(torch.zeros(8, device=device))
-    except Exception as error:  # a compiler is missing, or too old, or has no room: each raises its own
+    except Exception as error:  # a compiler is missing, too old, or out of disk space: each raises its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"train.torch_compile=true: torch.compile cannot run on {device}: {reason}; fix: train.torch_compile=false"
@@ -251,10 +251,10 @@ def compile_layers(model: PeftModel) -> None:
 
 
 def check_target_modules(model: nn.Module, target_modules: list[str] | str) -> None:
-    """Every name must match a module; PEFT itself only minds when none does.
+    """Every name must match a module; PEFT itself only complains when none does.
 
     Raises:
-        ConfigError: lists the names that match nothing, and the linear layers that there are.
+        ConfigError: lists the names that match nothing, and the linear layers.
     """
     if isinstance(target_modules, str):
         return

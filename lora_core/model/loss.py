@@ -1,7 +1,7 @@
-"""Cross-entropy on supervised positions only -> sums, never means.
+"""Cross-entropy on loss tokens only -> sums, never means.
 
 A mean of micro-batch means weighs a token by the company it keeps. Sums can be added over micro-batches and ranks
-and divided once, so one optimizer step has the same loss and gradient however it is cut.
+and divided once, so one optimizer step has the same loss and gradient however it is divided into micro-batches.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _LOGITS_PER_CHUNK = 2**23
 
 
 class LossSums(NamedTuple):
-    """Scalars over the supervised tokens of one micro-batch."""
+    """Scalars over the loss tokens of one micro-batch."""
 
     loss_sum: Tensor
-    """Cross-entropy in nats, summed, float32; carries the gradient."""
+    """Cross-entropy, summed, float32; carries the gradient."""
     num_tokens: Tensor
     num_correct: Tensor
     """Tokens whose most likely prediction was right."""
 
 
 class CausalLMLoss(nn.Module):
-    """A causal LM that returns its loss. The vocabulary projection runs for supervised positions only.
+    """A causal LM that returns its loss. The vocabulary projection runs only where loss tokens are predicted.
 
     As a module, so that what wraps a model for several devices (DDP, FSDP) wraps the whole computation.
     """
@@ -43,7 +43,7 @@ class CausalLMLoss(nn.Module):
 
         Args:
             input_ids: (B, T).
-            loss_mask: (B, T), True is supervised. The prediction for position t is made at t - 1, so the mask is read
+            loss_mask: (B, T), True for loss tokens. The prediction for position t is made at t - 1, so the mask is read
                 one place to the right.
             inputs: for the decoder: attention_mask for padded rows; position_ids and segment_lengths for packed ones.
         """
@@ -145,13 +145,13 @@ def check_head(model: nn.Module) -> None:
     model.train(was_training)
     if not bool(own.isfinite().all()):
         raise TrainingError(
-            f"{type(causal_lm).__name__} gives values that are not finite; fix: another model or model.dtype, its "
-            "weights are broken or do not suit the precision"
+            f"{type(causal_lm).__name__} gives values that are not finite: its weights are damaged or do not suit the "
+            "precision; fix: another model.name_or_path or model.dtype"
         )
     difference = (own - ours).abs().max().item()
     if not difference <= 1e-3 * max(1.0, own.abs().max().item()):
         raise TrainingError(
-            f"{type(causal_lm).__name__} computes its logits in a way that lora_core does not know: they differ by "
-            f"{difference:.3g} from its output embedding's. Training would go wrong, so it stops here; "
-            "please report the model"
+            f"{type(causal_lm).__name__} computes its logits in a way that lora_core does not support: they differ by "
+            f"{difference:.3g} from its output embedding's. Training would minimise another loss, so it stops "
+            "here; fix: another model.name_or_path, and please report this model"
         )

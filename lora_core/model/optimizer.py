@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,13 +14,11 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LambdaLR
 
 
-def build_optimizer(
-    model: nn.Module, config: TrainConfig, device: torch.device, say: Callable[[str], None] = print
-) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
     """AdamW over what trains; betas 0.9 and 0.999, epsilon 1e-8.
 
     Paged state (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314) moves to host memory when the GPU runs short,
-    which only means something on a GPU: on a CPU, bitsandbytes' plain 8-bit AdamW runs, and `say` is told.
+    which only means something on CUDA: elsewhere bitsandbytes' plain 8-bit AdamW runs (preflight notes it).
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     settings: dict[str, Any] = {
@@ -35,8 +32,6 @@ def build_optimizer(
         return torch.optim.AdamW(parameters, fused=True, **settings)
     from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
 
-    if config.optim == "paged_adamw_8bit" and device.type != "cuda":
-        say(f"optimizer: paged_adamw_8bit runs as plain 8-bit AdamW on {device.type}; paging needs CUDA")
     paged = config.optim == "paged_adamw_8bit" and device.type == "cuda"
     optimizer: torch.optim.Optimizer = (PagedAdamW8bit if paged else AdamW8bit)(parameters, **settings)
     return optimizer

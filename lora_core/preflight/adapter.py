@@ -10,9 +10,9 @@ from lora_core.preflight.findings import Facts, Finding
 def check_targets_exist(facts: Facts) -> Iterator[Finding]:
     """A name in `lora.target_modules` matches nothing in the model.
 
-    PEFT minds only when none of them does; the others would be trained without it, and nobody would know.
+    PEFT complains only when no name matches; otherwise the run would train without these, silently.
 
-    The finding lists the linear layers that there are.
+    The finding lists the linear layers of the model.
     """
     targets = facts.config.lora.target_modules
     if isinstance(targets, str):
@@ -57,7 +57,7 @@ def check_targets_head(facts: Facts) -> Iterator[Finding]:
 def check_targets(facts: Facts) -> Iterator[Finding]:
     """The adapter sits on the attention's q and v only.
 
-    Adapters on all linear layers learn more from the same rows; on the demo's data the README has the figures.
+    Adapters on all linear layers learn more from the same rows; the README has figures for the demo's data.
 
     Name all seven projections.
     """
@@ -95,7 +95,7 @@ def check_alpha(facts: Facts) -> Iterator[Finding]:
 
 
 def check_learning_rate(facts: Facts) -> Iterator[Finding]:
-    """The learning rate is outside 1e-5 to 1e-3, where LoRA trains.
+    """The learning rate is outside the range in which LoRA trains, 1e-5 to 1e-3.
 
     Below, the adapter hardly moves from zero; above, training diverges.
 
@@ -116,10 +116,10 @@ def check_learning_rate(facts: Facts) -> Iterator[Finding]:
 def check_learning_rate_for_steps(facts: Facts) -> Iterator[Finding]:
     """The run is short, and a higher learning rate learned more where it was measured.
 
-    On the demo (135M parameters, 78 rows, 50 steps, all seven projections) held-out loss fell from 3.42 to 2.87 with
+    On the demo (135M parameters, 78 rows, 50 steps, all seven projections) eval loss fell from 3.42 to 2.87 with
     5e-5, 2.36 with 1e-4, 1.83 with 2e-4 and 1.05 with 5e-4. Other models and rows may differ.
 
-    Nothing has to be done. Try `train.learning_rate=2e-4`, and let held-out loss decide.
+    No action is needed. Try `train.learning_rate=2e-4`, and let eval loss decide.
     """
     plan = facts.plan
     if 30 <= plan.total_optimizer_steps <= 100 and 1e-5 <= plan.learning_rate < 2e-4:
@@ -127,7 +127,7 @@ def check_learning_rate_for_steps(facts: Facts) -> Iterator[Finding]:
             "learning_rate_low_for_steps",
             "note",
             f"train.learning_rate={plan.learning_rate:g} over {plan.total_optimizer_steps} optimizer steps: on the "
-            "demo's 50 steps held-out loss fell from 3.42 to 2.87 with 5e-5, 2.36 with 1e-4, 1.83 with 2e-4, 1.05 with "
+            "demo's 50 steps eval loss fell from 3.42 to 2.87 with 5e-5, 2.36 with 1e-4, 1.83 with 2e-4, 1.05 with "
             "5e-4 (see the README); train.learning_rate=2e-4 is worth a try",
             plan.learning_rate,
             2e-4,
@@ -140,7 +140,7 @@ def check_optimizer(facts: Facts) -> Iterator[Finding]:
 
     bitsandbytes has no kernels for Apple's GPUs, and its 8-bit state cannot be sharded by FSDP. Paging is a CUDA
     feature: elsewhere the same optimizer runs without it, which changes no result. On a CPU its 8 bits cost time: 7% of
-    a step of the demo, for which adamw_torch keeps 6 bytes more a trainable parameter.
+    a step of the demo, for which adamw_torch needs 6 bytes more per trainable parameter.
 
     `train.optim=adamw_torch`: the state of an adapter is small.
     """

@@ -56,8 +56,9 @@ Check = Callable[[Facts], Iterator[Finding]]
 CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_warmup_past_end, {"warmup_past_end": "error"}),
     (check_warmup_long, {"warmup_long": "warning"}),
-    (check_few_steps, {"few_steps": "warning"}),
+    # Before few steps: the usual number of epochs is often enough to cure that too.
     (check_single_pass, {"single_pass": "warning"}),
+    (check_few_steps, {"few_steps": "warning"}),
     (check_batch_larger_than_data, {"batch_larger_than_data": "warning"}),
     (check_small_last_step, {"small_last_step": "note"}),
     (
@@ -93,7 +94,7 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
 ]
 
 ERROR_IDS = tuple(name for _, ids in CHECKS for name, severity in ids.items() if severity == "error")
-# What would only fail later, and less clearly, cannot be allowed.
+# Errors that would only fail later, with a less clear message, cannot be allowed.
 NEVER_ALLOWED = ("targets_missing", "bitsandbytes_missing", "output_dir_taken")
 
 
@@ -102,8 +103,8 @@ def documentation() -> str:
     lines = [
         "# What preflight looks at",
         "",
-        "Made from the docstrings in `lora_core/*_checks.py` by `python docs/write.py`. An error stops a run before",
-        "its first step. Where it is marked *, `preflight.allow=[id]` lets it pass.",
+        "Made from the docstrings in `lora_core/preflight/` by `python docs/write.py`. An error stops a run before",
+        "its first step. `preflight.allow=[id]` ignores one that is marked *.",
         "",
         "| finding | what it means | why it matters | what to do |",
         "|---|---|---|---|",

@@ -8,10 +8,10 @@ from lora_core.preflight.findings import Facts, Finding, gib
 
 
 def check_world_size(facts: Facts) -> Iterator[Finding]:
-    """The launcher was asked for another number of processes than run.
+    """The launcher was asked for another number of processes than are running.
 
-    `accelerate launch --cpu --num_processes 2` starts one process and says nothing: half the batch, twice the steps,
-    and a schedule that is not the one you planned.
+    `accelerate launch --cpu --num_processes 2` silently starts one process: half the batch, twice the steps, and a
+    schedule that is not the one you planned.
 
     On CPUs, `torchrun --nproc_per_node N launch/train.py ...`.
     """
@@ -21,8 +21,8 @@ def check_world_size(facts: Facts) -> Iterator[Finding]:
             "world_size_differs",
             "error",
             f"accelerate launch was asked for {asked} processes, and {running} "
-            f"of them run: on a CPU it starts only one; start the run with: torchrun --nproc_per_node {asked} "
-            "launch/train.py ...",
+            f"{'is' if running == 1 else 'are'} running: on a CPU it starts only one; "
+            f"fix: torchrun --nproc_per_node {asked} launch/train.py ...",
             running,
             asked,
             None,
@@ -30,7 +30,7 @@ def check_world_size(facts: Facts) -> Iterator[Finding]:
 
 
 def check_bf16(facts: Facts) -> Iterator[Finding]:
-    """bfloat16 was asked for and the device has no hardware for it.
+    """`train.bf16` is true and the device has no hardware for bfloat16.
 
     A GPU without it fails or is slower than in float32. A CPU without it emulates it, many times slower than float32.
 
@@ -52,11 +52,11 @@ def check_bf16(facts: Facts) -> Iterator[Finding]:
 
 
 def check_bitsandbytes(facts: Facts) -> Iterator[Finding]:
-    """8-bit AdamW, NF4 or int8 was asked for, and bitsandbytes is not installed.
+    """8-bit AdamW, NF4 or int8 is configured, and bitsandbytes is not installed.
 
     The run would stop when it first needs it, with the model loaded.
 
-    Install it, or do without: `train.optim=adamw_torch`, `model.quantization=none`.
+    Install it, or choose settings that do not need it: `train.optim=adamw_torch`, `model.quantization=none`.
     """
     needs = [
         name
@@ -79,9 +79,9 @@ def check_bitsandbytes(facts: Facts) -> Iterator[Finding]:
 
 
 def check_disk(facts: Facts) -> Iterator[Finding]:
-    """The disk has no room for the checkpoints.
+    """The disk has no space for the checkpoints.
 
-    A run that cannot save what it learned has learned nothing.
+    A run that cannot save its adapter is lost.
 
     Fewer checkpoints, or an `output_dir` on another disk.
     """
@@ -106,9 +106,9 @@ def check_disk(facts: Facts) -> Iterator[Finding]:
 
 
 def check_output_dir(facts: Facts) -> Iterator[Finding]:
-    """The output folder holds an earlier run or other files, or cannot be written.
+    """The output folder contains an earlier run or other files, or cannot be written.
 
-    What is there is never replaced unasked.
+    Nothing in it is replaced unless you ask for it.
 
     Another `output_dir`, or `overwrite_output_dir=true` to replace an earlier run.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,7 +37,7 @@ class Finding:
     limit: Any
     """Where it would be all right."""
     fix: str | None
-    """The overrides that mend it, as the command line takes them, such as `train.warmup_steps=5`."""
+    """The overrides that fix it, as the command line takes them, such as `train.warmup_steps=5`."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -61,12 +61,6 @@ class Facts:
     """For this run's rows, device and processes, under any configuration."""
     memory: MemoryPlan | None
     """Of this run; None where the adapter cannot be put on the model."""
-
-
-def lines_of(lines: Sequence[int]) -> str:
-    """`line 4`, `lines 4, 71`; past 20 only how many more."""
-    shown = ", ".join(f"{line}" for line in lines[:20]) + (f" and {len(lines) - 20:,} more" if len(lines) > 20 else "")
-    return f"line{'' if len(lines) == 1 else 's'} {shown}"
 
 
 def gib(size: float) -> str:

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def check_memory(facts: Facts) -> Iterator[Finding]:
-    """The predicted peak is more than the device has.
+    """The predicted peak memory is more than the device has.
 
-    The run would stop in its first step, or, on a CPU, be killed without a word.
+    The run would stop in its first step, or, on a CPU, be killed without a message.
 
     The fix is the cheapest change that fits: checkpointing (more time, same result), smaller micro-batches (same
     result), NF4, then shorter rows. With `train.auto_batch_size` the run takes smaller micro-batches by itself, if
@@ -29,8 +29,8 @@ def check_memory(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "micro_batches_smaller",
             "note",
-            f"train.auto_batch_size: the run needs {gib(memory.total_bytes)} at its peak and the device has "
-            f"{gib(memory.limit_bytes)}, so a micro-batch holds at most {limit} "
+            f"train.auto_batch_size: predicted peak memory is {gib(memory.total_bytes)} and the device has "
+            f"{gib(memory.limit_bytes)}, so a micro-batch has at most {limit} "
             f"{'tokens' if facts.config.data.packing else 'rows'}; same steps, same gradient",
             memory.total_bytes,
             memory.limit_bytes,
@@ -43,7 +43,7 @@ def check_memory(facts: Facts) -> Iterator[Finding]:
     yield Finding(
         "memory_too_small",
         "error",
-        f"the run needs {gib(memory.total_bytes)} at its peak and the device has {gib(memory.limit_bytes)} "
+        f"predicted peak memory is {gib(memory.total_bytes)} and the device has {gib(memory.limit_bytes)} "
         f"({parts})"
         + (
             f"; with the fix {gib(fixed.total_bytes)}"
@@ -59,14 +59,14 @@ def check_memory(facts: Facts) -> Iterator[Finding]:
 def micro_batch_limit_that_fits(facts: Facts) -> int | None:
     """The limit (tokens where packed, rows where padded) that `train.auto_batch_size` takes so that the run fits.
 
-    None where the run fits as it is, or no limit makes it fit, or it is not asked for.
+    None where the run fits as it is, or no limit makes it fit, or `train.auto_batch_size` is off.
     """
     config, memory = facts.config, facts.memory
     if not config.train.auto_batch_size or memory is None or memory.fits:
         return None
     packed, rows = config.data.packing, config.train.per_device_train_batch_size
     limit = memory.micro_batch.num_tokens if packed else rows
-    smallest = int(facts.train_data.lengths.max()) if packed else 1  # smaller ones would hold one row all the same
+    smallest = int(facts.train_data.lengths.max()) if packed else 1  # smaller ones would still have one row
     while limit > smallest:
         limit = max(limit // 2, smallest)
         overrides = (

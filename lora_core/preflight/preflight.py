@@ -1,6 +1,6 @@
 """Would this run learn anything, and would it run? Facts -> checks -> findings, all at once.
 
-`train` runs the checks before the first step and refuses on an error, unless the error's id stands in
+`train` runs the checks before the first step and refuses on an error, unless the error's id is in
 `preflight.allow`; `launch/preflight.py` runs them alone, with the tokenizer and the model's config and no weights.
 """
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_core.config.load import load_config, with_overrides
-from lora_core.config.schema import RunConfig
+from lora_core.config.schema import DataConfig, RunConfig
 from lora_core.data.counts import EncodedFile
 from lora_core.data.encoded import load_data
 from lora_core.errors import ConfigError, LoraCoreError, PreflightError
@@ -58,7 +58,7 @@ def gather_facts(
 
     try:
         memory = predict(config) if environment.has_bitsandbytes else None
-    except ConfigError:  # a target module that matches nothing; a check says which
+    except ConfigError:  # a target module that matches nothing; a check reports which
         memory = None
     return Facts(config, plan, train_data, eval_data, tokenizer, model, environment, predict, memory)
 
@@ -92,6 +92,11 @@ def finding_of(error: LoraCoreError) -> Finding:
     return Finding(error.finding_id, "error", str(error), None, None, None)
 
 
+def refused_errors(findings: Sequence[Finding], allow: Sequence[str]) -> list[Finding]:
+    """The errors that `allow` does not name."""
+    return [finding for finding in findings if finding.severity == "error" and finding.id not in allow]
+
+
 def refuse_errors(findings: Sequence[Finding], allow: Sequence[str]) -> None:
     """Stop a run that would not learn.
 
@@ -102,13 +107,15 @@ def refuse_errors(findings: Sequence[Finding], allow: Sequence[str]) -> None:
     allowable = [name for name in ERROR_IDS if name not in NEVER_ALLOWED]
     unknown = [name for name in allow if name not in allowable]
     if unknown:
-        raise ConfigError(f"preflight.allow={unknown}: no such error, or none to allow; known: {', '.join(allowable)}")
-    refused = [finding for finding in findings if finding.severity == "error" and finding.id not in allow]
+        raise ConfigError(
+            f"preflight.allow={unknown}: not an error that can be allowed; fix: ids of {', '.join(allowable)}"
+        )
+    refused = refused_errors(findings, allow)
     if refused:
         lines = [f"  {finding}" for finding in refused]
         can_be_allowed = [finding.id for finding in refused if finding.id in allowable]
         if can_be_allowed:
-            lines.append(f"  (to run it all the same: preflight.allow=[{','.join([*allow, *can_be_allowed])}])")
+            lines.append(f"  (to run it anyway: preflight.allow=[{','.join([*allow, *can_be_allowed])}])")
         raise PreflightError("\n".join(["this run is not started:", *lines]))
 
 
@@ -118,20 +125,26 @@ def apply_fixes(
     model: str | None,
     num_processes: int,
     gpu_memory_gib: float | None = None,
-) -> RunConfig:
-    """The configuration with every fix applied; a fix may bring another to light, so until none is new."""
-    applied = list(overrides)
+) -> tuple[RunConfig, list[str]]:
+    """The configuration with the fixes of its findings, and the overrides that they come to.
+
+    One finding's fix at a time, the most severe first, with all checks repeated after it: a fix that removes a second
+    finding leaves nothing to fix there, and one that causes another is followed by that one's.
+    """
+    applied: list[str] = []
     while True:
-        config = load_config(cfg, applied, model)
+        config = load_config(cfg, [*overrides, *applied], model)
         findings = run_checks(look_at_run(config, num_processes, gpu_memory_gib))
-        fixes = [fix for finding in findings if finding.fix for fix in finding.fix.split() if fix not in applied]
-        if not fixes:
-            return config
-        applied += fixes
+        fixes = (finding.fix.split() for finding in findings if finding.fix)
+        fix = next((fix for fix in fixes if not set(fix) <= set(applied)), None)
+        if fix is None:
+            by_key = {override.split("=")[0]: override for override in applied}  # the last one of a key counts
+            return config, list(by_key.values())
+        applied += fix
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What it says
+# What it prints
 
 
 def report(facts: Facts, findings: Sequence[Finding]) -> dict[str, Any]:
@@ -142,12 +155,13 @@ def report(facts: Facts, findings: Sequence[Finding]) -> dict[str, Any]:
         "learning_rates": facts.plan.learning_rates(),
     }
     config = facts.config.data
-    held_out = config.eval_file or f"{config.eval_fraction:g} of {config.train_file}"
     return {
         "plan": plan,
         "data": {
             "train": _describe_file(facts.train_data, config.train_file, config.max_seq_length),
-            "eval": _describe_file(facts.eval_data, held_out, config.max_seq_length) if facts.eval_data else None,
+            "eval": _describe_file(facts.eval_data, eval_source(config), config.max_seq_length)
+            if facts.eval_data
+            else None,
         },
         "memory": facts.memory.to_dict() if facts.memory else None,
         "findings": [finding.to_dict() for finding in findings],
@@ -176,13 +190,12 @@ def describe(facts: Facts) -> str:
     config = facts.config
     lines = [
         f"train: {config.data.train_file}: {facts.train_data.counts}",
-        f"       tokens a row: {_describe_lengths(facts.train_data)}; max_seq_length is {config.data.max_seq_length:,}",
+        f"       tokens per row: {_describe_lengths(facts.train_data)}; max_seq_length {config.data.max_seq_length:,}",
     ]
     if facts.eval_data is not None:
-        source = config.data.eval_file or f"{config.data.eval_fraction:.0%} held out"
-        lines.append(f"eval:  {source}: {facts.eval_data.counts}")
+        lines.append(f"eval:  {eval_source(config.data)}: {facts.eval_data.counts}")
     lines.append(_describe_processes(facts))
-    lines.append(f"memory: {facts.memory}" if facts.memory else "memory: not predicted")
+    lines.append(str(facts.memory or "predicted peak memory: not known"))
     return "\n".join(lines)
 
 
@@ -194,11 +207,11 @@ def _describe_lengths(data: EncodedFile) -> str:
 
 def _describe_processes(facts: Facts) -> str:
     train = facts.config.train
-    lines = ["processes  conversations/step  steps/epoch  steps  warmup  peak learning rate"]
+    lines = ["processes  examples/step  steps/epoch  steps  warmup  peak learning rate"]
     for num_processes in sorted({1, 2, 4, 8, facts.plan.num_processes}):
         plan = plan_for(facts.config, facts.plan.num_rows, num_processes)
         lines.append(
-            f"{num_processes:>9}  {plan.rows_per_optimizer_step:>18}  {plan.optimizer_steps_per_epoch:>11}  "
+            f"{num_processes:>9}  {plan.rows_per_optimizer_step:>13}  {plan.optimizer_steps_per_epoch:>11}  "
             f"{plan.total_optimizer_steps:>5}  {plan.warmup_steps:>6}  {plan.peak_learning_rate:.3g} "
             f"({plan.peak_fraction:.0%})" + ("  <- this run" if num_processes == facts.plan.num_processes else "")
         )
@@ -206,6 +219,11 @@ def _describe_processes(facts: Facts) -> str:
     shown = [rates[i * len(rates) // 60] for i in range(60)] if len(rates) > 60 else rates
     bars = "".join(" ▁▂▃▄▅▆▇█"[round(8 * rate / train.learning_rate)] for rate in shown)
     return "\n".join([*lines, f"learning rate, 0 to {train.learning_rate:g}: |{bars}|"])
+
+
+def eval_source(config: DataConfig) -> str:
+    """Where the eval set comes from: the file, or `10% of data/train.jsonl`."""
+    return config.eval_file or f"{100 * config.eval_fraction:g}% of {config.train_file}"
 
 
 def plan_for(config: RunConfig, num_rows: int, num_processes: int) -> SchedulePlan:

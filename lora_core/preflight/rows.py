@@ -7,16 +7,16 @@ from collections.abc import Iterator
 import numpy as np
 
 from lora_core.data.template import render_chat
-from lora_core.errors import ChatTemplateError, counted
-from lora_core.preflight.findings import Facts, Finding, length_that_keeps, lines_of
+from lora_core.errors import ChatTemplateError, counted, lines_of
+from lora_core.preflight.findings import Facts, Finding, length_that_keeps
 
 
 def check_unreadable(facts: Facts) -> Iterator[Finding]:
-    """Rows are left out because they cannot be read.
+    """Rows are dropped because they cannot be read.
 
-    With `data.on_bad_row=skip` the run goes on without them; without it, it stops and lists them.
+    With `data.on_bad_row=skip` the run continues without them; otherwise it stops and lists them.
 
-    Mend the rows: `data.on_bad_row=error` says what is wrong with each.
+    Fix the rows: `data.on_bad_row=error` says what is wrong with each.
     """
     rows = facts.train_data.rows
     lines = rows.lines(rows.is_bad)
@@ -24,8 +24,8 @@ def check_unreadable(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "rows_unreadable",
             "warning",
-            f"{len(lines)} of {counted(facts.train_data.counts.read, 'row')} are left out, being unreadable "
-            f"({lines_of(lines)})",
+            f"{len(lines)} of {counted(facts.train_data.counts.read, 'row')} cannot be read and "
+            f"{'is' if len(lines) == 1 else 'are'} dropped ({lines_of(lines)})",
             len(lines),
             0,
             None,
@@ -33,9 +33,9 @@ def check_unreadable(facts: Facts) -> Iterator[Finding]:
 
 
 def check_unsupervised(facts: Facts) -> Iterator[Finding]:
-    """Rows are left out because nothing in them is supervised.
+    """Rows are dropped because no loss token is left in them.
 
-    A question longer than `data.max_seq_length` pushes its answer out of sight; what is left teaches nothing.
+    A question longer than `data.max_seq_length` leaves no room for its answer; what is left teaches nothing.
 
     A larger `data.max_seq_length`.
     """
@@ -46,7 +46,9 @@ def check_unsupervised(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "rows_unsupervised",
             "warning",
-            f"{len(lines)} of {counted(facts.train_data.counts.read, 'row')} are left out with nothing supervised "
+            f"{len(lines)} of {counted(facts.train_data.counts.read, 'row')} "
+            f"{'has' if len(lines) == 1 else 'have'} no loss token in the first "
+            f"{facts.config.data.max_seq_length:,} tokens and {'is' if len(lines) == 1 else 'are'} dropped "
             f"({lines_of(lines)})",
             len(lines),
             0,
@@ -55,9 +57,9 @@ def check_unsupervised(facts: Facts) -> Iterator[Finding]:
 
 
 def check_truncation(facts: Facts) -> Iterator[Finding]:
-    """Rows are cut at `data.max_seq_length` and lose what they should teach.
+    """Rows are truncated to `data.max_seq_length` tokens and lose what they should teach.
 
-    What is cut is the end: of the last answer, and with it the token that ends the turn.
+    The end is what is lost: of the last answer, and with it the token that ends the turn.
 
     The finding names the lengths that keep 99% and all of the rows.
     """
@@ -67,10 +69,11 @@ def check_truncation(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "rows_truncated",
             "warning",
-            f"{counts.truncated} of {counted(counts.read, 'row')} ({counts.truncated / counts.read:.1%}) are longer "
-            f"than data.max_seq_length={limit} and are cut, losing {counts.truncated_tokens:,} tokens "
-            f"({counts.truncated_supervised_tokens:,} supervised); {keeps_99:,} keeps 99% of the rows whole, "
-            f"{counts.longest:,} all ({lines_of(rows.lines(rows.length > limit))})",
+            f"{counts.truncated} of {counted(counts.read, 'row')} ({counts.truncated / counts.read:.1%}) "
+            f"{'is' if counts.truncated == 1 else 'are'} truncated to {limit:,} tokens (data.max_seq_length), losing "
+            f"{counted(counts.truncated_tokens, 'token')} ({counted(counts.truncated_supervised_tokens, 'loss token')})"
+            f"; {keeps_99:,} keeps 99% of the rows whole, {counts.longest:,} all "
+            f"({lines_of(rows.lines(rows.length > limit))})",
             limit,
             counts.longest,
             f"data.max_seq_length={counts.longest}",
@@ -80,8 +83,8 @@ def check_truncation(facts: Facts) -> Iterator[Finding]:
 def check_turn_end(facts: Facts) -> Iterator[Finding]:
     """The token that ends the assistant's turns is not one that generation stops at.
 
-    The model learns to end its turn, and whoever runs it does not notice: it goes on talking. Base models with the
-    template of a chat model are the usual case.
+    The model learns to end its turn, but the program that runs it does not notice and keeps generating. The usual case
+    is a base model with the template of a chat model.
 
     Set `eos_token_id` in the generation config where you serve the model, or train the -Instruct model.
     """
@@ -114,12 +117,11 @@ def check_turn_end(facts: Facts) -> Iterator[Finding]:
 
 
 def check_duplicates(facts: Facts) -> Iterator[Finding]:
-    """Rows stand in the file more than once.
+    """The file has duplicate rows: the same tokens as an earlier row.
 
-    A row that stands there twice is trained on twice as often, and one that lands in the held-out share praises
-    memorising.
+    A duplicate row is trained on twice as often, and one that ends up in the eval set rewards memorising.
 
-    Remove the copies, unless they are meant.
+    Remove the duplicates, unless they are intended.
     """
     rows = facts.train_data.rows
     good = np.flatnonzero(~rows.is_bad)
@@ -132,7 +134,7 @@ def check_duplicates(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "rows_duplicated",
             "warning",
-            f"{counted(len(lines), 'row')} said again: the same tokens as an earlier row ({lines_of(lines)})",
+            f"{counted(len(lines), 'duplicate row')} ({lines_of(lines)})",
             len(lines),
             0,
             None,
@@ -152,8 +154,8 @@ def check_empty_replies(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "replies_empty",
             "warning",
-            f"{counted(len(lines), 'row')} with an empty assistant turn ({lines_of(lines)}): the model learns to say "
-            "nothing",
+            f"{counted(len(lines), 'row')} with an empty assistant turn ({lines_of(lines)}): the model learns to reply "
+            "with nothing",
             len(lines),
             0,
             None,
@@ -161,12 +163,12 @@ def check_empty_replies(facts: Facts) -> Iterator[Finding]:
 
 
 def check_special_text(facts: Facts) -> Iterator[Finding]:
-    """The text of rows holds what looks like a special token, such as `<|im_end|>`.
+    """The text of rows contains what looks like a special token, such as `<|im_end|>`.
 
-    It is encoded as the characters it is, so it ends no turn; but a file that holds it has often been through a chat
-    template once already.
+    It is encoded as plain characters, so it ends no turn; but such a file has often been rendered by a chat template
+    already.
 
-    Give the messages, not the rendered text.
+    Provide the messages, not the rendered text.
     """
     rows = facts.train_data.rows
     lines = rows.lines(rows.holds_special_text)
@@ -185,10 +187,10 @@ def check_special_text(facts: Facts) -> Iterator[Finding]:
 def check_doubled_bos(facts: Facts) -> Iterator[Finding]:
     """Rows begin with two BOS tokens.
 
-    The model never saw that in training and answers worse for it. The tokenizer adds none here, so the template writes
-    both.
+    The model never saw that in its own training and answers worse after it. The tokenizer adds none here, so the
+    template writes both.
 
-    Take one out of the chat template.
+    Remove one from the chat template.
     """
     rows = facts.train_data.rows
     lines = rows.lines(rows.has_doubled_bos)
@@ -207,10 +209,10 @@ def check_doubled_bos(facts: Facts) -> Iterator[Finding]:
 def check_borders(facts: Facts) -> Iterator[Finding]:
     """A token would reach across the border between a prompt and its answer.
 
-    Half of it is not the model's to write. The text is cut at the border instead, as it is in generation, where the
-    prompt ends there.
+    The model does not generate the half in the prompt. The text is split at the border instead, as in generation, where
+    the prompt ends there.
 
-    Nothing has to be done; white space at the start of an answer is the usual reason.
+    No action is needed; white space at the start of an answer is the usual reason.
     """
     rows = facts.train_data.rows
     lines = rows.lines(rows.cut_at_border)
@@ -218,8 +220,8 @@ def check_borders(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "tokens_cut_at_border",
             "note",
-            f"{counted(len(lines), 'row')} in which a token would reach across the start of an answer; the text is cut "
-            f"there ({lines_of(lines)})",
+            f"{counted(len(lines), 'row')} in which a token would reach across the start of an answer; the text is "
+            f"split there ({lines_of(lines)})",
             len(lines),
             0,
             None,
@@ -229,39 +231,42 @@ def check_borders(facts: Facts) -> Iterator[Finding]:
 def check_template_system(facts: Facts) -> Iterator[Finding]:
     """The chat template adds a system turn of its own to rows that have none.
 
-    The model is trained behind that text, so it has to be there in use as well; the same template sees to it.
+    The model is trained with that text before each row, so it needs the same text in use; the same template adds it.
 
-    Nothing has to be done if you serve with the model's own template. Otherwise give each row its system turn.
+    No action is needed if you serve with the model's own template. Otherwise give each row a system turn.
     """
-    if not getattr(facts.tokenizer, "chat_template", None):
+    rows = facts.train_data.rows
+    without = int((~rows.is_bad & ~rows.has_system_turn).sum())
+    if not without:
         return
     try:
         rendered = render_chat(facts.tokenizer, [{"role": "user", "content": "a"}])
-    except ChatTemplateError:  # such as one that wants a system turn
+    except ChatTemplateError:  # for example one that requires a system turn
         return
     if "system" in rendered.lower():
         yield Finding(
             "template_adds_system",
             "note",
-            f"rows without a system turn get one from the chat template: {rendered[:120]!r}",
-            rendered[:120],
-            None,
+            f"the chat template adds a system turn to {without:,} of {counted(facts.train_data.counts.read, 'row')}: "
+            f"{rendered[:120]!r}",
+            without,
+            0,
             None,
         )
 
 
 def check_held_out(facts: Facts) -> Iterator[Finding]:
-    """There are no held-out rows.
+    """There is no eval set.
 
-    Training loss falls whether the model learns or memorises; only rows it has not seen tell the two apart.
+    Training loss falls whether the model learns or memorises; only the loss on other rows can tell which.
 
-    Name a file, or hold out a tenth.
+    Set `data.eval_file`, or `data.eval_fraction=0.1`.
     """
     if facts.eval_data is None:
         yield Finding(
             "no_held_out_rows",
             "note",
-            "no held-out rows: held-out loss is not measured",
+            "no eval set: eval loss is not measured",
             0,
             1,
             "data.eval_fraction=0.1" if facts.plan.num_rows > 1 else None,
@@ -269,26 +274,26 @@ def check_held_out(facts: Facts) -> Iterator[Finding]:
 
 
 def check_overlap(facts: Facts) -> Iterator[Finding]:
-    """Training rows also stand among the held-out rows: exactly, or but for case, white space and punctuation.
+    """Training rows are also in the eval set: the same tokens, or the same apart from case, white space, punctuation.
 
-    Held-out loss then measures what was memorised, and looks better than it is.
+    Eval loss then measures what was memorised, and looks better than it is.
 
-    Remove them from one side.
+    Remove them from one of the two.
     """
     if facts.eval_data is None:
         return
-    rows, held_out = facts.train_data.rows, facts.eval_data.rows
-    exact = ~rows.is_bad & np.isin(rows.exact_key, held_out.exact_key[~held_out.is_bad])
-    either = exact | (~rows.is_bad & np.isin(rows.text_key, held_out.text_key[~held_out.is_bad]))
+    rows, eval_rows = facts.train_data.rows, facts.eval_data.rows
+    exact = ~rows.is_bad & np.isin(rows.exact_key, eval_rows.exact_key[~eval_rows.is_bad])
+    either = exact | (~rows.is_bad & np.isin(rows.text_key, eval_rows.text_key[~eval_rows.is_bad]))
     lines = rows.lines(either)
     if lines:
         almost = len(lines) - int(exact.sum())
         yield Finding(
             "eval_overlap",
             "warning",
-            f"{counted(len(lines), 'training row')} also stand among the held-out rows ({lines_of(lines)}"
-            + (f"; {almost} but for case, white space or punctuation" if almost else "")
-            + "); held-out loss will look better than it is",
+            f"{counted(len(lines), 'training row')} {'is' if len(lines) == 1 else 'are'} also in the eval set "
+            f"({lines_of(lines)}" + (f"; {almost} in other case, white space or punctuation" if almost else "") + "); "
+            "eval loss will look better than it is",
             len(lines),
             0,
             None,

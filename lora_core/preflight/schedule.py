@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from lora_core.config.schema import TrainConfig
 from lora_core.errors import counted
 from lora_core.preflight.findings import Facts, Finding
 
+_ENOUGH_STEPS = 30
+_MOST_EPOCHS = 5  # that are usual on few rows
+
 
 def check_warmup_past_end(facts: Facts) -> Iterator[Finding]:
-    """Warmup is as long as the run or longer: the learning rate never gets to what was asked for.
+    """Warmup is as long as the run or longer: the learning rate never reaches `train.learning_rate`.
 
-    The failure this project was born from. Steps, warmup and rates all look right on their own, the loss curve is flat,
-    and nothing says why.
+    The failure that this project began with. Steps, warmup and rates each look right, the loss curve is flat, and
+    nothing says why.
 
     Shorten the warmup, or make the run longer.
     """
@@ -27,7 +31,7 @@ def check_warmup_past_end(facts: Facts) -> Iterator[Finding]:
             "the model would learn next to nothing: the run has "
             f"{counted(plan.total_optimizer_steps, 'optimizer step')}, warmup takes {plan.warmup_steps}, and the "
             f"learning rate would only reach {plan.peak_learning_rate:.3g}, {plan.peak_fraction:.1%} of the "
-            f"{plan.learning_rate:g} asked for ({lost:.0%} of all learning lost)",
+            f"configured {plan.learning_rate:g} ({lost:.0%} of all learning lost)",
             plan.warmup_steps,
             healthy,
             f"train.warmup_steps={healthy}",
@@ -37,8 +41,7 @@ def check_warmup_past_end(facts: Facts) -> Iterator[Finding]:
 def check_warmup_long(facts: Facts) -> Iterator[Finding]:
     """Warmup takes more than 30% of the run.
 
-    The steps of a warmup run below the learning rate that was asked for; a third of the run spent so is a third of it
-    half lost.
+    Warmup steps run below the configured learning rate, at half of it on average; 30% of warmup loses 15% of the run.
 
     10% of the steps is usual.
     """
@@ -58,85 +61,113 @@ def check_warmup_long(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def check_few_steps(facts: Facts) -> Iterator[Finding]:
-    """The run has fewer than 30 optimizer steps.
-
-    Each step moves the adapter by about the learning rate; a handful of them does not take it far, whatever the data.
-
-    More epochs, or fewer conversations a step.
-    """
-    plan = facts.plan
-    if plan.total_optimizer_steps < 30:
-        by_epochs = f"train.num_train_epochs={math.ceil(30 / plan.optimizer_steps_per_epoch)}"
-        yield Finding(
-            "few_steps",
-            "warning",
-            f"the run has only {counted(plan.total_optimizer_steps, 'optimizer step')}; adapters want 30 or more",
-            plan.total_optimizer_steps,
-            30,
-            "train.max_steps=30" if facts.config.train.max_steps else by_epochs,
-        )
-
-
 def check_single_pass(facts: Facts) -> Iterator[Finding]:
     """A small file (under 500 rows) is seen once or less.
 
-    Few rows teach little in one pass; large instruction sets are trained for one epoch, small ones for three to five.
+    Few rows teach little in one epoch; large instruction sets are trained for one epoch, small ones for three to five.
 
-    More epochs, and held-out rows to see when it is enough.
+    More epochs, and an eval set to see when it is enough.
     """
     plan, train = facts.plan, facts.config.train
     if plan.num_rows < 500 and plan.total_optimizer_steps <= plan.optimizer_steps_per_epoch and plan.num_rows > 1:
-        steps = max(30, 3 * plan.optimizer_steps_per_epoch)
-        epochs = max(3, math.ceil(30 / plan.optimizer_steps_per_epoch))
         yield Finding(
             "single_pass",
             "warning",
-            f"the {plan.num_rows} conversations are seen once at most; 3 to 5 passes are usual for so few",
+            f"the {plan.num_rows} examples are seen once at most; 3 to 5 epochs are usual for so few",
             plan.total_optimizer_steps / plan.optimizer_steps_per_epoch,
             3,
-            f"train.max_steps={steps}" if train.max_steps else f"train.num_train_epochs={epochs}",
+            f"train.max_steps={3 * plan.optimizer_steps_per_epoch}" if train.max_steps else "train.num_train_epochs=3",
         )
 
 
-def check_batch_larger_than_data(facts: Facts) -> Iterator[Finding]:
-    """One optimizer step would take more conversations than there are.
+def check_few_steps(facts: Facts) -> Iterator[Finding]:
+    """The run has fewer than 30 optimizer steps.
 
-    Every epoch is then a single step, and a larger batch or more accumulation changes nothing any more.
+    Each step moves the adapter by about the learning rate; a few steps do not change it much, whatever the data.
 
-    Less accumulation, a smaller batch, or fewer processes.
+    Smaller steps (less accumulation, a smaller batch), then up to 5 epochs; where that is not enough, more rows.
     """
-    plan, train = facts.plan, facts.config.train
-    if plan.rows_per_optimizer_step > plan.num_rows:
-        # A quarter of the rows a step: four steps an epoch, if accumulation alone can bring that about.
-        accumulation = max(1, plan.num_rows // (train.per_device_train_batch_size * plan.num_processes) // 4)
-        fix: str | None = f"train.gradient_accumulation_steps={accumulation}"
-        if accumulation == train.gradient_accumulation_steps:
-            fix = "train.per_device_train_batch_size=1" if train.per_device_train_batch_size > 1 else None
+    plan = facts.plan
+    if plan.total_optimizer_steps < _ENOUGH_STEPS:
+        fix = _more_steps(facts)
+        smallest = math.ceil(plan.num_rows / plan.num_processes)
         yield Finding(
-            "batch_larger_than_data",
+            "few_steps",
             "warning",
-            f"an optimizer step takes up to {plan.rows_per_optimizer_step} conversations, but there are only "
-            f"{plan.num_rows}: every epoch is a single step",
-            plan.rows_per_optimizer_step,
-            plan.num_rows,
+            f"the run has only {counted(plan.total_optimizer_steps, 'optimizer step')}; fewer than {_ENOUGH_STEPS} "
+            "steps rarely change an adapter"
+            + (
+                ""
+                if fix
+                else f", and {counted(plan.num_rows, 'example')} give at most {_MOST_EPOCHS * smallest} in the usual "
+                f"{_MOST_EPOCHS} epochs: it needs more rows"
+            ),
+            plan.total_optimizer_steps,
+            _ENOUGH_STEPS,
             fix,
         )
 
 
+def _more_steps(facts: Facts) -> str | None:
+    """The overrides for enough steps: smaller steps first, then more epochs, up to the usual; None if those are few."""
+    plan, train = facts.plan, facts.config.train
+    batch_size, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    step_sizes = [(batch_size, n) for n in range(accumulation, 0, -1)] + [(n, 1) for n in range(batch_size - 1, 0, -1)]
+    fewest_epochs = _MOST_EPOCHS if train.max_steps else train.num_train_epochs
+    for epochs in range(fewest_epochs, max(fewest_epochs, _MOST_EPOCHS) + 1):
+        for size, micro_batches in step_sizes:
+            per_epoch = math.ceil(math.ceil(plan.num_rows / (size * plan.num_processes)) / micro_batches)
+            if per_epoch * epochs >= _ENOUGH_STEPS:
+                length = f"train.num_train_epochs={epochs}" if epochs != train.num_train_epochs else ""
+                if train.max_steps:
+                    length = f"train.max_steps={_ENOUGH_STEPS}"
+                return " ".join(filter(None, [_step_size_fix(train, size, micro_batches), length]))
+    return None
+
+
+def _step_size_fix(train: TrainConfig, batch_size: int, accumulation: int) -> str | None:
+    """The overrides that change what a step takes; None if nothing changes."""
+    settings = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    changed = [f"train.{name}={value}" for name, value in settings.items() if value != getattr(train, name)]
+    return " ".join(changed) or None
+
+
+def check_batch_larger_than_data(facts: Facts) -> Iterator[Finding]:
+    """One optimizer step would take more examples than there are.
+
+    Every epoch is then a single step, and a larger batch or more accumulation changes nothing.
+
+    Fewer accumulation steps, a smaller batch, or fewer processes.
+    """
+    plan, train = facts.plan, facts.config.train
+    if plan.rows_per_optimizer_step > plan.num_rows:
+        # A quarter of the rows per step: four steps per epoch.
+        per_device = max(1, plan.num_rows // 4 // plan.num_processes)
+        batch_size = min(train.per_device_train_batch_size, per_device)
+        yield Finding(
+            "batch_larger_than_data",
+            "warning",
+            f"an optimizer step takes up to {plan.rows_per_optimizer_step} examples, but there "
+            f"{'is' if plan.num_rows == 1 else 'are'} only {plan.num_rows}: every epoch is a single step",
+            plan.rows_per_optimizer_step,
+            plan.num_rows,
+            _step_size_fix(train, batch_size, per_device // batch_size),
+        )
+
+
 def check_small_last_step(facts: Facts) -> Iterator[Finding]:
-    """The last optimizer step of each epoch holds under a quarter of the conversations that the others hold.
+    """The last optimizer step of each epoch has fewer than a quarter of the examples of the other steps.
 
     Its gradient is noisier and moves the adapter as far as any other.
 
-    Nothing has to be done; another batch or accumulation divides the rows more evenly.
+    No action is needed; another batch size or accumulation divides the rows more evenly.
     """
     plan = facts.plan
     if plan.optimizer_steps_per_epoch > 1 and plan.last_step_rows * 4 < plan.rows_per_optimizer_step:
         yield Finding(
             "small_last_step",
             "note",
-            f"the last optimizer step of each epoch holds {counted(plan.last_step_rows, 'conversation')}, the others "
+            f"the last optimizer step of each epoch has {counted(plan.last_step_rows, 'example')}, the others "
             f"{plan.rows_per_optimizer_step}; its gradient is noisier and counts as much",
             plan.last_step_rows,
             math.ceil(plan.rows_per_optimizer_step / 4),
@@ -147,7 +178,7 @@ def check_small_last_step(facts: Facts) -> Iterator[Finding]:
 def check_intervals_past_end(facts: Facts) -> Iterator[Finding]:
     """Log lines, evaluations or checkpoints would first come after the end of the run.
 
-    A run of 10 steps that logs every 20 shows nothing of how it went.
+    A run of 10 steps that logs every 20 shows nothing of its course.
 
     A shorter interval; a tenth of the run is usual, and every step for short ones.
     """
@@ -158,8 +189,8 @@ def check_intervals_past_end(facts: Facts) -> Iterator[Finding]:
             yield Finding(
                 f"{name}_past_end",
                 "warning",
-                f"train.{name}={interval}, but the run has {counted(total, 'optimizer step')}: it would come once, at "
-                "the end, or never",
+                f"train.{name}={interval}, but the run has {counted(total, 'optimizer step')}: it would happen once, "
+                "at the end, or never",
                 interval,
                 total,
                 f"train.{name}={max(1, total // 10)}",

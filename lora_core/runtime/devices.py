@@ -48,7 +48,7 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     """Devices, precision and processes as the launcher set them.
 
     Raises:
-        ConfigError: bf16 was asked for and the device has none, or the launcher's backend is not supported.
+        ConfigError: bf16 is set and the device does not have it, or the launcher's backend is not supported.
     """
     config, _ = with_precision(config)
     if config.train.bf16 is True and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
@@ -74,8 +74,8 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise ConfigError(
-            f"the launcher started {launched} processes, but they run as {accelerator.num_processes}: each would train "
-            f"on its own and overwrite the others; fix: torchrun --nproc_per_node {launched} launch/train.py ...",
+            f"the launcher started {launched} processes, but Accelerate sees {accelerator.num_processes}: each would "
+            f"train alone and overwrite the others; fix: torchrun --nproc_per_node {launched} launch/train.py ...",
             "world_size_differs",
         )
     if accelerator.distributed_type.value in ("DEEPSPEED", "MEGATRON_LM", "TP"):
@@ -119,7 +119,7 @@ def bound_shape_caches() -> None:
     """Keep oneDNN's compiled kernels for 128 shapes in place of 1,024. Holds for a process that has not multiplied yet.
 
     Packed micro-batches differ in length, so each brings some thirty new shapes, of up to 0.6 MiB each: 365 MiB over
-    twenty steps of the demo model. A micro-batch of sixteen conversations goes through about a hundred from layer to
+    twenty steps of the demo model. A micro-batch of sixteen examples goes through about a hundred from layer to
     layer; with 64 it compiled them anew in every layer and took a sixth longer.
     """
     for name in (
@@ -143,12 +143,12 @@ class DeviceMemory:
 
 @dataclass(frozen=True)
 class Environment:
-    """What a run finds where it runs."""
+    """The machine and launch that a run finds."""
 
     device: DeviceMemory
     num_processes: int
     asked_processes: int | None
-    """What `accelerate launch` was told to start; None if it did not start this."""
+    """Processes that `accelerate launch` was asked for; None if it did not start this one."""
     sharding: Literal["ddp", "fsdp"]
     bf16: Literal["native", "emulated", "none"]
     has_bitsandbytes: bool
@@ -223,7 +223,7 @@ def seed_everything(seed: int, rank: int) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory this process has held: on the GPU what its allocator gave out, on a CPU its resident set."""
+    """Peak memory of this process: on the GPU what its allocator gave out, on a CPU its resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":

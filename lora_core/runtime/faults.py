@@ -1,4 +1,4 @@
-"""What can befall a run from outside: signals, memory that runs out, a rank that is lost."""
+"""What can happen to a run from outside: signals, memory that runs out, a rank that is lost."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory() -> None:
-    """Let go of what a failed step held."""
+    """Free what a failed step used."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -88,8 +88,8 @@ def naming_lost_ranks(accelerator: Accelerator, timeout_s: int) -> Iterator[None
         who = f"rank{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))}" if lost else "a rank"
         raise RankFault(
             f"{who} of {accelerator.num_processes} died or did not answer within {timeout_s} s "
-            f"(train.rank_timeout_s), so rank {accelerator.process_index} stops; what it was doing: "
-            f"{str(error).splitlines()[0]}. Fix: look at the lost rank's output above, then --resume"
+            f"(train.rank_timeout_s), so rank {accelerator.process_index} stops; it was doing: "
+            f"{str(error).splitlines()[0].rstrip('.')}; fix: read the lost rank's output above, then --resume"
         ) from error
 
 
@@ -108,6 +108,6 @@ def _silent_ranks(accelerator: Accelerator) -> list[int]:
         while waiting and time.monotonic() < deadline:
             waiting -= {rank for rank in waiting if store.check([f"lora_core/alive/{rank}"])}
             time.sleep(0.05)
-    except RuntimeError:  # the store went with the process that held it: rank 0, unless torchrun holds it
+    except RuntimeError:  # the store ended with the process that kept it: rank 0, unless torchrun keeps it
         return []
     return sorted(waiting)

@@ -17,7 +17,7 @@ _ACCELERATE = re.compile(r"(^|/)accelerate(-launch)?$|accelerate[./]commands[./]
 
 
 def asked_processes() -> int | None:
-    """What the `accelerate launch` above this process was told; it passes the number on only where it obeys it."""
+    """What the `accelerate launch` above this process was asked for; it passes the number on only where it uses it."""
     command = next(filter(None, map(_command_of_accelerate_launch, psutil.Process().parents()[:2])), None)
     if command is None:
         return None

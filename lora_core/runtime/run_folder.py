@@ -31,11 +31,11 @@ def check_run_folder(output_dir: str | Path, overwrite: bool) -> Path:
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / "config.yaml").is_file():
             raise ConfigError(
-                f"output_dir={output_dir}: holds files that are not a run of lora_core; fix: output_dir=ANOTHER_FOLDER"
+                f"output_dir={output_dir}: contains files that are no run of lora_core; fix: output_dir=ANOTHER_FOLDER"
             )
         if not overwrite:
             raise ConfigError(
-                f"output_dir={output_dir}: holds an earlier run; fix: output_dir=ANOTHER_FOLDER to keep it, or "
+                f"output_dir={output_dir}: contains an earlier run; fix: output_dir=ANOTHER_FOLDER to keep it, or "
                 "overwrite_output_dir=true to replace it"
             )
     return folder
@@ -55,7 +55,7 @@ def clear_run_folder(folder: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old one or the new one, never a part. Secrets are left out."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    # Half a surrogate pair, such as from a command line that is not UTF-8, is no reason to lose the file.
+    # Half a surrogate pair, for example from a command line that is not UTF-8, is no reason to lose the file.
     with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(without_secrets(text))
         file.flush()
@@ -94,7 +94,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files and folders of writes that were cut off, such as by SIGKILL."""
+    """Remove the temporary files and folders of interrupted writes, for example by SIGKILL."""
     for path in folder.glob(".*"):
         if re.fullmatch(r"\..+\.[0-9a-f]{32}", path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -109,7 +109,7 @@ def _fsync(path: Path) -> None:
 
 
 def cut_metrics(path: Path, last_step: int) -> None:
-    """Drop the events after a step, and a line that was cut short: a run goes on from there."""
+    """Drop the events after a step, and an incomplete line: a run resumes from there."""
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:

@@ -1,4 +1,4 @@
-"""All state of the loop on disk, so that a run that was stopped goes on as if it had not been.
+"""All state of the loop on disk, so that a resumed run ends as if it had never been stopped.
 
 A checkpoint is a folder that appears whole or not at all:
 
@@ -38,7 +38,7 @@ from lora_core.runtime.run_folder import json_text, remove_leftovers, whole_fold
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
-# Keys that decide nothing but what is shown and kept: a resumed run may have others.
+# Keys that decide only what is shown and kept: a resumed run may have other values.
 _FREE_KEYS = frozenset(
     {
         "output_dir",
@@ -73,7 +73,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Copies, in host memory, of all that a checkpoint holds: training may go on while they are written."""
+    """Copies, in host memory, of all that a checkpoint holds: training may continue while they are written."""
 
     tensors: dict[str, dict[str, Tensor]]
     """By file."""
@@ -164,7 +164,7 @@ def _write_and_tidy(path: Path, snapshot: Snapshot, limit: int, best: str | None
     except (OSError, SafetensorError) as error:
         free = shutil.disk_usage(path.parent if path.parent.is_dir() else path.anchor).free
         sizes = f"it takes {snapshot.num_bytes / 2**20:.1f} MiB and the disk has {free / 2**20:.1f} MiB left"
-        raise OSError(f"{path} could not be written: {error} ({sizes}); the checkpoints before it are whole") from error
+        raise OSError(f"{path} could not be written: {error} ({sizes}); earlier checkpoints are whole") from error
     keep_newest(path.parent, limit, best)
     return path
 
@@ -177,16 +177,16 @@ def keep_newest(folder: Path, limit: int, best: str | None = None) -> None:
 
 
 def find_checkpoint(run_folder: Path, asked: Path | None, say: Callable[[str], None], may_rename: bool) -> Checkpoint:
-    """The newest whole checkpoint of a run, or the one asked for.
+    """The newest whole checkpoint of a run, or the one that is named.
 
-    A damaged one is named and set aside (`damaged-step-000050`), and the one before it is taken. What saves that were
-    cut off have left is removed.
+    A damaged one is named and set aside (`damaged-step-000050`), and the one before it is taken. What interrupted saves
+    left behind is removed.
 
     Args:
         may_rename: change the folder; one process of a run does, and while none writes.
 
     Raises:
-        ConfigError: there is none, or the one asked for is damaged.
+        ConfigError: there is none, or the named one is damaged.
     """
     if may_rename:
         remove_leftovers(run_folder)
@@ -200,18 +200,18 @@ def find_checkpoint(run_folder: Path, asked: Path | None, say: Callable[[str], N
         problem = _damage(path)
         if problem is None:
             return _read(path)
-        say(f"checkpoint {path} is damaged ({problem}); set aside, the one before it is taken")
+        say(f"checkpoint {path} is damaged ({problem}); set aside; the one before it is used")
         if may_rename:
             aside = path.with_name(f"damaged-{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)  # the same step may have been damaged, and written anew, before
+            shutil.rmtree(aside, ignore_errors=True)  # the same step may have been damaged and written again before
             path.rename(aside)
     raise ConfigError(
-        f"--resume: {run_folder} holds no whole checkpoint; fix: start without --resume, and set train.save_steps"
+        f"--resume: {run_folder} has no whole checkpoint; fix: start without --resume, and set train.save_steps"
     )
 
 
 def set_aside_newer(checkpoint: Checkpoint) -> list[str]:
-    """Rename the run's checkpoints of later steps: the run that goes on from this one will make its own.
+    """Rename the run's checkpoints of later steps: the run that resumes from this one will write its own.
 
     Returns:
         Their names now, such as `superseded-step-000080`.
@@ -225,27 +225,27 @@ def set_aside_newer(checkpoint: Checkpoint) -> list[str]:
 
 
 def check_same_run(checkpoint: Checkpoint, config: RunConfig, data: str, world_size: int) -> list[str]:
-    """What differs and does not matter, one line each.
+    """What differs and does not matter, one line for each.
 
     Args:
         data: `data_hash` of the rows now.
 
     Raises:
-        ConfigError: something that matters differs: the resumed run would be another one.
+        ConfigError: something that matters differs, so that the resumed run would end differently.
     """
     then, now = _flat(checkpoint.state["config"]), _flat(config.to_dict())
     differing = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
-    problems = [f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in differing if key not in _FREE_KEYS]
+    problems = [f"{key}: {then.get(key)!r} before, {now.get(key)!r} now" for key in differing if key not in _FREE_KEYS]
     if checkpoint.state["data"] != data:
         problems.append(f"the rows of {config.data.train_file} (or how they are encoded) are not the same")
     if checkpoint.state["world_size"] != world_size:
-        problems.append(f"processes: {checkpoint.state['world_size']} then, {world_size} now")
+        problems.append(f"number of processes: {checkpoint.state['world_size']} before, {world_size} now")
     if problems:
         raise ConfigError(
-            "\n  ".join([f"--resume {checkpoint.path}: this would be another run:", *problems])
-            + "\nFix: the same settings as then (config.yaml in the run folder), or start without --resume"
+            "\n  ".join([f"--resume {checkpoint.path}: the settings or the data have changed:", *problems])
+            + "\nFix: the settings of the checkpoint (config.yaml in the run folder), or start without --resume"
         )
-    return [f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in differing]
+    return [f"{key}: {then.get(key)!r} before, {now.get(key)!r} now" for key in differing]
 
 
 def restore(
@@ -278,7 +278,7 @@ def restore_adapter(checkpoint: Checkpoint, model: nn.Module) -> None:
 
 
 def data_hash(train_data: EncodedFile, eval_data: EncodedFile | None) -> str:
-    """Of the rows that are trained and measured on, and where they were cut."""
+    """Of the rows of both sets, and where they were truncated."""
     digest = hashlib.sha256()
     for data in (train_data, eval_data):
         if data is not None:

@@ -21,7 +21,7 @@ from lora_core._version import __version__
 from lora_core.config.schema import RunConfig
 from lora_core.data.encoded import pad_id
 from lora_core.data.packing import Batching, BatchPrefetcher, RowIndices, StepBatches, eval_batching, step_rows
-from lora_core.errors import ConfigError, RankFault, RunStopped, TrainingError, counted
+from lora_core.errors import ConfigError, RankFault, RunStopped, TrainingError, counted, lines_of
 from lora_core.preflight.findings import Facts
 from lora_core.preflight.memory import cheapest_change
 from lora_core.report.page import write_report
@@ -109,28 +109,28 @@ class Run:
                     raise TrainingError(
                         f"{counted(progress.skipped_in_a_row, 'step')} in a row had a loss or gradient that is not "
                         f"finite (train.max_skipped_steps) and {'was' if progress.skipped_in_a_row == 1 else 'were'} "
-                        "not applied; the adapter is as the last good step left it"
+                        "skipped; the adapter is that of the last good step"
                         + ("" if is_last else f", in {self.checkpoint_path(progress.step)}")
-                        + ". Fix: the rows above; a lower train.learning_rate; train.bf16=true in place of float16"
+                        + "; fix: the rows above, a lower train.learning_rate, or train.bf16=true instead of float16"
                     )
                 if stopped and not is_last:
                     self.finish_saving()
                     raise RunStopped(
                         f"stopped by {stopped} after step {progress.step} of {total}; a checkpoint is "
-                        f"in {self.folder / 'checkpoints'}; go on with --resume"
+                        f"in {self.folder / 'checkpoints'}; fix: --resume"
                     )
         self.finish_saving()
         if progress.step < total:
             log(
                 self.accelerator,
                 f"stopped early: {counted(progress.evaluations_since_best, 'evaluation')} in a row without a lower "
-                f"held-out loss than {progress.best.loss if progress.best else math.nan:.4f} at step "
+                f"eval loss than {progress.best.loss if progress.best else math.nan:.4f} at step "
                 f"{progress.best_step}; {progress.step} of {total} steps were taken",
             )
         # The plan is the run. This can only fail by a fault in this file, which must not go unseen.
         elif self.scheduler.last_epoch != total:
             raise TrainingError(
-                f"{total} optimizer steps were planned and taken; the schedule stands at {self.scheduler.last_epoch}"
+                f"{total} optimizer steps were planned and taken, but the schedule is at {self.scheduler.last_epoch}"
             )
 
     def take_step(self) -> tuple[StepResult, float]:
@@ -162,7 +162,7 @@ class Run:
             self.batching, self.progress.micro_batch_limit = smaller, smaller.limit
             log(
                 self.accelerator,
-                f"warning: step {step + 1}: out of memory; again with micro-batches of at most "
+                f"warning: step {step + 1}: out of memory; repeated with micro-batches of at most "
                 f"{self.batching_limit()} (train.auto_batch_size); same step, same gradient",
             )
             free_memory()
@@ -194,31 +194,31 @@ class Run:
         return f"{self.batching.limit} {'tokens' if self.config.data.packing else 'rows'}"
 
     def out_of_memory(self, error: BaseException) -> RankFault:
-        """What happened, what was predicted, and the cheapest change."""
+        """What happened, the predicted memory, and the cheapest change."""
         memory = self.facts.memory
         fix, plan = cheapest_change(self.facts) if memory else (None, None)
         return RankFault(
             f"step {self.progress.step + 1}: out of memory on {self.accelerator.device} (rank "
             f"{self.accelerator.process_index}): {(str(error).splitlines() or [type(error).__name__])[0]}\n"
-            f"predicted: {memory or 'nothing'}\n"
+            f"{memory or 'predicted peak memory: not known'}\n"
             f"Fix: {fix or 'a smaller model'}"
             + (f" ({plan.total_bytes / 2**30:.1f} GiB predicted)" if plan else "")
             + ("" if self.config.train.auto_batch_size else ", or train.auto_batch_size=true")
         )
 
     def note_skipped(self, result: StepResult) -> None:
-        """Say which rows the step held that was not applied."""
+        """Log the rows of the step that was not applied."""
         dataset = self.facts.train_data.dataset
         lines = sorted(int(dataset[int(row)]["line"]) for row in self.step_rows(self.progress.step - 1))
         self.metrics.write("skipped", step=self.progress.step, lines=lines)
         log(
             self.accelerator,
             f"warning: step {self.progress.step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, so "
-            f"the step was not applied; its rows: {self.config.data.train_file} lines {lines}",
+            f"the step was skipped; its rows: {self.config.data.train_file} {lines_of(lines)}",
         )
 
     def measure(self) -> EvalResult | None:
-        """Held-out loss; None without held-out rows."""
+        """Eval loss; None without an eval set."""
         if self.facts.eval_data is None:
             return None
         result = evaluate(
@@ -226,8 +226,8 @@ class Run:
         )
         if not math.isfinite(result.loss):
             raise TrainingError(
-                f"held-out loss at step {self.progress.step} is {result.loss}: the model gives no numbers any more. "
-                "Fix: a lower train.learning_rate"
+                f"eval loss at step {self.progress.step} is {result.loss}, not a finite number; fix: a lower "
+                "train.learning_rate"
             )
         values = {"step": self.progress.step, **result.to_dict()}
         self.metrics.write("eval", **values)
@@ -266,8 +266,8 @@ class Run:
             path = self.writer.wait()
         except OSError as error:
             if self.config.train.on_save_error == "error":
-                raise TrainingError(f"{error}. Fix: room on the disk, then --resume") from error
-            log(self.accelerator, f"warning: {error}; continuing without it (train.on_save_error)")
+                raise TrainingError(f"{error}; fix: free disk space, then --resume") from error
+            log(self.accelerator, f"warning: {error}; training continues (train.on_save_error=continue)")
             return
         if path is not None:
             for callback in self.callbacks:
@@ -279,7 +279,7 @@ class Run:
         if self.config.train.keep_adapter == "last" or progress.best is None or progress.best_step == progress.step:
             return progress.step
         if not path.is_dir():  # it could not be written, and train.on_save_error=continue
-            log(self.accelerator, f"warning: {path} is not there, so adapter/ is the last, not the best")
+            log(self.accelerator, f"warning: {path} is missing, so adapter/ is of the last step, not of the best one")
             return progress.step
         restore_adapter(find_checkpoint(self.folder, path, self.say, may_rename=False), self.model)
         progress.after = progress.best
@@ -393,7 +393,7 @@ def _log_step(
         accelerator,
         f"step {step:>{len(str(plan.total_optimizer_steps))}}/{plan.total_optimizer_steps}  epoch {epoch:.2f}  "
         f"loss {result.loss:.4f}  lr {result.learning_rate:.2e}  grad_norm {result.grad_norm:.3f}  "
-        f"{result.num_supervised_tokens} supervised tokens  {tokens_per_s:.0f} tok/s  {memory_bytes / 2**30:.1f} GiB",
+        f"{result.num_supervised_tokens} loss tokens  {tokens_per_s:.0f} tok/s  {memory_bytes / 2**30:.1f} GiB",
     )
     return values
 

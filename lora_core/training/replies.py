@@ -28,7 +28,7 @@ def sample_reply(
     tools: Any,
     max_new_tokens: int,
 ) -> str:
-    """The model's greedy reply to a conversation that ends with a user's turn."""
+    """The model's greedy reply to messages that end with a user's turn."""
     was_training = model.training
     model.eval()
     text = render_chat(tokenizer, messages, tools, add_generation_prompt=True)
@@ -50,7 +50,7 @@ def sample_reply(
 
 
 def sample_prompts(config: RunConfig, eval_data: EncodedFile | None) -> list[dict[str, Any]]:
-    """The first held-out conversations that ask something, up to their first assistant turn."""
+    """The first rows of the eval set that ask something, up to their first assistant turn."""
     if eval_data is None or config.train.num_sample_replies == 0:
         return []
     path = Path(config.data.eval_file or config.data.train_file)
@@ -76,7 +76,7 @@ def _lines(path: Path, wanted: set[int]) -> dict[int, str]:
                 if len(found) == len(wanted):
                     break
     if len(found) < len(wanted):
-        raise DataError(f"{path}: changed while the run was starting; start it again")
+        raise DataError(f"{path}: changed while the run was starting; fix: start the run again")
     return found
 
 

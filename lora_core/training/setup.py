@@ -22,7 +22,7 @@ from lora_core.model.base import add_adapter, compile_layers, describe_parameter
 from lora_core.model.loss import CausalLMLoss, check_head
 from lora_core.model.optimizer import build_optimizer, build_scheduler
 from lora_core.preflight.memory import micro_batch_limit_that_fits
-from lora_core.preflight.preflight import gather_facts, refuse_errors, report, run_checks
+from lora_core.preflight.preflight import eval_source, gather_facts, refuse_errors, report, run_checks
 from lora_core.runtime.devices import build_accelerator, look_around, seed_everything, with_precision
 from lora_core.runtime.faults import naming_lost_ranks
 from lora_core.runtime.launcher import end_with_launcher
@@ -96,22 +96,22 @@ def _set_up(
     def say(line: str) -> None:
         accelerator.print(showable(line))
 
-    # Data first: it is cheap, and most of what can be wrong is wrong there.
+    # Data first: it is cheap, and most mistakes are in it.
     tokenizer = load_tokenizer(config.model, config.data.chat_template)
     with accelerator.main_process_first():
         train_data, eval_data = load_data(config, tokenizer)
     say(f"train: {config.data.train_file}: {train_data.counts}")
     if eval_data is not None:
-        say(f"eval:  {config.data.eval_file or f'{config.data.eval_fraction:.0%} held out'}: {eval_data.counts}")
+        say(f"eval:  {eval_source(config.data)}: {eval_data.counts}")
     # What the main process sees decides for all: free memory and disk differ from moment to moment.
     environment = broadcast_object_list([look_around(config, accelerator.num_processes)])[0]
-    if resume is not None:  # the run that is there is the one to go on with
+    if resume is not None:  # the run that is there is the one to resume
         environment = replace(environment, output_dir_problem=None)
     say("checking the run, and predicting its memory ...")
     facts = gather_facts(config, environment, tokenizer, train_data, eval_data)
     plan = facts.plan
     say(describe_plan(plan, config))
-    say(f"memory: {facts.memory}" if facts.memory else "memory: not predicted")
+    say(str(facts.memory or "predicted peak memory: not known"))
     findings = run_checks(facts)
     refuse_errors(findings, config.preflight.allow)
     for finding in findings:
@@ -135,19 +135,19 @@ def _set_up(
     check_head(adapted)
     if config.train.torch_compile:
         compile_layers(adapted)
-    if accelerator.is_main_process:  # only now, so that a model that cannot be loaded costs nobody an earlier run
+    if accelerator.is_main_process:  # only now: if the model cannot be loaded, an earlier run stays
         if checkpoint is None:
             clear_run_folder(folder)
         else:
             cut_metrics(folder / "metrics.jsonl", checkpoint.step)
             for name in set_aside_newer(checkpoint):
-                say(f"resume: a later checkpoint is set aside as {name}")
+                say(f"resume: a later checkpoint was renamed to {name}")
         write_text(folder / "config.yaml", config.to_yaml())
         write_json(folder / "preflight.json", report(facts, findings))
         write_json(folder / "rows.json", rows_as_seen(tokenizer, train_data))
     accelerator.wait_for_everyone()
     say(f"model: {config.model.name_or_path} on {accelerator.device}: {describe_parameters(adapted)}")
-    optimizer = build_optimizer(adapted, config.train, accelerator.device, say)
+    optimizer = build_optimizer(adapted, config.train, accelerator.device)
     scheduler = build_scheduler(optimizer, plan)
     model, optimizer = accelerator.prepare(CausalLMLoss(adapted), optimizer)
     seed_everything(config.train.seed, accelerator.process_index)
@@ -186,23 +186,24 @@ def _set_up(
 def describe_plan(plan: SchedulePlan, config: RunConfig) -> str:
     """Two lines for the log."""
     train = config.train
+    processes = "1 process" if plan.num_processes == 1 else f"{plan.num_processes} processes"
     return (
-        f"plan:  {plan.num_rows} conversations / ({train.per_device_train_batch_size} a device x "
-        f"{train.gradient_accumulation_steps} accumulated x {plan.num_processes} processes) = "
-        f"{plan.optimizer_steps_per_epoch} steps an epoch, {plan.total_optimizer_steps} optimizer steps in all\n"
-        f"       warmup {plan.warmup_steps} steps, peak learning rate {plan.peak_learning_rate:.3g} "
+        f"plan:  {counted(plan.num_rows, 'example')} / ({train.per_device_train_batch_size} per device x "
+        f"{counted(train.gradient_accumulation_steps, 'accumulation step')} x {processes}) = "
+        f"{counted(plan.optimizer_steps_per_epoch, 'optimizer step')} per epoch, {plan.total_optimizer_steps} in all\n"
+        f"       {counted(plan.warmup_steps, 'warmup step')}, peak learning rate {plan.peak_learning_rate:.3g} "
         f"({plan.peak_fraction:.1%} of {train.learning_rate:g})"
     )
 
 
 def rows_as_seen(tokenizer: PreTrainedTokenizerBase, data: EncodedFile, num_rows: int = 12) -> list[dict[str, Any]]:
-    """The first rows as the model sees them: line, numbers of tokens, and spans of text, supervised or not."""
+    """The first rows as the model sees them: line, numbers of tokens, spans of text (and whether of loss tokens)."""
 
     def spans(row: dict[str, Any]) -> list[tuple[str, bool]]:
         # Decoded in one piece: a character of several tokens has no text of its own in any of them.
         pairs = zip(row["input_ids"], row["loss_mask"], strict=True)
         groups = itertools.groupby(pairs, key=lambda pair: bool(pair[1]))
-        return [(str(tokenizer.decode([token for token, _ in group])), supervised) for supervised, group in groups]
+        return [(str(tokenizer.decode([token for token, _ in group])), is_loss) for is_loss, group in groups]
 
     return [
         {

@@ -24,7 +24,7 @@ class StepResult:
     """One optimizer step, over all ranks."""
 
     loss: float
-    """Mean cross-entropy over the step's supervised tokens, nats."""
+    """Mean cross-entropy per loss token, over the step's loss tokens."""
     grad_norm: float
     """Global norm before clipping."""
     learning_rate: float
@@ -33,7 +33,7 @@ class StepResult:
 
     @property
     def is_finite(self) -> bool:
-        """False: loss or gradient was not, and the step was not applied."""
+        """False: loss or gradient was not finite, and the step was not applied."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
@@ -47,17 +47,17 @@ def train_step(
 ) -> StepResult:
     """One optimizer step over this rank's micro-batches.
 
-    loss = sum over all supervised tokens of all micro-batches and ranks / number of those tokens, so the gradient is
-    the same however the step's conversations are cut. If loss or gradient is not finite, parameters and optimizer are
-    left as they were; the schedule goes on either way, because it is a function of the step.
+    loss = sum over all loss tokens of all micro-batches and ranks / number of those tokens, so the gradient is the same
+    however the step is divided into micro-batches. If loss or gradient is not finite, parameters and optimizer are left
+    as they were; the schedule advances either way, because it is a function of the step.
 
     Raises:
-        TrainingError: no token is supervised.
+        TrainingError: there is no loss token.
     """
     local_tokens = sum(int(batch["loss_mask"][:, 1:].sum()) for batch in batches)
     num_tokens = int(_sum_over_ranks(accelerator, torch.tensor(local_tokens)))
     if num_tokens == 0:
-        raise TrainingError("an optimizer step holds no supervised token; rows without any must be dropped before")
+        raise TrainingError("an optimizer step has no loss token; fix: drop rows without loss tokens before training")
     learning_rate = optimizer.param_groups[0]["lr"]
 
     loss_sum = torch.zeros((), dtype=torch.float32, device=accelerator.device)

@@ -1,12 +1,12 @@
-"""The contracts, run small on the user's own model and rows: what held, and by how much.
+"""The checks of `verify`, run small on the user's own model and rows: what passed, and by how much.
 
-    mask       every row: the supervised tokens are the assistant's turns and the tokens that end them
-    gradient   one optimizer step cut in several ways, padded and packed, against one padded micro-batch
+    mask       every row: the loss tokens are the assistant's turns and the tokens that end them
+    gradient   one optimizer step divided in several ways, padded and packed, against one padded micro-batch
     plan       a short run takes the steps and the learning rates that were planned
     resume     the same run, killed after its first checkpoint and resumed, gives the same adapter and losses
-    reload     the adapter that it wrote, loaded by PEFT, gives the loss that was logged; merged, the same logits
+    reload     the saved adapter, loaded by PEFT, gives the loss that was logged; merged, the same logits
 
-All that is written goes to a temporary folder, but for the encoded rows, which any run keeps in data.cache_dir. The
+Everything is written to a temporary folder, except the encoded rows, which any run keeps in data.cache_dir. The
 base model is in memory once at a time.
 """
 
@@ -33,10 +33,10 @@ from lora_core.verification.table import Check, Verification
 
 
 def verify(config: RunConfig, say: Callable[[str], None] = print) -> Verification:
-    """Run the contracts on this configuration's model and rows, in one process.
+    """Run the checks on this configuration's model and rows, in one process.
 
     Args:
-        say: told what is being checked, a line each.
+        say: receives a line for each thing that is checked.
 
     Raises:
         ConfigError, DataError, PreflightError: the configuration or the rows cannot be used.
@@ -44,19 +44,19 @@ def verify(config: RunConfig, say: Callable[[str], None] = print) -> Verificatio
     """
     started = time.monotonic()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: one process is needed; fix: python launch/verify.py")
+        raise ConfigError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: verify runs in one process; fix: lora-core verify --cfg NAME"
+        )
     config, _ = with_precision(config)
     tokenizer = load_tokenizer(config.model, config.data.chat_template)
     train_data, eval_data = load_data(config, tokenizer)
 
     say("mask: every row")
-    checks = [check_masks("training rows", config.data.train_file, train_data, tokenizer)]
+    checks = [check_masks("training set", config.data.train_file, train_data, tokenizer)]
     if eval_data is None:
-        checks.append(Check.not_applicable("mask", "held-out rows", "no held-out rows: data.eval_file is null"))
+        checks.append(Check.not_applicable("mask", "eval set", "no eval set: data.eval_file is null"))
     else:
-        checks.append(
-            check_masks("held-out rows", config.data.eval_file or config.data.train_file, eval_data, tokenizer)
-        )
+        checks.append(check_masks("eval set", config.data.eval_file or config.data.train_file, eval_data, tokenizer))
 
     with tempfile.TemporaryDirectory(prefix="lora_core_verify_") as name:
         short = short_run(config, train_data, eval_data, Path(name))
@@ -68,7 +68,7 @@ def verify(config: RunConfig, say: Callable[[str], None] = print) -> Verificatio
         free_memory()
         checks.append(check_plan(short, Path(name) / "whole", problem))
         checks.append(check_resume(Path(name) / "whole", interrupted, problem))
-        say("reload: the adapter that it wrote")
+        say("reload: the saved adapter")
         if problem is None:
             checks.append(check_reload(short.config, Path(name) / "whole"))
             free_memory()
@@ -76,25 +76,25 @@ def verify(config: RunConfig, say: Callable[[str], None] = print) -> Verificatio
         else:
             checks += [Check.not_applicable("reload", what, "the short run did not end") for what in ("loss", "logits")]
     free_memory()
-    say("gradient: one step, cut in several ways")
+    say("gradient: one step, divided in several ways")
     checks += check_gradients(config, train_data, tokenizer)
     order = ("mask", "gradient", "plan", "resume", "reload")
-    checks.sort(key=lambda check: order.index(check.contract))
+    checks.sort(key=lambda check: order.index(check.topic))
     settings = [_describe_rows(config, train_data, eval_data), short.settings]
     return Verification(settings, checks, round(time.monotonic() - started, 1))
 
 
 def _describe_rows(config: RunConfig, train_data: EncodedFile, eval_data: EncodedFile | None) -> str:
     number = len(train_data.lengths)
-    held_out = f" and all {len(eval_data.lengths):,} held-out rows" if eval_data else ""
+    eval_rows = f" and all {len(eval_data.lengths):,} of the eval set" if eval_data else ""
     precision = {
         "none": "",
-        "nf4": "; the weights are your 4-bit ones, multiplied in float32",
-        "int8": "; your 8-bit weights, outliers not set apart (int8 looks for them in the whole micro-batch); packed "
+        "nf4": "; your 4-bit weights, multiplied in float32",
+        "int8": "; your 8-bit weights, outliers not separated (int8 looks for them in the whole micro-batch); packed "
         "rows against each packed alone (rounding to 8 bits would enlarge the last bit in which two attentions differ)",
     }[config.model.quantization]
     return (
-        f"mask: all {number:,} training rows{held_out}\n"
+        f"mask: all {number:,} training rows{eval_rows}\n"
         f"gradient: {min(NUM_GRADIENT_ROWS, number)} of the shorter rows, against the same in one padded micro-batch; "
         f"{', '.join(float32_overrides(config))}{precision}"
     )

@@ -1,4 +1,4 @@
-"""Contract: the same gradient however a step is cut."""
+"""Check: the same gradient however a step is divided into micro-batches."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NUM_GRADIENT_ROWS = 8
-# Sums in another order differ in the last bits of float32 (2^-24 each); a wrong cut differs by 1e-2 and more.
+# Sums in another order differ in the last bits of float32 (2^-24 each); a wrong one differs by 1e-2 and more.
 GRADIENT_LIMIT = 1e-5
 
 
@@ -51,7 +51,7 @@ class OneStep:
                 torch.nn.init.normal_(parameter, std=0.02)
         self.optimizer = KeepsGradients([p for p in self.adapted.parameters() if p.requires_grad])
         self.model = self.accelerator.prepare(CausalLMLoss(self.adapted))
-        self.model.eval()  # the base's own dropout, if it has any, must not differ from cut to cut
+        self.model.eval()  # the base's own dropout, if it has any, must not differ between them
 
     def gradient(self, batches: Sequence[dict[str, Any]]) -> Tensor:
         """(all adapter parameters,) of one optimizer step over these micro-batches."""
@@ -61,14 +61,14 @@ class OneStep:
 
 
 def check_gradients(config: RunConfig, data: EncodedFile, tokenizer: PreTrainedTokenizerBase) -> list[Check]:
-    """One optimizer step over a few short rows, cut in several ways, against one padded micro-batch.
+    """One optimizer step over a few short rows, divided in several ways, against one padded micro-batch.
 
     Raises:
-        ConfigError: the model cannot keep packed conversations apart.
+        ConfigError: the model cannot keep packed examples apart.
     """
     rows = short_rows(data.lengths, NUM_GRADIENT_ROWS)
     in_float32 = with_overrides(config, float32_overrides(config))
-    unable = "there is 1 row, and nothing to cut" if len(rows) < 2 else does_not_fit(in_float32, data, rows)
+    unable = "there is 1 row, and nothing to divide" if len(rows) < 2 else does_not_fit(in_float32, data, rows)
     if unable is not None:
         return [Check.not_applicable("gradient", "accumulation, packing", unable)]
     step = OneStep(in_float32)
@@ -93,7 +93,7 @@ def check_gradients(config: RunConfig, data: EncodedFile, tokenizer: PreTrainedT
     whole, _ = gradient(Batching(number, padding))
     checks = [check(Batching(size, padding), whole) for size in (1, -(-number // 2))]
     if not config.data.packing:
-        return [*checks, Check.not_applicable("gradient", "packing", "data.packing=false: the run never packs")]
+        return [*checks, Check.not_applicable("gradient", "packing", "data.packing=false: the run does not pack")]
     if in_float32.model.attn_implementation == "sdpa":
         use_segment_attention(step.base)
     check_packing(step.adapted)
@@ -124,13 +124,13 @@ def _compute_each_row_alone(base: torch.nn.Module) -> None:
 
 
 def does_not_fit(config: RunConfig, data: EncodedFile, rows: RowIndices) -> str | None:
-    """Why a step over these rows has no room on this device; None if it has."""
-    num_supervised = sum(sum(data.dataset[int(row)]["loss_mask"]) for row in rows)
-    micro_batch = MicroBatch(tuple(int(length) for length in data.lengths[rows]), num_supervised, packed=False)
+    """Why a step over these rows does not fit this device; None if it does."""
+    num_loss_tokens = sum(sum(data.dataset[int(row)]["loss_mask"]) for row in rows)
+    micro_batch = MicroBatch(tuple(int(length) for length in data.lengths[rows]), num_loss_tokens, packed=False)
     plan = predict_memory(config, micro_batch, device_memory())
     if plan.fits:
         return None
-    return f"the model in float32 needs {plan.total_bytes / 2**30:.1f} GiB, there are {plan.limit_bytes / 2**30:.1f}"
+    return f"the model in float32 needs {plan.total_bytes / 2**30:.1f} of {plan.limit_bytes / 2**30:.1f} GiB"
 
 
 def short_rows(lengths: RowIndices, number: int) -> RowIndices:

@@ -1,4 +1,4 @@
-"""Contract: the mask is exact, on every row of the user's own files."""
+"""Check: the mask is exact, on every row of the user's own files."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def check_masks(rows: str, path: str, data: EncodedFile, tokenizer: PreTrainedTokenizerBase) -> Check:
-    """Every row that is trained or measured on, against its line in the file.
+    """Every example, against its line in the file.
 
     Raises:
-        DataError: the file changed meanwhile.
+        DataError: the file has changed since it was encoded.
     """
     reader = MaskReader(tokenizer)
     encoder = ChatEncoder(tokenizer)
@@ -38,22 +38,22 @@ def check_masks(rows: str, path: str, data: EncodedFile, tokenizer: PreTrainedTo
     exact = len(data.lengths) - len(problems) - cut
     measured = f"{exact:,} of {len(data.lengths):,} exact"
     if cut:
-        measured += f", {cut:,} cut at max_seq_length (exact up to there)"
+        measured += f", {cut:,} truncated to max_seq_length (exact up to there)"
     if in_part:
-        measured += f"; {in_part:,} by text and order alone"
+        measured += f"; {in_part:,} by text and order only"
     if data.counts.dropped:
-        measured += f"; {data.counts.dropped:,} more were dropped"
+        measured += f"; {counted(data.counts.dropped, 'row')} dropped"
     problem = None
     if problems:
         more = f"; and {len(problems) - 5:,} more" if len(problems) > 5 else ""
-        problem = f"{path}: {counted(len(problems), 'row')} broken: {'; '.join(problems[:5])}{more}"
+        problem = f"{path}: {counted(len(problems), 'row')} failed: {'; '.join(problems[:5])}{more}"
     return Check.judged("mask", rows, "every row exact", measured, problem)
 
 
 def _read_row(
     reader: MaskReader, encoder: ChatEncoder, conversation: Conversation, ids: list[int], mask: list[bool]
 ) -> tuple[MaskReading, bool]:
-    """What the reader says, and whether the row was cut. A cut row is read whole, and must be how that begins."""
+    """What the reader says, and whether the row was truncated; then it is read whole, and must be its beginning."""
     reading = reader.read(conversation, EncodedChat(ids, mask))
     if reading.problem is None:
         return reading, False
@@ -75,4 +75,4 @@ def _rows_with_lines(path: Path, data: EncodedFile) -> Iterator[tuple[dict[str, 
                 yield row, raw.decode("utf-8-sig")
                 row = next(rows, None)
     if row is not None:
-        raise DataError(f"{path}: has no line {row['line']} any more; it changed meanwhile; fix: start again")
+        raise DataError(f"{path}: no longer has line {row['line']}: the file has changed; fix: start again")

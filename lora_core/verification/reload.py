@@ -1,4 +1,4 @@
-"""Contract: the adapter that was written gives the loss that was logged, and merged the same logits."""
+"""Check: the saved adapter gives the loss that was logged, and merged the same logits."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MERGE_LIMIT = 1e-4
 
 
 def check_reload(config: RunConfig, folder: Path) -> Check:
-    """The adapter as PEFT loads it onto a fresh base model, by the loss of the model that was trained."""
+    """The adapter as PEFT loads it onto a fresh base model, against the loss that the run logged."""
     logged = [event["loss"] for event in events(folder) if event["event"] == "eval"][-1]
     accelerator = build_accelerator(config)
     tokenizer = load_tokenizer(config.model, config.data.chat_template)
@@ -46,8 +46,8 @@ def check_reload(config: RunConfig, folder: Path) -> Check:
     return Check.judged(
         "reload",
         f"adapter/ loaded by PEFT: loss on {len(eval_data.lengths)} rows",
-        f"{RELOAD_LIMIT:g} nats",
-        f"{difference:.1e} nats",
+        f"{RELOAD_LIMIT:g} of loss",
+        f"{difference:.1e}",
         None if difference <= RELOAD_LIMIT else f"loss {logged:.6f} in memory, {loss:.6f} after loading",
     )
 
@@ -57,9 +57,7 @@ def check_merge(config: RunConfig, adapter_dir: Path, data: EncodedFile, tokeniz
     compared = "adapter/ merged: logits, float32"
     quantization = config.model.quantization
     if quantization != "none":
-        reason = (
-            f"merging into {quantization} rounds the sum to {quantization} again: another model; merge into bfloat16"
-        )
+        reason = f"merging into {quantization} rounds the sum to {quantization} again; fix: merge into bfloat16"
         return Check.not_applicable("reload", compared, reason)
     in_float32 = with_overrides(config, float32_overrides(config))
     rows = short_rows(data.lengths, _NUM_MERGE_ROWS)
@@ -87,7 +85,7 @@ def check_merge(config: RunConfig, adapter_dir: Path, data: EncodedFile, tokeniz
     difference = float((merged - beside).abs().max())
     measured = f"{difference:.1e} (the adapter: {effect:.1e})"
     if effect <= limit:
-        reason = f"the short run's adapter moves no logit by more than {effect:.1e}: too little to see it merged"
+        reason = f"the short run's adapter moves no logit by more than {effect:.1e}: too little to test the merge"
         return Check("reload", compared, f"{limit:.1e}", measured, "not applicable", reason)
     problem = None if difference <= limit else f"a logit differs by {difference:.2g}"
     return Check.judged("reload", compared, f"{limit:.1e}", measured, problem)

@@ -1,4 +1,4 @@
-"""Contracts: the plan is the run, and a run that was killed and resumed ends the same."""
+"""Checks: the plan is the run, and a run that was killed and resumed ends the same."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ShortRun:
     config: RunConfig
     num_rows: int
     settings: str
-    """What differs from the user's run, to be read."""
+    """What differs from the user's run, for the reader."""
 
 
 def short_run(config: RunConfig, train_data: EncodedFile, eval_data: EncodedFile | None, folder: Path) -> ShortRun:
@@ -49,10 +49,10 @@ def short_run(config: RunConfig, train_data: EncodedFile, eval_data: EncodedFile
     rows = short_rows(train_data.lengths, 2 * rows_per_step + -(-rows_per_step // 2))
     _copy_lines(Path(config.data.train_file), train_data, rows, folder / "train.jsonl")
     if eval_data is None:
-        eval_rows, from_file = rows[:_NUM_EVAL_ROWS], "of the same rows as held-out ones, for want of any"
+        eval_rows, from_file = rows[:_NUM_EVAL_ROWS], "of the same rows as eval set, because there is none"
         _copy_lines(Path(config.data.train_file), train_data, eval_rows, folder / "heldout.jsonl")
     else:
-        eval_rows, from_file = short_rows(eval_data.lengths, _NUM_EVAL_ROWS), "held-out rows"
+        eval_rows, from_file = short_rows(eval_data.lengths, _NUM_EVAL_ROWS), "rows of the eval set"
         source = Path(config.data.eval_file or config.data.train_file)
         _copy_lines(source, eval_data, eval_rows, folder / "heldout.jsonl")
     overrides = [
@@ -65,7 +65,7 @@ def short_run(config: RunConfig, train_data: EncodedFile, eval_data: EncodedFile
         f"train.per_device_train_batch_size={batch_size}",
         f"train.gradient_accumulation_steps={accumulation}",
     ]
-    # A warmup that suits the user's run may be longer than this one; nothing else is let through.
+    # A warmup that suits the user's run may be longer than this one; no other error is allowed.
     allowed = list(dict.fromkeys([*config.preflight.allow, "warmup_past_end"]))
     files = [
         f"data.train_file={json.dumps(str(folder / 'train.jsonl'))}",
@@ -78,7 +78,7 @@ def short_run(config: RunConfig, train_data: EncodedFile, eval_data: EncodedFile
     changed = [override for override in overrides if with_overrides(config, [override]) != config]
     settings = (
         f"plan, resume, reload: a run over {counted(len(rows), 'row')} of the shorter ones and {len(eval_rows)} "
-        f"{from_file}; {', '.join(changed)}; all else is as you set it"
+        f"{from_file}; {', '.join(changed)}; everything else as you set it"
     )
     return ShortRun(with_overrides(config, [*overrides, *files]), len(rows), settings)
 
@@ -139,10 +139,10 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _last_error(log: Path) -> str:
-    """What a command said last, without its log."""
+    """The error that a command printed last, without its log."""
     text = log.read_text(encoding="utf-8", errors="replace").rstrip()
     _, found, message = text.rpartition("\nerror: ")
-    return message if found else (text.splitlines() or ["it said nothing"])[-1]
+    return message if found else (text.splitlines() or ["it printed nothing"])[-1]
 
 
 def run_whole(short: ShortRun, folder: Path) -> str | None:
@@ -198,7 +198,7 @@ def check_resume(whole: Path, interrupted: Interrupted, problem: str | None) -> 
     if torch.accelerator.is_available():
         reason = f"bit-identity is promised on a CPU; here, {measured}"
         return Check("resume", compared, "every bit", measured, "not applicable", reason)
-    return Check.judged("resume", compared, "every bit", measured, "the resumed run is another run")
+    return Check.judged("resume", compared, "every bit", measured, "the resumed run ended differently")
 
 
 def _adapter_file(folder: Path) -> Path:

@@ -52,24 +52,33 @@ def test_every_row_is_counted(write_rows: Any, tokenizer: PreTrainedTokenizerFas
     assert counts.tokens == len(full[0].input_ids) + 40 == encoded.lengths.sum()
     assert counts.supervised_tokens == sum(sum(one.loss_mask[:40]) for one in full[:2])
     assert encoded.dataset["line"][:] == [1, 2]
-    assert "4 rows read, 2 kept, 1 dropped as unreadable, 1 dropped with nothing supervised" in str(counts)
-    assert "2 rows cut at the right, losing" in str(counts)
+    assert "4 rows read, 2 kept, 1 dropped as unreadable, 1 dropped without loss tokens" in str(counts)
+    assert "2 rows truncated, losing" in str(counts)
 
 
-def test_bad_rows_are_listed_as_file_and_line_up_to_twenty(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_bad_rows_are_listed_as_file_and_line_with_one_line_for_each_problem(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     path = tmp_path / "rows.jsonl"
     good = json.dumps(chat("q", "a")).encode()
     path.write_bytes(b"\n".join([b"\xef\xbb\xbf" + good, b"", b"  \r", good + b"\r", b"\xff\xfe", *[b"{}"] * 30]))
     with pytest.raises(DataError) as caught:
         encode(path, tokenizer)
     text = str(caught.value)
-    assert "31 rows of 33 cannot be used" in text
-    assert f"{path}:5: not UTF-8 at byte 0 of the line" in text
-    assert f"{path}:24: has the keys (none)" in text
-    assert f"{path}:25:" not in text
-    assert "and 11 more" in text
-    assert "data.on_bad_row=skip" in text
+    title, not_utf8, no_keys, fix = text.splitlines()
+    assert "31 of 33 rows cannot be used" in title
+    assert not_utf8.startswith(f"  {path}:5: not UTF-8 at byte 0 of the line")
+    assert no_keys.startswith(f"  {path}:6: 30 rows: has the keys (none)")
+    assert no_keys.endswith("(lines 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, ... and 20 more)")
+    assert "data.on_bad_row=skip" in fix
     assert encode(path, tokenizer, on_bad_row="skip").counts.dropped_bad == 31
+
+
+def test_no_more_than_twenty_problems_are_listed(write_rows: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(DataError) as caught:
+        encode(write_rows([{f"key {i}": i} for i in range(30)]), tokenizer)
+    assert str(caught.value).count("rows.jsonl:") == 21  # with the title
+    assert "  ... and 10 more\n" in str(caught.value)
 
 
 @pytest.mark.parametrize(

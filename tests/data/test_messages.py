@@ -26,7 +26,7 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, ASSISTANT]},
     ],
 )
-def test_every_shape_gives_the_same_conversation(row: dict[str, Any]) -> None:
+def test_every_shape_gives_the_same_messages(row: dict[str, Any]) -> None:
     assert parse_row(row).messages == [USER, ASSISTANT]
     with_system = parse_row({**row, "system": "s"}).messages
     assert with_system == [{"role": "system", "content": "s"}, USER, ASSISTANT]
@@ -73,7 +73,7 @@ def test_function_calls_in_both_notations() -> None:
         ("{", "not valid JSON"),
         ("[]", "must be a JSON object, not a list"),
         ('{"messages": NaN}', "NaN is not JSON"),
-        ('{"a": 1, "a": 2}', "'a' stands twice"),
+        ('{"a": 1, "a": 2}', "duplicate key 'a'"),
         ("[" * 200_000, "nested too deeply"),
         ('{"text": "x"}', "has the keys 'text'; needs 'messages'"),
         ('{"messages": []}', "has no turns"),
@@ -81,7 +81,7 @@ def test_function_calls_in_both_notations() -> None:
         ('{"messages": ["x"]}', "turn 1 must be an object"),
         ('{"messages": [{"role": "bot", "content": "x"}]}', "turn 1 has the role 'bot'; known roles: system"),
         ('{"messages": [{"role": ["user"], "content": "x"}]}', "has the role ['user']"),
-        ('{"messages": [{"role": "user", "content": 3}]}', "turn 1: content must be text, not a number"),
+        ('{"messages": [{"role": "user", "content": 3}]}', "turn 1: content must be a string, not a number"),
         ('{"messages": [{"role": "user", "content": null}]}', "not null"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "no assistant turn"),
         ('{"prompt": "q", "completion": "\\ud800"}', "half of a surrogate pair"),

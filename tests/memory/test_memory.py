@@ -130,7 +130,7 @@ shape = MicroBatch(lengths[0], int(batches[0]["loss_mask"].sum()), True)
 predicted = predict_memory(config, shape, device_memory()).total_bytes
 base = load_base_model(config.model, accelerator.device, True)
 model = add_adapter(base, config.lora, 0, config.train.gradient_checkpointing)
-optimizer = build_optimizer(model, config.train, accelerator.device, lambda _: None)
+optimizer = build_optimizer(model, config.train, accelerator.device)
 loss, optimizer = accelerator.prepare(CausalLMLoss(model), optimizer)
 loss.train()
 for batch in batches:

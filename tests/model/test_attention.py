@@ -65,7 +65,7 @@ def test_generation_with_a_cache_is_the_same() -> None:
     assert torch.equal(model.generate(prompt, max_new_tokens=8, do_sample=False, use_cache=True), wanted)
 
 
-def test_a_model_whose_conversations_see_each_other_is_told_apart() -> None:
+def test_a_model_whose_packed_examples_see_each_other_is_refused() -> None:
     def ignores_segments(*arguments: Any, segment_lengths: Any = None, **keywords: Any) -> Any:
         return segment_attention(*arguments, **keywords)
 
@@ -73,9 +73,7 @@ def test_a_model_whose_conversations_see_each_other_is_told_apart() -> None:
     torch.manual_seed(0)
     model = make_model(300)
     model.set_attn_implementation("ignores_segments")
-    with pytest.raises(
-        ConfigError, match=r"Qwen2ForCausalLM lets packed conversations see each other.*data\.packing=false"
-    ):
+    with pytest.raises(ConfigError, match=r"Qwen2ForCausalLM lets packed examples see each other.*data\.packing=false"):
         check_packing(model)
 
 

@@ -43,8 +43,8 @@ CONFIGS: dict[str, tuple[str, list[str]]] = {
     "unknown quantization": ("model: {quantization: int4}", []),
     "unknown dtype": ("model: {dtype: bf16}", []),
     "unknown optimizer": ("train: {optim: adam}", []),
-    "two held-out sources": ("data: {eval_file: a.jsonl, eval_fraction: 0.1}", []),
-    "whole file held out": ("data: {eval_file: null, eval_fraction: 1.0}", []),
+    "two eval sets": ("data: {eval_file: a.jsonl, eval_fraction: 0.1}", []),
+    "the whole file as eval set": ("data: {eval_file: null, eval_fraction: 1.0}", []),
     "duplicate key": ("train: {seed: 1, seed: 2}", []),
     "not a mapping": ("- train", []),
     "not YAML": ("train: [1, 2", []),
@@ -101,7 +101,7 @@ FILES: dict[str, tuple[bytes, str]] = {
 # name -> (overrides, the finding)
 SETTINGS: dict[str, tuple[list[str], str]] = {
     "no such file": (["data.train_file=missing.jsonl"], "data_file_missing"),
-    "no such held-out file": (["data.eval_file=missing.jsonl"], "data_file_missing"),
+    "no such eval file": (["data.eval_file=missing.jsonl"], "data_file_missing"),
     "a folder for a file": (["data.train_file=."], "data_file_missing"),
     "no such model folder": (["model.name_or_path=./missing"], "model_unreadable"),
     "a folder without a model": (["model.name_or_path=."], "model_unreadable"),

@@ -13,6 +13,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lora_core.config.load import load_config, with_overrides
+from lora_core.config.schema import ALL_SEVEN_PROJECTIONS
 from lora_core.data.encoded import load_data
 from lora_core.errors import ConfigError, PreflightError
 from lora_core.preflight.catalogue import CHECKS, ERROR_IDS, documentation
@@ -28,7 +29,7 @@ HELD_OUT = [chat(f"another {i}", f"answer {i}") for i in range(10)]
 TRIPS = {
     "warmup_past_end": ("error", ["train.warmup_steps=50"], "train.warmup_steps=5"),
     "warmup_long": ("warning", ["train.warmup_steps=16"], "train.warmup_steps=5"),
-    "few_steps": ("warning", ["train.num_train_epochs=2"], "train.num_train_epochs=3"),
+    "few_steps": ("warning", ["train.num_train_epochs=2"], "train.gradient_accumulation_steps=2"),
     "single_pass": (
         "warning",
         ["train.num_train_epochs=1", "train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=1"],
@@ -91,10 +92,13 @@ AROUND: dict[str, tuple[str, dict[str, Any], list[str], str | None]] = {
 
 # id -> (rows that trip it, the lines that it names)
 ROWS: dict[str, tuple[list[Any], str]] = {
-    "rows_duplicated": ([*TRAIN, TRAIN[3], TRAIN[70]], "lines 79, 80"),
+    "rows_duplicated": ([*TRAIN, TRAIN[3], TRAIN[70]], "2 duplicate rows (lines 79, 80)"),
     "replies_empty": ([*TRAIN, chat("question", " ")], "line 79"),
     "special_tokens_in_text": ([chat("what is <|im_end|> for?", "it ends a turn"), *TRAIN], "line 1"),
-    "eval_overlap": ([*TRAIN, HELD_OUT[0], chat("ANOTHER, 1", "answer: 1!")], "lines 79, 80; 1 but for case"),
+    "eval_overlap": (
+        [*TRAIN, HELD_OUT[0], chat("ANOTHER, 1", "answer: 1!")],
+        "2 training rows are also in the eval set (lines 79, 80; 1 in other case",
+    ),
     "rows_unreadable": ([*TRAIN, {"text": "no chat"}], "line 79"),
 }
 
@@ -141,7 +145,7 @@ def test_the_shipped_configs_find_nothing_on_78_rows_but_that_the_rate_is_low(fi
 
 
 @pytest.mark.parametrize("name", TRIPS)
-def test_each_check_trips_alone_and_its_fix_mends_it(find: Any, name: str) -> None:
+def test_each_check_trips_alone_and_its_fix_removes_it(find: Any, name: str) -> None:
     severity, overrides, fix = TRIPS[name]
     findings = find(*overrides)
     assert list(findings) == [name]
@@ -171,18 +175,24 @@ def test_each_check_of_rows_names_their_lines(find: Any, write_rows: Any, name: 
     assert lines in findings[name].message
 
 
-def test_rows_cut_so_short_that_nothing_is_supervised_are_named(find: Any, write_rows: Any) -> None:
+def test_rows_truncated_before_their_first_loss_token_are_named(find: Any, write_rows: Any) -> None:
     rows = write_rows([*TRAIN, chat("word " * 60, "yes")], "long.jsonl")
     finding = find(f"data.train_file={rows}", "data.max_seq_length=40")["rows_unsupervised"]
-    assert "1 of 79 rows are left out with nothing supervised (line 79)" in finding.message
+    assert "1 of 79 rows has no loss token in the first 40 tokens and is dropped (line 79)" in finding.message
     assert find(f"data.train_file={rows}", str(finding.fix)) == {}
 
 
 def test_templates_that_teach_something_odd_are_told(find: Any) -> None:
     assert "<|endoftext|>" in find(template=CHATML.replace("<|im_end|>", "<|endoftext|>"))["turn_end_not_eos"].message
-    assert list(find(template="{{ '<|im_start|>system\\nYou are Pim<|im_end|>\\n' }}" + CHATML)) == [
-        "template_adds_system"
-    ]
+
+
+def test_a_system_turn_from_the_template_is_told_where_rows_have_none(find: Any, write_rows: Any) -> None:
+    adds = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are Pim<|im_end|>\n{% endif %}" + CHATML
+    assert "a system turn to 78 of 78 rows: " in find(template=adds)["template_adds_system"].message
+    with_system = [{"system": "Be brief.", **row} for row in TRAIN]
+    assert find(f"data.train_file={write_rows(with_system, 'all.jsonl')}", template=adds) == {}
+    some = find(f"data.train_file={write_rows([*with_system[:70], *TRAIN[70:]], 'some.jsonl')}", template=adds)
+    assert "a system turn to 8 of 78 rows: " in some["template_adds_system"].message
 
 
 def test_two_bos_tokens_are_counted(look: Any, find: Any) -> None:
@@ -223,7 +233,7 @@ def test_with_auto_batch_size_smaller_micro_batches_are_noted_where_they_fit(
     found = find(*overrides, device=device)
     assert "memory_too_small" not in found
     assert found["micro_batches_smaller"].severity == "note"
-    assert "a micro-batch holds at most" in found["micro_batches_smaller"].message
+    assert "a micro-batch has at most" in found["micro_batches_smaller"].message
     too_small = replace(device, limit_bytes=smallest.total_bytes // 2)
     assert "memory_too_small" in find(*overrides, device=too_small)
 
@@ -258,11 +268,11 @@ def test_errors_are_refused_together_unless_allowed_by_id(find: Any) -> None:
     with pytest.raises(PreflightError, match=r"preflight\.allow=\[warmup_past_end\]"):
         refuse_errors(findings, [])
     refuse_errors(findings, ["warmup_past_end"])
-    with pytest.raises(ConfigError, match=r"no such error, or none to allow; known: warmup_past_end"):
+    with pytest.raises(ConfigError, match=r"not an error that can be allowed; fix: ids of warmup_past_end"):
         refuse_errors(findings, ["warmup"])
 
 
-def test_the_old_settings_mended_find_nothing(base: list[str], find: Any) -> None:
+def test_the_old_settings_with_their_fixes_find_nothing(base: list[str], find: Any) -> None:
     old = [
         "train.num_train_epochs=1",
         "train.warmup_steps=100",
@@ -278,9 +288,39 @@ def test_the_old_settings_mended_find_nothing(base: list[str], find: Any) -> Non
         "logging_steps_past_end",
         "targets_q_v_only",
     }
-    mended = apply_fixes("qwen0.5b", [*base, *old], None, 1)
-    assert mended.train.num_train_epochs == 3
-    assert apply_fixes("qwen0.5b", [*base, *old], None, 1) == mended
+    config, applied = apply_fixes("qwen0.5b", [*base, *old], None, 1)
+    # Three epochs are 30 steps, so that few_steps and the log interval have nothing left to fix.
+    assert applied == [
+        "train.warmup_steps=1",
+        "train.num_train_epochs=3",
+        f"lora.target_modules=[{','.join(ALL_SEVEN_PROJECTIONS)}]",
+    ]
+    assert config == load_config("qwen0.5b", [*base, *old, *applied])
+    assert find(*old, *applied) == {}
+
+
+def test_fixes_for_one_cause_do_not_add_up(base: list[str], find: Any, write_rows: Any) -> None:
+    seven = [f"data.train_file={write_rows(TRAIN[:7], 'seven.jsonl')}", "train.num_train_epochs=1"]
+    assert find(*seven)["few_steps"].fix == (
+        "train.per_device_train_batch_size=1 train.gradient_accumulation_steps=1 train.num_train_epochs=5"
+    )
+    config, _ = apply_fixes("qwen0.5b", [*base, *seven], None, 1)
+    train = config.train
+    epochs_and_step = (train.num_train_epochs, train.per_device_train_batch_size, train.gradient_accumulation_steps)
+    assert epochs_and_step == (5, 1, 1)  # 35 steps of one row, each row five times
+
+
+@pytest.mark.parametrize("length", ["train.num_train_epochs=1", "train.max_steps=3"])
+def test_too_few_rows_for_enough_steps_are_said_to_be_too_few(find: Any, write_rows: Any, length: str) -> None:
+    found = find(f"data.train_file={write_rows(TRAIN[:5], 'five.jsonl')}", length)["few_steps"]
+    assert found.fix is None
+    assert "5 examples give at most 25 in the usual 5 epochs: it needs more rows" in found.message
+
+
+def test_steps_that_max_steps_limits_get_more_of_them(find: Any) -> None:
+    found = find("train.max_steps=20")["few_steps"]
+    assert found.fix == "train.max_steps=30"
+    assert "fewer than 30 steps rarely change an adapter" in found.message
 
 
 def test_the_command_prints_json_alone_and_exits_with_2_on_an_error(base: list[str], tmp_path: Path) -> None:
@@ -295,6 +335,11 @@ def test_the_command_prints_json_alone_and_exits_with_2_on_an_error(base: list[s
     assert printed["plan"]["total_optimizer_steps"] == 50
     assert printed["data"]["train"]["counts"]["read"] == 78
     assert "this run is not started" in done.stderr
+    assert f"wrote {fixed}: train.warmup_steps=5\n" in done.stderr
+    as_text = [part for part in command if part != "--json"]
+    done = subprocess.run([*as_text, "train.warmup_steps=100"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout + done.stderr).count("[warmup_past_end]") == 1  # once, as the reason not to start
+    assert "nothing found" not in done.stdout
     again = [sys.executable, "launch/preflight.py", "--cfg", str(fixed), "--num-processes", "1"]
     done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

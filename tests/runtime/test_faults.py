@@ -73,9 +73,9 @@ def test_memory_that_runs_out_says_what_was_predicted_and_what_to_do(
         train(load_config("demo", settings))
     said = str(refused.value)
     # The figures depend on what this process already holds: at the start and now they have to be the same.
-    (at_the_start,) = re.findall(r"^memory: (.*)$", capsys.readouterr().out, re.MULTILINE)
+    (at_the_start,) = re.findall(r"^predicted peak memory: (.*)$", capsys.readouterr().out, re.MULTILINE)
     assert "step 1: out of memory on cpu (rank 0): [enforce fail" in said
-    assert f"predicted: {at_the_start}\n" in said
+    assert f"predicted peak memory: {at_the_start}\n" in said
     assert re.search(r"Fix: train\.gradient_checkpointing=true \(\d+\.\d GiB predicted\)", said)
     assert "train.auto_batch_size=true" in said
 

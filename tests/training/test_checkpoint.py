@@ -104,7 +104,7 @@ def test_a_signal_ends_the_step_saves_and_resumes(settings: list[str], tmp_path:
             break
     _, said = process.communicate(timeout=120)
     assert process.returncode == 75, said
-    assert "go on with --resume" in said
+    assert "fix: --resume" in said
     assert run("--resume") == (0, "")
     assert (adapter(folder), losses(folder)) == expected
 
@@ -117,7 +117,7 @@ def test_two_ranks_resume_bit_for_bit(settings: list[str], tmp_path: Path) -> No
     command = launch(*settings, "--resume", str(checkpoint), ranks=2)
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
     assert (adapter(folder), losses(folder)) == expected
-    with pytest.raises(ConfigError, match="processes: 2 then, 1 now"):
+    with pytest.raises(ConfigError, match="processes: 2 before, 1 now"):
         train(load_config("demo", settings), checkpoint)
 
 
@@ -163,8 +163,8 @@ def test_only_what_changes_nothing_may_differ(settings: list[str], write_rows: A
     other = load_config("demo", [*settings, "train.max_steps=5", "train.learning_rate=2e-3", "lora.dropout=0.1"])
     with pytest.raises(ConfigError) as refused:
         train(other, "newest")
-    assert "lora.dropout: 0.05 then, 0.1 now" in str(refused.value)
-    assert "train.learning_rate: 0.001 then, 0.002 now" in str(refused.value)
+    assert "lora.dropout: 0.05 before, 0.1 now" in str(refused.value)
+    assert "train.learning_rate: 0.001 before, 0.002 now" in str(refused.value)
     write_rows([chat("another", "row")] * 22)
     with pytest.raises(ConfigError, match="are not the same"):
         train(config, "newest")

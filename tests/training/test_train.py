@@ -183,7 +183,7 @@ def test_intervals_checkpoints_and_a_held_out_fraction(tiny_run: Any) -> None:
 def test_without_held_out_rows_the_run_says_so(tiny_run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     summary, _ = tiny_run("demo", "data.eval_file=null", "train.max_steps=2")
     assert summary["eval_loss_before"] is None
-    assert "held-out loss is not measured; fix: data.eval_fraction=0.1" in capsys.readouterr().out
+    assert "no eval set: eval loss is not measured; fix: data.eval_fraction=0.1" in capsys.readouterr().out
 
 
 def test_a_run_that_would_not_learn_is_refused_before_it_starts_unless_told_to(
@@ -223,7 +223,7 @@ def test_steps_that_are_not_finite_are_left_out_and_stop_the_run_when_they_do_no
     tiny_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Any
 ) -> None:
     spoil(lambda step: True)
-    with pytest.raises(TrainingError, match=r"2 steps in a row .*were not applied; .*step-000002"):
+    with pytest.raises(TrainingError, match=r"2 steps in a row .*were skipped; .*step-000002"):
         tiny_run("demo", "train.max_skipped_steps=2")
     said = capsys.readouterr().out
     assert re.search(r"step 1: loss .*, gradient norm inf: not finite, .*rows\.jsonl lines \[\d+, ", said)
@@ -271,7 +271,7 @@ def test_the_adapter_is_the_best_or_the_last_and_says_which(
         "train.eval_steps=2",
         "train.save_steps=2",
         "train.save_total_limit=1",
-        "train.learning_rate=0.02",  # held-out loss falls, then rises
+        "train.learning_rate=0.02",  # eval loss falls, then rises
     )
     losses = {event["step"]: event["loss"] for event in events(folder, "eval") if event["step"] > 0}
     best, last = min(losses, key=lambda step: losses[step]), max(losses)

@@ -1,4 +1,4 @@
-"""Each contract holds on a healthy run, and a real way to break it is seen."""
+"""Each check passes on a healthy run, and fails on a real fault."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def whole(short: ShortRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def outcomes(checks: list[Check], contract: str) -> list[str]:
-    return [check.outcome for check in checks if check.contract == contract]
+def outcomes(checks: list[Check], topic: str) -> list[str]:
+    return [check.outcome for check in checks if check.topic == topic]
 
 
 def test_a_healthy_run_holds_all_and_leaves_nothing_behind(
@@ -91,21 +91,21 @@ def test_a_healthy_run_holds_all_and_leaves_nothing_behind(
         runpy.run_path(str(ROOT / "launch/verify.py"), run_name="__main__")
     result = json.loads(capsys.readouterr().out)
     assert ended.value.code == 0
-    assert result["held"]
-    assert [(check["contract"], check["outcome"]) for check in result["checks"]] == [
-        ("mask", "held"),
-        ("mask", "held"),
-        *[("gradient", "held")] * 5,
-        ("plan", "held"),
-        ("resume", "held"),
-        ("reload", "held"),
-        ("reload", "held"),
+    assert result["passed"]
+    assert [(check["topic"], check["outcome"]) for check in result["checks"]] == [
+        ("mask", "passed"),
+        ("mask", "passed"),
+        *[("gradient", "passed")] * 5,
+        ("plan", "passed"),
+        ("resume", "passed"),
+        ("reload", "passed"),
+        ("reload", "passed"),
     ]
     assert not Path(config.output_dir).exists()
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
-# One conversation sees the other: what packing without segments does.
+# One example sees the other: what packing without segments does.
 ONE_SEGMENT = """
 import runpy, sys
 from lora_core.data import packing
@@ -116,14 +116,14 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_a_broken_contract_is_exit_code_3_and_is_named(config: RunConfig, tmp_path: Path) -> None:
+def test_a_failed_check_is_exit_code_3_and_is_named(config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     command = [sys.executable, "-c", ONE_SEGMENT, "--cfg", str(tmp_path / "config.yaml")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 3, done.stderr
-    assert "did not hold:\n  gradient: 8 rows packed into" in done.stderr
+    assert "2 of 11 checks failed:\n  gradient: 8 rows packed into" in done.stderr
     table = [line.split() for line in done.stdout.splitlines() if line.startswith("gradient ")]
-    assert [line[-1] for line in table] == ["held", "held", "held", "broken", "broken"]
+    assert [line[-1] for line in table] == ["passed", "passed", "passed", "failed", "failed"]
     assert "Traceback" not in done.stderr
 
 
@@ -131,7 +131,7 @@ def test_a_broken_contract_is_exit_code_3_and_is_named(config: RunConfig, tmp_pa
 # Mask
 
 
-def test_a_mask_that_takes_one_token_more_is_broken_with_its_lines(
+def test_a_mask_that_takes_one_token_more_fails_with_its_lines(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def one_more(offsets: Any, spans: Any) -> list[bool] | None:
@@ -143,9 +143,9 @@ def test_a_mask_that_takes_one_token_more_is_broken_with_its_lines(
     tokenizer = load_tokenizer(config.model)
     data = encode_file(config.data.train_file, tokenizer, max_seq_length=1024, cache_dir=tmp_path)
     check = check_masks("rows", config.data.train_file, data, tokenizer)
-    assert (check.outcome, check.measured) == ("broken", "0 of 30 exact")
+    assert (check.outcome, check.measured) == ("failed", "0 of 30 exact")
     assert check.reason is not None
-    assert "30 rows broken: line 1: supervised is 'answer 0 <|im_end|>\\n" in check.reason
+    assert "30 rows failed: line 1: the loss tokens read 'answer 0 <|im_end|>\\n" in check.reason
 
 
 def broken(encoded: EncodedChat, how: str) -> EncodedChat:
@@ -187,7 +187,7 @@ def test_the_right_text_in_the_wrong_place_is_told_apart(tokenizer: Any) -> None
     mask = [users <= i < users + size for i in range(len(encoded.input_ids))]
     reading = MaskReader(tokenizer).read(parse_row(row), dataclasses.replace(encoded, loss_mask=mask))
     assert reading.problem is not None
-    assert "too early" in reading.problem
+    assert "begin early" in reading.problem
 
 
 def test_tool_calls_special_text_and_rewritten_turns_are_read_back() -> None:
@@ -208,7 +208,7 @@ def test_tool_calls_special_text_and_rewritten_turns_are_read_back() -> None:
     assert MaskReader(tokenizer).read(row, encoded).problem is None
 
 
-def test_a_tokenizer_that_composes_characters_is_no_broken_mask() -> None:
+def test_a_tokenizer_that_composes_characters_is_no_failed_mask() -> None:
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     row = parse_row(chat("cafe\u0301", "re\u0301sume\u0301"))  # composed on the way in
@@ -225,8 +225,8 @@ def test_rows_that_were_cut_hold_up_to_there(config: RunConfig, tmp_path: Path) 
     check = check_masks("rows", config.data.train_file, data, tokenizer)
     exact = int((data.rows.length <= 40).sum())
     assert 0 < exact < 30
-    assert check.outcome == "held", check
-    assert check.measured == f"{exact} of 30 exact, {30 - exact} cut at max_seq_length (exact up to there)"
+    assert check.outcome == "passed", check
+    assert check.measured == f"{exact} of 30 exact, {30 - exact} truncated to max_seq_length (exact up to there)"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -249,14 +249,14 @@ def test_a_mean_of_means_breaks_accumulation(config: RunConfig, monkeypatch: pyt
     assert gradients.train_step is train_step
     monkeypatch.setattr(gradients, "train_step", mean_of_means)
     checks = check_gradients(config, data, tokenizer)
-    assert outcomes(checks, "gradient") == ["broken", "broken", "broken", "broken", "held"]
+    assert outcomes(checks, "gradient") == ["failed", "failed", "failed", "failed", "passed"]
 
 
 def test_without_packing_it_is_said_so(config: RunConfig) -> None:
     tokenizer = load_tokenizer(config.model)
     data, _ = load_data(config, tokenizer)
     checks = check_gradients(with_overrides(config, ["data.packing=false"]), data, tokenizer)
-    assert outcomes(checks, "gradient") == ["held", "held", "not applicable"]
+    assert outcomes(checks, "gradient") == ["passed", "passed", "not applicable"]
     assert checks[-1].reason == "data.packing=false: the run never packs"
 
 
@@ -282,7 +282,7 @@ def test_quantized_weights_hold_to_the_same_limit(config: RunConfig, quantizatio
 
 def test_the_plan_is_the_run(short: ShortRun, whole: Path) -> None:
     check = check_plan(short, whole, None)
-    assert (check.outcome, check.measured) == ("held", "5 steps, 0.0e+00")
+    assert (check.outcome, check.measured) == ("passed", "5 steps, 0.0e+00")
 
 
 class StepsTwice(LambdaLR):
@@ -305,7 +305,7 @@ def test_another_schedule_than_the_planned_one_is_seen(
     monkeypatch.setattr(sys.modules["lora_core.training.setup"], "build_scheduler", wrong)
     problem = run_whole(short, tmp_path / "run")
     check = check_plan(short, tmp_path / "run", problem)
-    assert check.outcome == "broken"
+    assert check.outcome == "failed"
     assert check.reason is not None
     assert ("the schedule stands at 10" if how == "stepped twice" else "taken [0.0, 0.0033") in check.reason
 
@@ -318,15 +318,15 @@ def test_a_resume_without_the_optimizers_state_is_another_run(
     again = with_overrides(short.config, [f"output_dir={resumed}"])
     train(again, "newest")
     interrupted = Interrupted(resumed, killed_after_step=4, problem=None)
-    assert check_resume(whole, interrupted, None).outcome == "held"
+    assert check_resume(whole, interrupted, None).outcome == "passed"
     monkeypatch.setattr("lora_core.training.checkpoint._restore_optimizer", lambda *_: None)
     train(again, "newest")
     check = check_resume(whole, interrupted, None)
-    assert (check.outcome, check.reason) == ("broken", "the resumed run is another run")
+    assert (check.outcome, check.reason) == ("failed", "the resumed run ended differently")
 
 
 def test_an_adapter_that_was_altered_gives_another_loss(short: ShortRun, whole: Path, tmp_path: Path) -> None:
-    assert check_reload(short.config, whole).outcome == "held"
+    assert check_reload(short.config, whole).outcome == "passed"
     altered = tmp_path / "altered"
     shutil.copytree(whole, altered)
     file = altered / "adapter/adapter_model.safetensors"
@@ -334,7 +334,7 @@ def test_an_adapter_that_was_altered_gives_another_loss(short: ShortRun, whole: 
     name = next(name for name in tensors if "lora_B" in name)
     save_file({**tensors, name: tensors[name] * 1.5}, file, metadata={"format": "pt"})
     check = check_reload(short.config, altered)
-    assert check.outcome == "broken"
+    assert check.outcome == "failed"
     assert check.reason is not None
     assert "in memory" in check.reason
 
@@ -344,10 +344,10 @@ def test_a_merge_at_another_scale_gives_other_logits(
 ) -> None:
     tokenizer = load_tokenizer(config.model)
     data, _ = load_data(config, tokenizer)
-    assert check_merge(config, whole / "adapter", data, tokenizer).outcome == "held"
+    assert check_merge(config, whole / "adapter", data, tokenizer).outcome == "passed"
     honest = LoraLinear.get_delta_weight
     monkeypatch.setattr(LoraLinear, "get_delta_weight", lambda self, adapter: 2 * honest(self, adapter))
-    assert check_merge(config, whole / "adapter", data, tokenizer).outcome == "broken"
+    assert check_merge(config, whole / "adapter", data, tokenizer).outcome == "failed"
     nf4 = with_overrides(config, ["model.quantization=nf4"])
     check = check_merge(nf4, whole / "adapter", data, tokenizer)
     assert (check.outcome, check.limit) == ("not applicable", "-")
