@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lora_core.training.evaluate import EvalResult, evaluate
     from lora_core.training.setup import train
     from lora_core.training.step import StepResult, train_step
+    from lora_core.training.summary import Summary
 
 _HOME = {
     "config.load": ("load_config",),
@@ -65,6 +66,7 @@ _HOME = {
     "training.evaluate": ("EvalResult", "evaluate"),
     "training.setup": ("train",),
     "training.step": ("StepResult", "train_step"),
+    "training.summary": ("Summary",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -89,6 +91,7 @@ __all__ = [
     "RunConfig",
     "SchedulePlan",
     "StepResult",
+    "Summary",
     "TrainingError",
     "__version__",
     "add_adapter",

@@ -22,7 +22,7 @@ class Progress:
     after: EvalResult | None = None
     """The last evaluation."""
     best: EvalResult | None = None
-    """The lowest held-out loss since the first step, and its step."""
+    """The lowest eval loss since the first step, and its step."""
     best_step: int = 0
     evaluations_since_best: int = 0
     num_skipped_steps: int = 0
@@ -41,7 +41,7 @@ class Progress:
         return cls(**{**values, **results})
 
     def note_evaluation(self, result: EvalResult) -> bool:
-        """Remember a held-out measurement; returns whether it is the best so far."""
+        """Remember an evaluation; returns whether it is the best so far."""
         self.after = result
         is_best = self.best is None or result.loss < self.best.loss
         if is_best:

@@ -39,16 +39,18 @@ from lora_core.training.checkpoint import (
     restore,
     set_aside_newer,
 )
+from lora_core.training.finish import finish
 from lora_core.training.loop import Run
 from lora_core.training.progress import Progress
 from lora_core.training.replies import sample_prompts
+from lora_core.training.summary import Summary
 from lora_core.untrusted.text import showable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def train(config: RunConfig, resume: str | Path | None = None) -> dict[str, Any]:
+def train(config: RunConfig, resume: str | Path | None = None) -> Summary:
     """Fine-tune as the configuration says; returns what is written to `summary.json`.
 
     Call it in every process of the launch (`accelerate launch`, `torchrun`), or in one process for one device.
@@ -67,7 +69,7 @@ def train(config: RunConfig, resume: str | Path | None = None) -> dict[str, Any]
     with naming_lost_ranks(accelerator, config.train.rank_timeout_s):
         run = _set_up(config, accelerator, resume)
         run.train()
-        return run.finish(started)
+        return finish(run, started)
 
 
 def _set_up(config: RunConfig, accelerator: Accelerator, resume: str | Path | None) -> Run:
@@ -141,7 +143,7 @@ def _set_up(config: RunConfig, accelerator: Accelerator, resume: str | Path | No
         batching=train_batching(config, pad_id(tokenizer)),
         metrics=MetricsFile(folder / "metrics.jsonl", accelerator.is_main_process),
         writer=CheckpointWriter(accelerator),
-        prompts=sample_prompts(config, eval_data),
+        prompts=sample_prompts(config, train_data, eval_data),
         progress=Progress(),
         resumed_at_step=checkpoint.step if checkpoint else None,
     )
