@@ -102,7 +102,7 @@ def _over_fitting(found: OverFitting | None) -> str | None:
 
 def _sample(sample: dict[str, Any]) -> dict[str, Any]:
     """The texts of a reply; an earlier version recorded fewer of them."""
-    return {key: sample.get(key) or "not recorded" for key in ("prompt", "before", "after", "expected")}
+    return {key: sample.get(key, "not recorded") or "(empty)" for key in ("prompt", "before", "after", "expected")}
 
 
 def _samples_from(run: Run) -> str | None:

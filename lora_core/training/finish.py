@@ -87,12 +87,11 @@ def take_best_adapter(run: Run) -> int:
 
 def _samples(run: Run, replies: list[str]) -> list[dict[str, Any]]:
     """Each prompt with the replies before and after, and with what its example says."""
-    # A resumed run may be asked for more replies than were made before its first step.
     before = dict(enumerate(run.progress.replies_before or []))
     return [
         {
             "prompt": prompt["messages"][-1]["content"],
-            "before": before.get(number, ""),
+            "before": before.get(number, "(not recorded: train.num_sample_replies was lower when the run began)"),
             "after": reply,
             "expected": prompt["expected"],
             "from": prompt["from"],
