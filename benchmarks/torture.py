@@ -43,7 +43,7 @@ import psutil
 from lora_core.errors import ConfigError
 from lora_core.runtime.run_folder import write_json
 from lora_core.training.checkpoint import find_checkpoint
-from lora_core.training.loop import versions
+from lora_core.training.summary import versions
 from tests.tiny import ROOT, chat, make_tokenizer, save_tiny_model, write_jsonl
 
 NUM_STEPS = 9

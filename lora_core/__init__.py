@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from lora_core.training.evaluate import EvalResult, evaluate, evaluate_adapter
     from lora_core.training.setup import train
     from lora_core.training.step import StepResult, train_step
+    from lora_core.training.summary import Summary
     from lora_core.verification.contracts import verify
     from lora_core.verification.table import Verification
 
@@ -79,6 +80,7 @@ _HOME = {
     "training.step": ("StepResult", "train_step"),
     "verification.contracts": ("verify",),
     "verification.table": ("Verification",),
+    "training.summary": ("Summary",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -128,6 +130,7 @@ __all__ = [
     "SchedulePlan",
     "show_chat",
     "StepResult",
+    "Summary",
     "train",
     "train_step",
     "TrainConfig",

@@ -44,9 +44,11 @@ from lora_core.training.checkpoint import (
     restore,
     set_aside_newer,
 )
+from lora_core.training.finish import finish
 from lora_core.training.loop import Run
 from lora_core.training.progress import Progress
 from lora_core.training.replies import sample_prompts
+from lora_core.training.summary import Summary
 from lora_core.untrusted.text import showable
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ def train(
     rows: Iterable[Mapping[str, Any]] | None = None,
     eval_rows: Iterable[Mapping[str, Any]] | None = None,
     callbacks: Sequence[Callback] = (),
-) -> dict[str, Any]:
+) -> Summary:
     """Fine-tune as the configuration says; returns what is written to `summary.json`.
 
     Call it in every process of the launch (`accelerate launch`, `torchrun`), or in one process for one device.
@@ -85,7 +87,7 @@ def train(
     with naming_lost_ranks(accelerator, config.train.rank_timeout_s):
         run = _set_up(config, accelerator, resume, callbacks)
         run.train()
-        return run.finish(started)
+        return finish(run, started)
 
 
 def _set_up(
@@ -163,7 +165,7 @@ def _set_up(
         batching=train_batching(config, pad_id(tokenizer)),
         metrics=MetricsFile(folder / "metrics.jsonl", accelerator.is_main_process),
         writer=CheckpointWriter(accelerator),
-        prompts=sample_prompts(config, eval_data),
+        prompts=sample_prompts(config, train_data, eval_data),
         progress=Progress(),
         resumed_at_step=checkpoint.step if checkpoint else None,
         callbacks=callbacks if accelerator.is_main_process else (),

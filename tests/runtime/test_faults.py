@@ -91,9 +91,9 @@ def test_smaller_micro_batches_take_the_same_steps(
     capsys.readouterr()
     got = train(config)
     assert capsys.readouterr().out.count("out of memory; again with micro-batches of at most") == 2
-    assert got["micro_batch_limit"] < wanted["micro_batch_limit"]
-    assert got["eval_loss_after"] == pytest.approx(wanted["eval_loss_after"], rel=1e-5)
-    assert got["total_optimizer_steps"] == wanted["total_optimizer_steps"] == 5
+    assert got.micro_batch_limit < wanted.micro_batch_limit
+    assert got.eval_loss_after == pytest.approx(wanted.eval_loss_after, rel=1e-5)
+    assert got.total_optimizer_steps == wanted.total_optimizer_steps == 5
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
