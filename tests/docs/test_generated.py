@@ -1,4 +1,4 @@
-"""Pages that are written from the code are up to date; what README.md and SECURITY.md refer to is there."""
+"""Files that are written from the code are up to date; what README.md and SECURITY.md refer to is there."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import runpy
 from tests.conftest import ROOT
 
 
-def test_generated_pages_are_up_to_date() -> None:
+def test_generated_files_are_up_to_date() -> None:
     write = runpy.run_path(str(ROOT / "docs/write.py"))
-    for name, page in write["pages"](write["written_table"]()).items():
-        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == page, f"{name}; fix: python docs/write.py"
+    for name, text in write["files"](write["written_table"]()).items():
+        assert (ROOT / name).read_text(encoding="utf-8") == text, f"{name}; fix: python docs/write.py"
 
 
 def test_links_of_the_readme_lead_somewhere() -> None:
