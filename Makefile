@@ -29,6 +29,9 @@ check: $(VENV)/.dev
 	@$(BIN)/python examples/fetch_demo_model.py
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # One environment, one marker file for each set of extras that is in it; made anew when a requirement changes.
 $(VENV)/.%: setup.cfg pyproject.toml constraints.txt
 	@if [ -n "$(FRESH)" ]; then rm -rf $(VENV); fi
