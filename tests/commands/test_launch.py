@@ -125,7 +125,7 @@ def test_two_ranks_train_together_and_only_one_speaks(settings: list[str], tmp_p
     done = launch("launch/train.py", "--cfg", "demo", *settings, prefix=torchrun)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("plan:") == 1
-    assert "x 2 processes) = 1 steps an epoch" in done.stdout
+    assert "x 2 processes) = 1 optimizer step per epoch" in done.stdout
     assert done.stdout.count("step 3/3") == 1
     examples = json.loads((tmp_path / "run/eval_examples.json").read_text(encoding="utf-8"))
     wanted = losses_one_by_one(load_config("demo", settings))

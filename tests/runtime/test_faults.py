@@ -90,7 +90,7 @@ def test_smaller_micro_batches_take_the_same_steps(
     request.getfixturevalue("too_little_memory")
     capsys.readouterr()
     got = train(config)
-    assert capsys.readouterr().out.count("out of memory; again with micro-batches of at most") == 2
+    assert capsys.readouterr().out.count("out of memory; repeated with micro-batches of at most") == 2
     assert got.micro_batch_limit < wanted.micro_batch_limit
     assert got.eval_loss_after == pytest.approx(wanted.eval_loss_after, rel=1e-5)
     assert got.total_optimizer_steps == wanted.total_optimizer_steps == 5

@@ -22,7 +22,7 @@ def test_an_earlier_run_is_replaced_only_when_asked(tmp_path: Path) -> None:
     assert not folder.exists()
     clear_run_folder(folder)
     (folder / "config.yaml").write_text("x")
-    with pytest.raises(ConfigError, match="holds an earlier run; fix: output_dir="):
+    with pytest.raises(ConfigError, match="contains an earlier run; fix: output_dir="):
         check_run_folder(folder, overwrite=False)
     assert check_run_folder(folder, overwrite=True) == folder
     assert (folder / "config.yaml").is_file()
@@ -63,7 +63,7 @@ def test_an_emptying_that_is_stopped_at_any_place_leaves_a_folder_that_can_be_em
 
 def test_folders_that_a_run_cannot_have(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("x")
-    with pytest.raises(ConfigError, match="not a run of lora_core"):
+    with pytest.raises(ConfigError, match="no run of lora_core"):
         check_run_folder(tmp_path, overwrite=True)
     for path in (tmp_path / "thesis.txt", tmp_path / "thesis.txt" / "run"):
         with pytest.raises(ConfigError, match=r"thesis\.txt is a file; fix: output_dir="):

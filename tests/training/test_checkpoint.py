@@ -175,7 +175,7 @@ def test_only_what_changes_nothing_may_differ(settings: list[str], write_rows: A
 
 
 def test_resuming_nothing_says_so(settings: list[str]) -> None:
-    with pytest.raises(ConfigError, match="holds no whole checkpoint"):
+    with pytest.raises(ConfigError, match="has no whole checkpoint"):
         train(load_config("demo", settings), "newest")
 
 
