@@ -63,15 +63,15 @@ COMMON = [
 ]
 # Each makes 9 steps of 8 rows. bitsandbytes keeps 8-bit state for tensors of 4,096 numbers or more: rank 64 makes them.
 SETTINGS = {
-    "packed, 8-bit": ["lora.rank=64"],
+    "packed, 8-bit": ["lora.rank=64", "train.optim=paged_adamw_8bit"],
     "padded, torch": [
         "data.packing=false",
         "train.optim=adamw_torch",
         "train.per_device_train_batch_size=8",
         "train.gradient_accumulation_steps=1",
     ],
-    "NF4, 8-bit": ["model.quantization=nf4", "lora.rank=64"],
-    "packed, 4 micro-batches": ["lora.rank=64", "train.max_tokens_per_device_batch=64"],
+    "NF4, 8-bit": ["model.quantization=nf4", "lora.rank=64", "train.optim=paged_adamw_8bit"],
+    "packed, 4 micro-batches": ["lora.rank=64", "train.optim=paged_adamw_8bit", "train.max_tokens_per_device_batch=64"],
 }
 TWO_RANKS = {"two ranks": ["lora.rank=64", "train.gradient_accumulation_steps=2"]}
 

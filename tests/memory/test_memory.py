@@ -143,7 +143,7 @@ print(predicted, peak_memory_bytes(torch.device("cpu")))
 
 @pytest.mark.parametrize(
     "overrides",
-    [[], ["train.gradient_checkpointing=true"], ["model.quantization=nf4"]],
+    [[], ["train.gradient_checkpointing=true"], ["model.quantization=nf4", "train.optim=paged_adamw_8bit"]],
     ids=["as it comes", "checkpointing", "nf4"],
 )
 def test_the_prediction_is_within_15_percent_of_a_measured_step(demo_model_dir: Path, overrides: list[str]) -> None:

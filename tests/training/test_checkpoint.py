@@ -57,10 +57,18 @@ def losses(folder: Path) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize(
     ("overrides", "steps"),
     [
-        ([], (2, 6)),
+        (["train.optim=paged_adamw_8bit"], (2, 6)),
         (["data.packing=false", "train.optim=adamw_torch"], (4,)),
-        (["model.quantization=nf4", "train.eval_steps=1"], (4,)),
-        (["train.keep_adapter=best", "train.eval_steps=1", "train.learning_rate=0.3"], (2, 6)),
+        (["model.quantization=nf4", "train.optim=paged_adamw_8bit", "train.eval_steps=1"], (4,)),
+        (
+            [
+                "train.keep_adapter=best",
+                "train.optim=paged_adamw_8bit",
+                "train.eval_steps=1",
+                "train.learning_rate=0.3",
+            ],
+            (2, 6),
+        ),
     ],
     ids=["packed-8bit", "padded-torch", "nf4", "best"],
 )

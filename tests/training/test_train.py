@@ -53,7 +53,7 @@ SUMMARY_KEYS = {
 def tiny_run(tmp_path: Path, tiny_model_dir: Path, write_rows: Any) -> Any:
     """Train on 78 short rows under a shipped config; returns (summary, run folder)."""
     rows = write_rows([chat(f"q{i}", f"a{i % 7}", "and?", "no") for i in range(78)])
-    held_out = write_rows([chat(f"Q{i}", f"a{i}") for i in range(5)], "heldout.jsonl")
+    held_out = write_rows([chat(f"Q{i}", f"a{i}") for i in range(5)], "eval.jsonl")
 
     def run(config_name: str, *overrides: str, folder: str = "run") -> tuple[Summary, Path]:
         config = load_config(
@@ -370,6 +370,7 @@ def test_nf4_learns_on_the_demo_model_and_its_adapter_gives_the_same_loss_again(
     monkeypatch.chdir(ROOT)
     overrides = [
         "model.quantization=nf4",
+        "train.optim=paged_adamw_8bit",
         f"output_dir={tmp_path / 'run'}",
         f"data.cache_dir={tmp_path / 'cache'}",
         "train.max_steps=8",
@@ -377,7 +378,6 @@ def test_nf4_learns_on_the_demo_model_and_its_adapter_gives_the_same_loss_again(
         "train.num_sample_replies=0",
     ]
     config = load_config("demo", overrides)
-    assert config.train.optim == "paged_adamw_8bit"
     summary = train(config)
     assert summary.eval_loss_after < summary.eval_loss_before - 0.2
     again = evaluate_adapter(config, summary.adapter_dir)
