@@ -19,14 +19,13 @@ ADAPTER = "adapter_model.safetensors"
 def test_it_ends_with_the_losses_and_the_adapter_of_train(
     tmp_path: Path, tiny_model_dir: Path, write_rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With its own defaults against those of the demo: 22 rows make 3 steps an epoch, the last one smaller."""
+    """With its own defaults against those of the demo, but for 2 epochs: of 3 steps each, the last one smaller."""
     rows = write_rows([chat(f"q{i}", f"a{i % 7}", "and?", "no" * (i % 5 + 1)) for i in range(22)])
     eval_rows = write_rows([chat(f"Q{i}", f"a{i}") for i in range(5)], "eval.jsonl")
     adapter = tmp_path / "adapter"
     files = ["--model", str(tiny_model_dir), "--rows", str(rows), "--eval-rows", str(eval_rows)]
-    monkeypatch.setattr(
-        "sys.argv", ["own_loop.py", *files, "--cache-dir", str(tmp_path / "cache"), "--output", str(adapter)]
-    )
+    folders = ["--cache-dir", str(tmp_path / "cache"), "--output", str(adapter)]
+    monkeypatch.setattr("sys.argv", ["own_loop.py", *files, *folders, "--epochs", "2"])
     own = runpy.run_path(str(ROOT / "examples/own_loop.py"), run_name="__main__")
 
     config = load_config(
@@ -37,13 +36,14 @@ def test_it_ends_with_the_losses_and_the_adapter_of_train(
             f"data.eval_file={eval_rows}",
             f"data.cache_dir={tmp_path / 'cache'}",
             f"output_dir={tmp_path / 'run'}",
-            "train.sample_max_new_tokens=4",
+            "train.num_train_epochs=2",
+            "train.num_sample_replies=1",
         ],
     )
     summary = train(config)
     lines = (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [event["loss"] for event in map(json.loads, lines) if event["event"] == "train"]
-    assert len(losses) == 15
+    assert len(losses) == 6
     assert own["losses"] == losses
     assert own["before"].loss == summary["eval_loss_before"]
     assert own["after"].loss == summary["eval_loss_after"]
