@@ -107,7 +107,7 @@ def test_train_then_evaluate_and_all_that_is_printed_is_ours(settings: list[str]
     # Pasted into a shell, the command of the summary starts this very run: here, as far as the refusal.
     again = launch("-c", f"{summary['command']} overwrite_output_dir=false", cwd=tmp_path, prefix=["bash"])
     assert again.stdout.count("plan:") == 1
-    assert f"output_dir={folder}: holds an earlier run; fix: output_dir=" in again.stderr
+    assert f"output_dir={folder}: contains an earlier run; fix: output_dir=" in again.stderr
 
 
 def test_an_override_after_resume_is_not_taken_for_a_checkpoint() -> None:
