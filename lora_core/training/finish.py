@@ -68,6 +68,7 @@ def finish(run: Run, started: float) -> Summary:
             say(f"warning: {counted(progress.num_skipped_steps, 'step')} not applied: loss or gradient not finite")
         say(summary.verdict)
     (summary,) = broadcast_object_list([summary])  # the others wait here until all is written
+    run.accelerator.wait_for_everyone()  # the main process must not end before each has it
     assert isinstance(summary, Summary)
     for callback in run.callbacks:
         callback.on_end(summary)
