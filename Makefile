@@ -1,17 +1,21 @@
 # make demo   train a real 135M chat model on the example rows, on any machine
 # make test   the whole test suite
 # make check  format, lint, types, tests: what a change must pass
+# make docs   the documentation as a site, in site/
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+# PyTorch for CPUs is 0.2 GB; what PyPI has brings 2.7 GB of CUDA with it. Where there is no GPU, it is taken from here.
+# TORCH_INDEX= (empty) takes PyPI's at once.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
 
-.PHONY: demo test check
+.PHONY: demo test check docs
 
 demo: $(VENV)/.demo
-	@$(BIN)/python examples/fetch_demo_model.py
-	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --config_file accelerate_config.yaml launch/train.py --cfg demo
+	$(BIN)/lora-core demo
 
 test: $(VENV)/.test
 	@$(BIN)/python examples/fetch_demo_model.py
@@ -21,13 +25,22 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/pyright tests/typing
 	@$(BIN)/python examples/fetch_demo_model.py
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # One environment, one marker file for each set of extras that is in it; made anew when a requirement changes.
 $(VENV)/.%: setup.cfg pyproject.toml constraints.txt
 	@if [ -n "$(FRESH)" ]; then rm -rf $(VENV); fi
 	@echo "environment: installing lora_core[$*] into $(VENV) (some minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@if [ -n "$(TORCH_INDEX)" ] && ! command -v nvidia-smi >/dev/null && ! $(BIN)/python -c "import torch" 2>/dev/null; then \
+		echo "environment: PyTorch for CPUs, from $(TORCH_INDEX)"; \
+		$(PIP) install --no-deps --retries 1 --timeout 10 --index-url $(TORCH_INDEX) $(TORCH) \
+			|| echo "environment: that index cannot be reached; taking PyPI's PyTorch, with CUDA"; \
+	fi
 	@$(PIP) install --constraint constraints.txt --editable '.[$*]'
 	@touch $@

@@ -1,4 +1,4 @@
-"""How much of an optimizer step is matrix products that the maths requires, and where the rest goes.
+"""Claim: most of an optimizer step (the bar is three quarters) is matrix products that the maths requires.
 
     python benchmarks/roofline.py [--rows FILE.jsonl] [--alternations 5] [key=value ...]
 
@@ -10,7 +10,7 @@ alone, at its own shapes and with the model's own weights:
     LoRA           A and B forward, the gradients to both, and through both to the input
     attention      scores and values of every segment, forward, and their four gradients; whole squares, as the loop
                    computes them, of which causal attention uses half
-    head           logits of supervised positions, and the gradient to their hidden states
+    head           logits where the next token is a loss token, and the gradient to their hidden states
 
 Every product runs once before it is timed, so that no time is spent on compiling kernels; the step has no such help,
 because its shapes are new with every batch. On one core, the times are the process's own CPU time. Then as many steps
@@ -22,28 +22,25 @@ Prints tables, writes roofline.json.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own marks
 
+import common
 import torch
-from common import DEMO_MODEL, HERE, ROOT, Training, base_config, cpu_accelerator, now, ratios, set_up, spread, write
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers.models.llama import modeling_llama
 
-from lora_core.data.counts import EncodedFile
 from lora_core.data.encoded import load_data, pad_id
-from lora_core.data.packing import step_rows, train_batching
+from lora_core.data.packing import train_batching
 from lora_core.model import attention, lora_linear, loss
 from lora_core.model.attention import causal_lm_of
 from lora_core.model.base import load_base_model, load_tokenizer
@@ -54,40 +51,23 @@ WARM_UP_STEPS = 3
 Product = Callable[[], Tensor]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The products that one micro-batch needs
-
-
 def required_products(model: nn.Module, batch: dict[str, Any]) -> dict[str, list[Product]]:
     """Part of the model -> its products, ready to run."""
     config = causal_lm_of(model).config
     num_tokens = batch["input_ids"].shape[1]
-    num_supervised = int(batch["loss_mask"].sum())
-    layers = list(lora_layers(model))
+    products: dict[str, list[Product]] = {"base layers": [], "LoRA": [], "attention": [], "head": []}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            # Nothing trains before q, k and v of the first layer: their input needs no gradient.
+            to_input = ".layers.0.self_attn." not in name or name.endswith("o_proj")
+            products["base layers"] += of_linear(layer.get_base_layer().weight, num_tokens, to_input)
+            products["LoRA"] += of_adapter(layer, num_tokens, to_input)
+    heads = config.num_attention_heads, config.num_key_value_heads
+    for length in batch["segment_lengths"] * config.num_hidden_layers:
+        products["attention"] += of_attention(*heads, config.head_dim, length)
     head = causal_lm_of(model).get_output_embeddings().weight
-    return {
-        "base layers": [product for _, layer, to_input in layers for product in of_base(layer, num_tokens, to_input)],
-        "LoRA": [product for _, layer, to_input in layers for product in of_adapter(layer, num_tokens, to_input)],
-        "attention": [
-            product
-            for _ in range(config.num_hidden_layers)
-            for length in batch["segment_lengths"]
-            for product in of_attention(config.num_attention_heads, config.num_key_value_heads, config.head_dim, length)
-        ],
-        "head": [*of_linear(head, num_supervised, to_input=True)],
-    }
-
-
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any, bool]]:
-    """(name, layer, its input has a gradient): nothing trains before q, k and v of the first layer."""
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            first = ".layers.0.self_attn." in name and not name.endswith("o_proj")
-            yield name, module, not first
-
-
-def of_base(layer: Any, num_tokens: int, to_input: bool) -> Iterator[Product]:
-    return of_linear(layer.get_base_layer().weight, num_tokens, to_input)
+    products["head"] += of_linear(head, int(batch["loss_mask"].sum()), to_input=True)
+    return products
 
 
 def of_linear(weight: Tensor, num_tokens: int, to_input: bool) -> Iterator[Product]:
@@ -135,27 +115,13 @@ def values(*shape: int) -> Tensor:
 
 
 @torch.no_grad()
-def run_products(products: Sequence[Product]) -> float:
-    """Seconds of all products, one after another."""
-    started = now()
+def run_all(products: Sequence[Product]) -> None:
     for product in products:
         product()
-    return now() - started
 
-
-# ---------------------------------------------------------------------------------------------------------------
-# Where the step goes
 
 # Names of operations that are products, wherever they run.
-PRODUCTS = {
-    "aten::mm",
-    "aten::addmm",
-    "aten::addmm_",
-    "aten::bmm",
-    "aten::baddbmm",
-    "aten::mkldnn_linear",
-    "aten::linear",
-}
+PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "mkldnn_linear", "linear")}
 PARTS = (
     "norms",
     "rotary positions",
@@ -189,7 +155,7 @@ class NamedBitMask:
     apply = staticmethod(named(DROPOUT, BitMask.apply))
 
 
-def name_parts(training: Training) -> None:
+def name_parts(training: common.Training) -> None:
     """Mark the parts of the model and of the step for the profiler."""
     use_lean_lora(training.model.model, NamedBitMask)
     for module in training.model.modules():
@@ -217,7 +183,7 @@ def name_method(owner: Any, method: str, part: str) -> None:
     setattr(owner, method, named(part, getattr(owner, method)))
 
 
-def profile_step(training: Training, batches: Sequence[dict[str, Any]]) -> dict[str, float]:
+def profile_step(training: common.Training, batches: common.Batches) -> dict[str, float]:
     """Name -> wall seconds of one step (the profiler knows no other). What is in no operation is Python's."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         started = time.perf_counter()
@@ -259,79 +225,64 @@ def part_of_each(events: Sequence[Any]) -> list[str]:
     return parts
 
 
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def measure(
-    training: Training, data: EncodedFile, pad_token_id: int, alternations: int
-) -> tuple[list[float], list[dict[str, float]], list[dict[str, float]]]:
-    """(seconds of each step, of its products by part, of the parts of as many profiled steps)."""
-    batching = train_batching(training.config, pad_token_id)
-
-    def batches_of(step: int) -> list[dict[str, Any]]:
-        rows = step_rows(len(data.lengths), training.plan.rows_per_optimizer_step, training.config.train.seed, step)
-        return [batching.tensors(data.dataset, cut) for cut in batching.cut(rows, data.lengths)]
+def main() -> None:
+    parser = common.options_of(__doc__, "roofline.json", "--rows", "--alternations", "overrides")
+    options = parser.parse_args()
+    config = common.base_config(
+        f"model.name_or_path={common.DEMO_MODEL}", f"data.train_file={options.rows}", *options.overrides
+    )
+    accelerator = common.cpu_accelerator(config)
+    tokenizer = load_tokenizer(config.model)
+    data, _ = load_data(config, tokenizer)
+    base = load_base_model(config.model, accelerator.device, packing=True)
+    training = common.set_up(config, accelerator, base, len(data.lengths))
+    batches_of = partial(training.batches, data, train_batching(config, pad_id(tokenizer)))
 
     for step in range(WARM_UP_STEPS):
         training.step(batches_of(step))
-    step_s, product_s = [], []
-    for step in range(WARM_UP_STEPS, WARM_UP_STEPS + alternations):
+    step_s: list[float] = []
+    product_s: list[dict[str, float]] = []
+    for step in range(WARM_UP_STEPS, WARM_UP_STEPS + options.alternations):
         batches = batches_of(step)
-        started = now()
-        training.step(batches)
-        step_s.append(now() - started)
+        step_s.append(common.seconds_of(partial(training.step, batches)))
         of_step: defaultdict[str, float] = defaultdict(float)
         for batch in batches:
             for part, products in required_products(training.model.model, batch).items():
-                run_products(products)
-                of_step[part] += run_products(products)
+                run_all(products)
+                of_step[part] += common.seconds_of(partial(run_all, products))
         _values.clear()
         product_s.append(dict(of_step))
         tokens = sum(batch["input_ids"].shape[1] for batch in batches)
         share = sum(of_step.values()) / step_s[-1]
         print(f"step {step}: {tokens} tokens in {step_s[-1]:.1f} s, products {share:.3f} of it", flush=True)
     name_parts(training)
-    first = WARM_UP_STEPS + alternations
-    return step_s, product_s, [profile_step(training, batches_of(step)) for step in range(first, first + alternations)]
+    first = WARM_UP_STEPS + options.alternations
+    profiles = [profile_step(training, batches_of(step)) for step in range(first, first + options.alternations)]
 
-
-def tables(step_s: Sequence[float], product_s: Sequence[dict[str, float]], profiles: Sequence[dict[str, float]]) -> str:
-    whole = ratios([sum(of_step.values()) for of_step in product_s], step_s)
-    verdict = "met" if statistics.median(whole) >= BAR else "NOT met"
-    lines = ["| required products alone / step | |", "|---|---|"]
-    for part in product_s[0]:
-        lines.append(f"| {part} | {spread(ratios([of_step[part] for of_step in product_s], step_s), '.3f')} |")
-    lines.append(f"| **all** (bar {BAR}: {verdict}) | **{spread(whole, '.3f')}** |")
-    lines += ["", "| where a step goes (profiled) | share |", "|---|---|"]
+    whole = common.ratios([sum(of_step.values()) for of_step in product_s], step_s)
+    rows = [
+        [part, common.spread(common.ratios([of_step[part] for of_step in product_s], step_s), ".3f")]
+        for part in product_s[0]
+    ]
+    rows.append(
+        [f"**all** (bar {BAR}: {common.met(statistics.median(whole) >= BAR)})", f"**{common.spread(whole, '.3f')}**"]
+    )
     shares = {name: [parts[name] / sum(parts.values()) for parts in profiles] for name in profiles[0]}
     by_size = sorted(shares.items(), key=lambda item: -statistics.median(item[1]))
-    return "\n".join([*lines, *(f"| {name} | {spread(each, '.1%')} |" for name, each in by_size)])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=Path, default=ROOT / "examples" / "train.jsonl", help="rows in any shape")
-    parser.add_argument("--alternations", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=HERE / "roofline.json")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="in place of what configs/base.yaml says")
-    options = parser.parse_args()
-    config = base_config(f"model.name_or_path={DEMO_MODEL}", f"data.train_file={options.rows}", *options.overrides)
-    accelerator = cpu_accelerator(config)
-    tokenizer = load_tokenizer(config.model)
-    data, _ = load_data(config, tokenizer)
-    base = load_base_model(config.model, accelerator.device, packing=True)
-    training = set_up(config, accelerator, base, len(data.lengths))
-    step_s, product_s, profiles = measure(training, data, pad_id(tokenizer), options.alternations)
-    table = tables(step_s, product_s, profiles)
-    results = {
-        "rows": str(options.rows),
-        "overrides": options.overrides,
-        "bar": BAR,
-        "step_s": step_s,
-        "product_s": product_s,
-        "profile_s": profiles,
-    }
-    write(options.output, table, **results)
+    table = common.markdown(["required products alone / step", ""], rows)
+    table += "\n\n" + common.markdown(
+        ["where a step goes (profiled)", "share"], [[name, common.spread(each, ".1%")] for name, each in by_size]
+    )
+    common.write(
+        options.output,
+        table,
+        rows=str(options.rows),
+        overrides=options.overrides,
+        bar=BAR,
+        step_s=step_s,
+        product_s=product_s,
+        profile_s=profiles,
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How cost grows: with rows, sequence length, vocabulary, rank, accumulation, ranks.
+"""Claim: a token costs the same with more rows, micro-batches or rank. Length and vocabulary raise its cost slowly.
 
     python benchmarks/scaling.py --rows FILE.jsonl [--rows-up-to 100000] [--two-ranks]
 
@@ -10,7 +10,7 @@
     accumulation    2 layers of the demo's shape; micro-batches of 2 rows of 256 tokens
     two ranks       8 micro-batches like these in one process with all cores, and in two that share them
 
-Weights and tokens are random, half of every row is supervised, bfloat16, LoRA as `configs/base.yaml` has it. Times: the
+Weights and tokens are random, half of each row is loss tokens, bfloat16, LoRA as `configs/base.yaml` has it. Times: the
 cases of one sweep take steps in turn, in one process, 5 times after a first that is not timed; on one core they are the
 process's own CPU time. Memory: each case takes two steps in a process of its own, and what counts is the largest
 resident set after the model was there.
@@ -20,35 +20,20 @@ Prints tables, writes scaling.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
-from common import (
-    DEMO_MODEL,
-    GIB,
-    HERE,
-    ROOT,
-    Training,
-    base_config,
-    cpu_accelerator,
-    now,
-    random_llama,
-    ratios,
-    set_up,
-    spread,
-    write,
-)
 
 from lora_core.data.encoded import load_data
 from lora_core.data.packing import collate_packed, step_rows, train_batching
@@ -86,47 +71,32 @@ SWEEPS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Steps
-
-
-def training_of(case: Case) -> Training:
-    config = base_config(f"lora.rank={case.rank}", "train.max_steps=1000", "train.optim=adamw_torch")
-    accelerator = cpu_accelerator(config)
+def training_of(case: Case) -> common.Training:
+    config = common.base_config(f"lora.rank={case.rank}", "train.max_steps=1000", "train.optim=adamw_torch")
+    accelerator = common.cpu_accelerator(config)
     shape = {"vocab_size": case.vocab_size}
     if case.hidden_size != 576:
         shape |= {"hidden_size": case.hidden_size, "intermediate_size": 2 * case.hidden_size}
         shape |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return set_up(config, accelerator, random_llama(2, **shape), num_rows=1000)
+    return common.set_up(config, accelerator, common.random_llama(2, **shape), num_rows=1000)
 
 
-def batches_of(case: Case, rank: int = 0, num_processes: int = 1) -> list[dict[str, Any]]:
+def batches_of(case: Case, rank: int = 0, num_processes: int = 1) -> common.Batches:
     """This rank's micro-batches of the step."""
     torch.manual_seed(rank)
     mask = [position >= case.row_length // 2 for position in range(case.row_length)]
-    return [
-        collate_packed(
-            [
-                {"input_ids": torch.randint(case.vocab_size, (case.row_length,)), "loss_mask": mask}
-                for _ in range(case.rows)
-            ]
-        )
-        for _ in range(case.accumulation // num_processes)
-    ]
+
+    def row() -> dict[str, Any]:
+        return {"input_ids": torch.randint(case.vocab_size, (case.row_length,)), "loss_mask": mask}
+
+    return [collate_packed([row() for _ in range(case.rows)]) for _ in range(case.accumulation // num_processes)]
 
 
 def step_times(cases: Sequence[Case]) -> list[list[float]]:
     """Seconds of the steps of each case; the cases take turns."""
-    trainings = [training_of(case) for case in cases]
-    batches = [batches_of(case) for case in cases]
-    seconds: list[list[float]] = [[] for _ in cases]
-    for alternation in range(ALTERNATIONS + 1):
-        for index, training in enumerate(trainings):
-            started = now()
-            training.step(batches[index])
-            if alternation > 0:
-                seconds[index].append(now() - started)
-    return seconds
+    steps = [partial(training_of(case).step, batches_of(case)) for case in cases]
+    turns = [[common.seconds_of(step) for step in steps] for _ in range(ALTERNATIONS + 1)]
+    return [list(seconds) for seconds in zip(*turns[1:], strict=True)]
 
 
 def step_memory(case: Case) -> int:
@@ -142,52 +112,27 @@ def step_memory(case: Case) -> int:
 def rank_time(case: Case) -> float:
     """Wall seconds of a step that all ranks of this launch share."""
     training = training_of(case)
-    accelerator = training.accelerator
-    batches = batches_of(case, accelerator.process_index, accelerator.num_processes)
+    batches = batches_of(case, training.accelerator.process_index, training.accelerator.num_processes)
     training.step(batches)
     started = time.perf_counter()
     training.step(batches)
     return time.perf_counter() - started
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Rows
-
-
-def write_rows(path: Path, source: Path, number: int) -> None:
-    """So many rows, each a real one with its number after its first text."""
-    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").split("\n") if line.strip()]
-    with path.open("w", encoding="utf-8") as file:
-        for index in range(number):
-            file.write(json.dumps(numbered(rows[index % len(rows)], index), ensure_ascii=False) + "\n")
-
-
-def numbered(row: dict[str, Any], index: int) -> dict[str, Any]:
-    if "messages" in row:
-        first, *rest = row["messages"]
-        return {**row, "messages": [{**first, "content": f"{first['content']} ({index})"}, *rest]}
-    return {**row, "instruction": f"{row['instruction']} ({index})"}
-
-
-def start_on(path: Path, cache_dir: Path) -> dict[str, float]:
+def start_on(path: str, cache_dir: str) -> dict[str, float]:
     """What comes before the first step, for the rows of a file: encode them (or find them encoded), plan an epoch."""
     use_all_cores()
-    config = base_config(
-        f"model.name_or_path={DEMO_MODEL}",
-        f"data.train_file={path}",
-        f"data.cache_dir={cache_dir}",
-        "data.num_proc=1",
-        "train.num_train_epochs=1",
-    )
+    data_settings = [f"data.train_file={path}", f"data.cache_dir={cache_dir}", "data.num_proc=1"]
+    config = common.base_config(f"model.name_or_path={common.DEMO_MODEL}", *data_settings, "train.num_train_epochs=1")
     tokenizer = load_tokenizer(config.model)
     before = resident("VmRSS")
     forget_peak()
-    started = now()
+    started = common.now()
     data, _ = load_data(config, tokenizer)
-    loaded_s = now() - started
+    loaded_s = common.now() - started
     plan = plan_for(config, len(data.lengths), num_processes=1)
     batching = train_batching(config, pad_token_id=0)
-    started = now()
+    started = common.now()
     num_micro_batches = 0
     for step in range(plan.total_optimizer_steps):
         rows = step_rows(plan.num_rows, plan.rows_per_optimizer_step, config.train.seed, step)
@@ -197,7 +142,7 @@ def start_on(path: Path, cache_dir: Path) -> dict[str, float]:
         "tokens": data.counts.tokens,
         "micro_batches": num_micro_batches,
         "load_s": loaded_s,
-        "plan_s": now() - started,
+        "plan_s": common.now() - started,
         "peak_bytes": resident("VmHWM") - before,
         "file_pages_bytes": resident("RssFile"),
     }
@@ -216,36 +161,23 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# One process a measurement
-
-
-def in_a_process(what: str, argument: Any, launcher: Sequence[str] = (sys.executable,)) -> Any:
-    """Run one of `MEASUREMENTS` in a process of its own.
-
-    Raises:
-        SystemExit: it failed.
-    """
-    command = [*launcher, str(Path(__file__)), "--measure", what, json.dumps(argument)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    if done.returncode:
-        raise SystemExit(f"exit code {done.returncode}: {what} {argument}\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
 MEASUREMENTS: dict[str, Callable[[Any], Any]] = {
     "times": lambda cases: step_times([Case(**case) for case in cases]),
     "memory": lambda case: step_memory(Case(**case)),
     "ranks": lambda case: rank_time(Case(**case)),
-    "rows": lambda paths: start_on(*map(Path, paths)),
+    "rows": lambda paths: start_on(*paths),
 }
+
+
+def in_a_process(what: str, argument: Any, launcher: Sequence[str] = ()) -> Any:
+    """One of `MEASUREMENTS`."""
+    return common.last_line([sys.executable, *launcher, __file__, "--measure", what, json.dumps(argument)])
 
 
 def measure_sweep(name: str) -> list[dict[str, Any]]:
     cases = [asdict(case) for case in SWEEPS[name]]
-    seconds = in_a_process("times", cases)
     measured = []
-    for case, each in zip(cases, seconds, strict=True):
+    for case, each in zip(cases, in_a_process("times", cases), strict=True):
         measured.append({**case, "step_s": each, "peak_bytes": in_a_process("memory", case)})
         print(f"{name} {case['label']}: {statistics.median(each):.2f} s a step", flush=True)
     return measured
@@ -253,11 +185,9 @@ def measure_sweep(name: str) -> list[dict[str, Any]]:
 
 def measure_rows(source: Path, up_to: int, scratch: Path) -> list[dict[str, Any]]:
     measured = []
-    for number in (1_000, 10_000, 100_000, 1_000_000):
-        if number > up_to:
-            break
+    for number in (n for n in (1_000, 10_000, 100_000, 1_000_000) if n <= up_to):
         path = scratch / f"rows-{number}.jsonl"
-        write_rows(path, source, number)
+        common.write_rows(path, source, number)
         first, second = (in_a_process("rows", [str(path), str(scratch / "encoded")]) for _ in range(2))
         measured.append({"first": first, "second": second})
         print(f"rows {number:,}: encoded in {first['load_s']:.1f} s, found in {second['load_s']:.1f} s", flush=True)
@@ -268,7 +198,7 @@ def measure_rows(source: Path, up_to: int, scratch: Path) -> list[dict[str, Any]
 def measure_ranks() -> dict[str, list[float]]:
     """Seconds of a step in one process and in two, in turn."""
     case = asdict(Case("ranks", rows=2, accumulation=8))
-    two = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    two = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     seconds: dict[str, list[float]] = {"one": [], "two": []}
     for _ in range(ALTERNATIONS):
         seconds["one"].append(in_a_process("ranks", case))
@@ -276,50 +206,49 @@ def measure_ranks() -> dict[str, list[float]]:
     return seconds
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Tables
-
-
 def rows_table(measured: Sequence[dict[str, Any]]) -> str:
-    lines = [
-        "| rows | encoded, rows/s | epoch planned, s | peak above start, GiB | second start, s | its peak, GiB |",
-        "|---|---|---|---|---|---|",
-    ]
-    for case in measured:
-        first, second = case["first"], case["second"]
-        lines.append(
-            f"| {first['rows']:,} | {first['rows'] / first['load_s']:,.0f} | {first['plan_s']:.2f} | "
-            f"{first['peak_bytes'] / GIB:.2f} | {second['load_s']:.2f} | {second['peak_bytes'] / GIB:.2f} |"
-        )
-    return "\n".join(lines)
+    header = ["rows", "encoded, rows/s", "epoch planned, s", "peak above start, GiB", "second start, s"]
+    return common.markdown(
+        [*header, "its peak, GiB"],
+        [
+            [
+                f"{first['rows']:,}",
+                f"{first['rows'] / first['load_s']:,.0f}",
+                f"{first['plan_s']:.2f}",
+                f"{first['peak_bytes'] / common.GIB:.2f}",
+                f"{second['load_s']:.2f}",
+                f"{second['peak_bytes'] / common.GIB:.2f}",
+            ]
+            for first, second in (case.values() for case in measured)
+        ],
+    )
 
 
 def sweep_table(name: str, measured: Sequence[dict[str, Any]]) -> str:
     """Against the first case, alternation by alternation."""
-    lines = [f"| {name} | time a token | peak memory above the model, MiB |", "|---|---|---|"]
-    a_token = [[seconds / Case(**without_results(case)).tokens for seconds in case["step_s"]] for case in measured]
-    for case, each in zip(measured, a_token, strict=True):
-        time_ratio = spread(ratios(each, a_token[0]), ".2f")
-        lines.append(f"| {case['label']} | {time_ratio} | {case['peak_bytes'] / MIB:,.0f} |")
-    return "\n".join(lines)
-
-
-def without_results(case: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in case.items() if key not in ("step_s", "peak_bytes")}
+    a_token = [
+        [seconds / case.tokens for seconds in each["step_s"]] for case, each in zip(SWEEPS[name], measured, strict=True)
+    ]
+    return common.markdown(
+        [name, "time a token", "peak memory above the model, MiB"],
+        [
+            [case["label"], common.spread(common.ratios(each, a_token[0]), ".2f"), f"{case['peak_bytes'] / MIB:,.0f}"]
+            for case, each in zip(measured, a_token, strict=True)
+        ],
+    )
 
 
 def ranks_line(seconds: dict[str, list[float]] | None) -> str:
     if seconds is None:
         return "Two ranks: not measured (--two-ranks)."
-    return f"Two ranks: {spread(ratios(seconds['one'], seconds['two']), '.2f')} times the speed of one, on all cores."
+    faster = common.spread(common.ratios(seconds["one"], seconds["two"]), ".2f")
+    return f"Two ranks: {faster} times the speed of one, on all cores."
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=Path, default=ROOT / "examples" / "train.jsonl", help="messages or Alpaca rows")
+    parser = common.options_of(__doc__, "scaling.json", "--rows")
     parser.add_argument("--rows-up-to", type=int, default=100_000, metavar="N", help="largest number of rows")
-    parser.add_argument("--two-ranks", action="store_true", help="also two ranks against one; wants two free cores")
-    parser.add_argument("--output", type=Path, default=HERE / "scaling.json")
+    parser.add_argument("--two-ranks", action="store_true", help="also two ranks against one; needs two free cores")
     parser.add_argument("--measure", nargs=2, metavar=("WHAT", "JSON"), help="one measurement, in this process")
     options = parser.parse_args()
     if options.measure:
@@ -332,10 +261,9 @@ def main() -> None:
     ranks = measure_ranks() if options.two_ranks else None
     with tempfile.TemporaryDirectory(prefix="scaling-") as scratch:
         rows = measure_rows(options.rows, options.rows_up_to, Path(scratch))
-    table = "\n\n".join(
-        [rows_table(rows), *(sweep_table(name, measured) for name, measured in sweeps.items()), ranks_line(ranks)]
-    )
-    write(options.output, table, source=str(options.rows), rows=rows, sweeps=sweeps, ranks=ranks)
+    sweep_tables = [sweep_table(name, measured) for name, measured in sweeps.items()]
+    table = "\n\n".join([rows_table(rows), *sweep_tables, ranks_line(ranks)])
+    common.write(options.output, table, source=str(options.rows), rows=rows, sweeps=sweeps, ranks=ranks)
 
 
 if __name__ == "__main__":

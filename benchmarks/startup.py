@@ -1,8 +1,8 @@
-"""From the command to the first optimizer step, and what takes how long.
+"""Claim: three seconds from the command to the first optimizer step, beyond importing torch and transformers.
 
     python benchmarks/startup.py [--alternations 5] [key=value ...]
 
-The demo (78 rows, SmolLM2-135M) without held-out rows, so that no evaluation comes before the first step; the rows are
+The demo (78 rows, SmolLM2-135M) without an eval set, so that no evaluation comes before the first step; the rows are
 encoded and all files are in the disk's cache, because a first run that is not counted has read them. Each run is a
 process of its own, with all cores, wall time from before it is started. It does what launch/train.py does, but imports
 torch and what transformers needs to load a model first, so that the rest can be told from it, and times the steps of
@@ -14,7 +14,6 @@ Prints a table, writes startup.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -26,15 +25,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 BAR_S = 3.0
 
-IMPORTS, OUR_IMPORTS, STEP, REST = (
-    "importing torch and transformers",
-    "importing peft, accelerate, bitsandbytes, datasets and lora_core",
-    "the first optimizer step",
-    "the rest",
-)
+IMPORTS = "importing torch and transformers"
+OUR_IMPORTS = "importing peft, accelerate, bitsandbytes, datasets and lora_core"
+STEP = "the first optimizer step"
 # Names in lora_core.training.setup -> what they do.
 PHASES = {
     "build_accelerator": "device and process group",
@@ -47,12 +43,14 @@ PHASES = {
     "load_base_model": "model",
     "add_adapter": "adapter",
     "build_optimizer": "optimizer",
-    "train_step": STEP,
 }
 
 
 def child(started: float, overrides: list[str]) -> None:
     """Train until the first step is done, and print {what: seconds}. `started`: of the parent's clock."""
+    from lora_core.commands.command_line import heavy_imports
+    from lora_core.config.load import load_config
+
     seconds: dict[str, float] = {"starting Python": time.time() - started}
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,27 +58,27 @@ def child(started: float, overrides: list[str]) -> None:
             before = time.time()
             result = function(*args, **kwargs)
             seconds[name] = time.time() - before
-            if name == STEP:
-                end(seconds)
             return result
 
         return wrapped
 
-    def end(seconds: dict[str, float]) -> None:
-        whole = time.time() - started
-        print(json.dumps({**seconds, REST: whole - sum(seconds.values()), "whole": whole}), flush=True)
-        os._exit(0)
-
-    from lora_core.commands.command_line import heavy_imports
-    from lora_core.config.load import load_config
-
     with heavy_imports():
         timed(IMPORTS, import_torch_and_transformers)()
         timed(OUR_IMPORTS, import_training)()
-    training = sys.modules["lora_core.training.setup"]
+    from lora_core.training import loop, setup
+
     for name, what in PHASES.items():
-        setattr(training, name, timed(what, getattr(training, name)))
-    training.train(load_config("demo", overrides))  # type: ignore[attr-defined]
+        setattr(setup, name, timed(what, getattr(setup, name)))
+    take_step = timed(STEP, loop.train_step)
+
+    def take_one_step_and_end(*args: Any) -> None:
+        take_step(*args)
+        whole = time.time() - started
+        print(json.dumps({**seconds, "the rest": whole - sum(seconds.values()), "whole": whole}), flush=True)
+        os._exit(0)
+
+    loop.train_step = take_one_step_and_end  # type: ignore[assignment]
+    setup.train(load_config("demo", overrides))
 
 
 def import_torch_and_transformers() -> None:
@@ -97,75 +95,51 @@ def import_training() -> None:
     import lora_core.training.setup  # noqa: F401
 
 
-def run(overrides: list[str]) -> dict[str, float]:
-    command = [sys.executable, __file__, "--child", str(time.time()), *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE.parent)
-    if done.returncode != 0:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
-    seconds: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return seconds
-
-
-def launcher_s(scratch: Path) -> float:
+def launcher_s(script: Path) -> float:
     """Seconds that `accelerate launch` takes by itself."""
-    script = scratch / "nothing.py"
-    script.write_text("", encoding="utf-8")
-    accelerate = str(Path(sys.executable).parent / "accelerate")
+    accelerate = Path(sys.executable).parent / "accelerate"
+    command = [accelerate, "launch", "--config_file", ROOT / "accelerate_config.yaml", script]
     started = time.time()
-    subprocess.run(
-        [accelerate, "launch", "--config_file", str(HERE.parent / "accelerate_config.yaml"), str(script)],
-        capture_output=True,
-        check=True,
-    )
+    subprocess.run(command, capture_output=True, check=True)
     return time.time() - started
 
 
-def table(runs: list[dict[str, float]], launcher: list[float]) -> str:
-    from common import spread
-
-    def row(what: str, values: list[float], bold: str = "") -> str:
-        return f"| {bold}{what}{bold} | {bold}{spread(values, '.2f')}{bold} |"
-
-    names = [name for name in runs[0] if name != "whole"]
-    beyond = [each["whole"] - each[IMPORTS] for each in runs]
-    before_step = [each["whole"] - each[IMPORTS] - each[STEP] for each in runs]
-    met = {True: "met", False: "NOT met"}
-    return "\n".join(
-        [
-            "| from the command to the end of the first step | s |",
-            "|---|---|",
-            *(row(name, [each[name] for each in runs]) for name in names),
-            row("all of it", [each["whole"] for each in runs]),
-            row(
-                f"beyond importing torch and transformers, to the step's start (bar {BAR_S:g}: "
-                f"{met[statistics.median(before_step) < BAR_S]})",
-                before_step,
-                "**",
-            ),
-            row(f"the same, to its end (bar {BAR_S:g}: {met[statistics.median(beyond) < BAR_S]})", beyond, "**"),
-            row("`accelerate launch` itself, before all this", launcher),
-        ]
-    )
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--alternations", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=HERE / "startup.json")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="in place of what configs/demo.yaml says")
-    options = parser.parse_args()
-    from common import write
+    # Only here: it imports torch, which the child does at a time of its own.
+    from common import last_line, markdown, met, options_of, spread, write
+
+    options = options_of(__doc__, "startup.json", "--alternations", "overrides").parse_args()
 
     with tempfile.TemporaryDirectory(prefix="startup-") as folder:
         overrides = ["data.eval_file=null", "train.save_steps=1000", f"output_dir={folder}/run"]
         overrides += [f"data.cache_dir={folder}/rows", *options.overrides]
-        run(overrides)
+
+        def run() -> dict[str, float]:
+            seconds: dict[str, float] = last_line([sys.executable, __file__, "--child", str(time.time()), *overrides])
+            return seconds
+
+        run()
+        nothing = Path(folder) / "nothing.py"
+        nothing.touch()
         runs, launcher = [], []
         for _ in range(options.alternations):
-            runs.append(run(overrides))
-            launcher.append(launcher_s(Path(folder)))
+            runs.append(run())
+            launcher.append(launcher_s(nothing))
             print(f"{runs[-1]['whole']:.1f} s, accelerate launch {launcher[-1]:.1f} s", flush=True)
-    write(options.output, table(runs, launcher), runs=runs, launcher_s=launcher)
+
+    beyond = [each["whole"] - each[IMPORTS] for each in runs]
+    before_step = [each["whole"] - each[IMPORTS] - each[STEP] for each in runs]
+    bars = [f"(bar {BAR_S:g}: {met(statistics.median(each) < BAR_S)})" for each in (before_step, beyond)]
+    rows = [(name, [each[name] for each in runs]) for name in runs[0] if name != "whole"]
+    rows += [
+        ("all of it", [each["whole"] for each in runs]),
+        (f"beyond importing torch and transformers, to the step's start {bars[0]}", before_step),
+        (f"the same, to its end {bars[1]}", beyond),
+        ("`accelerate launch` itself, before all this", launcher),
+    ]
+    header = ["from the command to the end of the first step", "s"]
+    table = markdown(header, [[what, spread(seconds, ".2f")] for what, seconds in rows])
+    write(options.output, table, runs=runs, launcher_s=launcher)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Short runs that are killed, stopped, starved of disk and damaged, each gone on with and compared bit for bit.
+"""Claim: killed, stopped, starved of disk or damaged at any instant, a run resumes to the same adapter, bit for bit.
 
     HF_HUB_OFFLINE=1 python -m benchmarks.torture
     HF_HUB_OFFLINE=1 python -m benchmarks.torture --quick
@@ -6,7 +6,7 @@
 Run it in the repository root, on Linux; it took half an hour on a core that other work shared, the small end
 (`--quick`) four minutes. It trains a random two-layer Qwen2 on 22 rows: 9 steps, a checkpoint after each, in four
 settings (packed and padded, 8-bit and torch's AdamW, NF4, accumulation, always with dropout). A run that nothing
-disturbs comes first; what was disturbed and gone on with must leave the same adapter, byte by byte, and log the same
+disturbs comes first; what was disturbed and resumed must leave the same adapter, byte by byte, and log the same
 losses and gradient norms. Each run is a process of its own that executes `launch/train.py`, forked from one that has
 imported everything, because a start costs some seconds of imports. Two ranks are started by torchrun.
 
@@ -22,6 +22,7 @@ import os
 import random
 import resource
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -29,10 +30,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from itertools import pairwise
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -43,37 +45,26 @@ import psutil
 from lora_core.errors import ConfigError
 from lora_core.runtime.run_folder import write_json
 from lora_core.training.checkpoint import find_checkpoint
-from lora_core.training.loop import versions
+from lora_core.training.summary import versions
 from tests.tiny import ROOT, chat, make_tokenizer, save_tiny_model, write_jsonl
 
 NUM_STEPS = 9
 END_WITHIN_S = 120
 """A run that has not ended by then hangs; undisturbed it takes 2 s."""
 
-COMMON = [
-    "--cfg",
-    "demo",
-    "train.num_train_epochs=3",
-    "train.learning_rate=1e-3",
-    "train.save_steps=1",
-    "train.num_sample_replies=0",
-    "lora.dropout=0.1",
-    "data.max_seq_length=64",
-    "preflight.allow=[disk_too_small]",  # where the disk is full on purpose
-]
+COMMON = shlex.split(
+    "--cfg demo train.num_train_epochs=3 train.learning_rate=1e-3 train.save_steps=1 train.num_sample_replies=0 "
+    "lora.dropout=0.1 data.max_seq_length=64 preflight.allow=[disk_too_small]"  # where the disk is full on purpose
+)
 # Each makes 9 steps of 8 rows. bitsandbytes keeps 8-bit state for tensors of 4,096 numbers or more: rank 64 makes them.
 SETTINGS = {
-    "packed, 8-bit": ["lora.rank=64"],
-    "padded, torch": [
-        "data.packing=false",
-        "train.optim=adamw_torch",
-        "train.per_device_train_batch_size=8",
-        "train.gradient_accumulation_steps=1",
-    ],
-    "NF4, 8-bit": ["model.quantization=nf4", "lora.rank=64"],
-    "packed, 4 micro-batches": ["lora.rank=64", "train.max_tokens_per_device_batch=64"],
+    "packed, 8-bit": "lora.rank=64 train.optim=paged_adamw_8bit",
+    "padded, torch": "data.packing=false train.optim=adamw_torch "
+    "train.per_device_train_batch_size=8 train.gradient_accumulation_steps=1",
+    "NF4, 8-bit": "model.quantization=nf4 lora.rank=64 train.optim=paged_adamw_8bit",
+    "packed, 4 micro-batches": "lora.rank=64 train.optim=paged_adamw_8bit train.max_tokens_per_device_batch=64",
 }
-TWO_RANKS = {"two ranks": ["lora.rank=64", "train.gradient_accumulation_steps=2"]}
+TWO_RANKS = "two ranks", "lora.rank=64 train.gradient_accumulation_steps=2"
 
 # What a run imports, in the process that all runs are forked from.
 PRELOAD = [
@@ -94,10 +85,6 @@ PRELOAD = [
     "transformers.models.qwen2.modeling_qwen2",
     "transformers.optimization",
 ]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Runs
 
 
 @dataclass(frozen=True)
@@ -187,9 +174,9 @@ def make_inputs(work: Path) -> list[str]:
     ]
 
 
-def undisturbed(work: Path, inputs: Sequence[str], name: str, settings: Sequence[str], ranks: int = 1) -> Run:
+def undisturbed(work: Path, inputs: Sequence[str], name: str, settings: str, ranks: int = 1) -> Run:
     """Run once for the caches, and once for time and results."""
-    run = Run(name, [*COMMON, *settings, *inputs], ranks, work / f"undisturbed-{name.replace(' ', '-')}")
+    run = Run(name, [*COMMON, *shlex.split(settings), *inputs], ranks, work / f"undisturbed-{name.replace(' ', '-')}")
     for _ in range(2):
         started_at = time.monotonic()
         started = start(run, run.folder, f"train.save_total_limit={NUM_STEPS}")
@@ -199,10 +186,6 @@ def undisturbed(work: Path, inputs: Sequence[str], name: str, settings: Sequence
     first = run.folder / "checkpoints/step-000001"
     # From the first file's last byte to the folder's own name: the renaming changes the folder itself.
     return replace(run, save_s=first.stat().st_ctime - (first / "adapter.safetensors").stat().st_mtime)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Instants
 
 
 @dataclass(frozen=True)
@@ -232,19 +215,11 @@ class Instant:
         return f"{self.delay_s * 1000:.1f} ms after {event}"
 
 
-def draw_instant(run: Run, index: int, draw: random.Random) -> Instant:
+def draw_instant(draw: random.Random, run: Run, index: int) -> Instant:
     """By turns anywhere in the run, and inside a save."""
     if index % 2 == 0:
         return Instant("start", 0, draw.uniform(0, run.duration_s))
     return Instant("save", draw.randint(1, NUM_STEPS - 1), draw.uniform(0, 1.5 * run.save_s))
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# What a run has left
-
-
-def adapter(folder: Path) -> bytes:
-    return (folder / "adapter/adapter_model.safetensors").read_bytes()
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -257,16 +232,8 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return events
 
 
-def losses(folder: Path) -> list[tuple[Any, ...]]:
-    return [(event["event"], event.get("step"), event.get("loss"), event.get("grad_norm")) for event in metrics(folder)]
-
-
 def logged_steps(folder: Path) -> int:
     return max((event["step"] for event in metrics(folder) if event["event"] == "train"), default=0)
-
-
-def tensors(checkpoint: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in checkpoint.glob("*.safetensors")}
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -294,6 +261,10 @@ def newest_whole(folder: Path) -> int | None:
 
 def taken_for_whole(run: Run, folder: Path) -> list[str]:
     """Checkpoints that `--resume PATH` would take, and whose tensors are not those of the undisturbed run."""
+
+    def tensors(checkpoint: Path) -> dict[str, bytes]:
+        return {file.name: file.read_bytes() for file in checkpoint.glob("*.safetensors")}
+
     wrong = []
     for path in sorted((folder / "checkpoints").glob("step-*")):
         with suppress(ConfigError):
@@ -305,13 +276,14 @@ def taken_for_whole(run: Run, folder: Path) -> list[str]:
 
 def same_as_undisturbed(run: Run, folder: Path) -> str | None:
     """What differs from the undisturbed run; None if nothing does."""
-    if adapter(folder) != adapter(run.folder):
+    adapter, theirs = (each / "adapter/adapter_model.safetensors" for each in (folder, run.folder))
+    if adapter.read_bytes() != theirs.read_bytes():
         return "the adapter differs"
-    return None if losses(folder) == losses(run.folder) else "logged losses differ"
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Cases
+    keys = ("event", "step", "loss", "grad_norm")
+    losses, their_losses = (
+        [[event.get(key) for key in keys] for event in metrics(each)] for each in (folder, run.folder)
+    )
+    return None if losses == their_losses else "logged losses differ"
 
 
 @dataclass(frozen=True)
@@ -323,83 +295,98 @@ class Case:
     hit: str
     exit_code: int | str
     resumed_from: int | None
-    """Step of the checkpoint that was gone on with; None: there was none, and the run was started anew."""
-    leftovers: list[str]
-    """After the disturbance."""
+    """Step of the checkpoint that it resumed from; None: there was none, and the run was started anew."""
     left_in_the_end: list[str]
-    """After the resumed run."""
+    """Temporary files, after the resumed run."""
     damaged_taken: list[str]
     problem: str | None
     """What missed the bar."""
-    ended_after_s: float | None = None
-    """How long torchrun and the other rank went on."""
+    ended_after_s: float
+    """How long its processes lived after the disturbance was over; of two ranks, torchrun and the other rank."""
 
     def __str__(self) -> str:
-        went_on = "anew" if self.resumed_from is None else f"from step {self.resumed_from}"
+        resumed = "started anew" if self.resumed_from is None else f"resumed from step {self.resumed_from}"
         taken = f"; damaged taken for whole: {', '.join(self.damaged_taken)}" if self.damaged_taken else ""
         missed = f"; {self.problem}" if self.problem else ""
-        became = f"exit code {self.exit_code}; went on {went_on}"
-        return f"{self.run}: {self.disturbed}: hit {self.hit}; {became}{taken}{missed}"
+        return f"{self.run}: {self.disturbed}: hit {self.hit}; exit code {self.exit_code}; {resumed}{taken}{missed}"
 
 
-def examine(run: Run, started: Started, disturbed: str, exit_code: int | str, problem: str | None) -> Case:
-    """Look at what was left, go on with it, and compare."""
-    folder = started.folder
+Verdict = Callable[[Started, int | str], str | None]
+"""(a run that has ended, its exit code) -> what missed the bar."""
+
+
+def examine(run: Run, started: Started, disturbed: str, verdict: Verdict) -> Case:
+    """Let it end, look at what was left, resume it, and compare."""
+    disturbed_at, folder = time.monotonic(), started.folder
+    exit_code = started.end()
     case = Case(
         run=run.name,
         disturbed=disturbed,
         hit=hit(folder),
         exit_code=exit_code,
         resumed_from=newest_whole(folder),
-        leftovers=leftovers(folder),
         left_in_the_end=[],
         damaged_taken=taken_for_whole(run, folder),
-        problem=problem,
+        problem=verdict(started, exit_code),
+        ended_after_s=time.monotonic() - disturbed_at,
     )
     resumed = start(run, folder, *([] if case.resumed_from is None else ["--resume"]))
     code = resumed.end()
     after = same_as_undisturbed(run, folder) if code == 0 else f"resumed, it ended with {code}: {resumed.said[-2000:]}"
-    return replace(case, left_in_the_end=leftovers(folder), problem=problem or after)
+    return replace(case, left_in_the_end=leftovers(folder), problem=case.problem or after)
+
+
+def collect(
+    name: str,
+    runs: Sequence[Run],
+    count: int,
+    work: Path,
+    choose: Callable[[Run, int], Instant],
+    disturb: Callable[[Run, Started, Instant], Case | None],
+    fresh_every: int = 0,
+) -> list[Case]:
+    """Start runs and disturb each at its instant, until so many were met; one that had ended by then does not count.
+
+    Args:
+        fresh_every: every so many, a run has no encoded rows yet.
+    """
+    cases: list[Case] = []
+    while len(cases) < count:
+        index, folder = len(cases), work / f"{name}-{len(cases):03d}"
+        run = runs[index % len(runs)]
+        instant = choose(run, index)
+        fresh = bool(fresh_every) and index % fresh_every == 0
+        started = start(run, folder, *([f"data.cache_dir={folder}-cache"] if fresh else []))
+        case = disturb(run, started, instant) if instant.wait(started) else None
+        started.end()
+        cases += [] if case is None else [case]
+        shutil.rmtree(folder, ignore_errors=True)
+    return cases
 
 
 def kill_cases(runs: Sequence[Run], count: int, draw: random.Random, work: Path) -> list[Case]:
-    """SIGKILL at `count` instants inside a run. Every fourth run has no encoded rows yet."""
-    cases: list[Case] = []
-    while len(cases) < count:
-        run = runs[len(cases) // 2 % len(runs)]
-        folder = work / f"kill-{len(cases):03d}"
-        instant = draw_instant(run, len(cases), draw)
-        more = [f"data.cache_dir={folder}-cache"] if len(cases) % 4 == 0 else []
-        started = start(run, folder, *more)
-        if instant.wait(started):
-            started.process.kill()
-            cases.append(examine(run, started, str(instant), started.end(), None))
-        started.end()  # one that was done before the instant does not count
-        shutil.rmtree(folder)
-    return cases
+    """SIGKILL at `count` instants inside a run, by turns anywhere and inside a save. Some have no encoded rows yet."""
+
+    def disturb(run: Run, started: Started, instant: Instant) -> Case:
+        started.process.kill()
+        return examine(run, started, str(instant), lambda *_: None)
+
+    twice = [run for run in runs for _ in range(2)]
+    return collect("kill", twice, count, work, partial(draw_instant, draw), disturb, fresh_every=4)
 
 
 def rank_cases(run: Run, count: int, draw: random.Random, work: Path) -> list[Case]:
     """SIGKILL to one of two ranks; torchrun must end, and nothing of it may stay."""
-    cases: list[Case] = []
-    while len(cases) < count:
-        folder = work / f"rank-{len(cases):03d}"
-        instant = draw_instant(run, len(cases), draw)
-        started = start(run, folder)
-        if instant.wait(started):
-            ranks = psutil.Process(started.process.pid).children()
-            if len(ranks) == run.ranks:  # not yet, and no longer, at the ends of the run
-                rank = draw.randrange(run.ranks)
-                sorted(ranks, key=lambda child: child.pid)[rank].kill()
-                killed_at = time.monotonic()
-                exit_code = started.end()
-                ended_after_s = time.monotonic() - killed_at
-                problem = still_there(started, exit_code)
-                case = examine(run, started, f"rank {rank}, {instant}", exit_code, problem)
-                cases.append(replace(case, ended_after_s=ended_after_s))
-        started.end()
-        shutil.rmtree(folder, ignore_errors=True)
-    return cases
+
+    def disturb(run: Run, started: Started, instant: Instant) -> Case | None:
+        ranks = sorted(psutil.Process(started.process.pid).children(), key=lambda child: child.pid)
+        if len(ranks) != run.ranks:  # not yet, or no longer, at the ends of the run
+            return None
+        rank = draw.randrange(run.ranks)
+        ranks[rank].kill()
+        return examine(run, started, f"rank {rank}, {instant}", still_there)
+
+    return collect("rank", [run], count, work, partial(draw_instant, draw), disturb)
 
 
 def still_there(started: Started, exit_code: int | str) -> str | None:
@@ -413,25 +400,23 @@ def still_there(started: Started, exit_code: int | str) -> str | None:
 
 def stop_cases(runs: Sequence[Run], count: int, draw: random.Random, work: Path) -> tuple[list[Case], Counter[str]]:
     """SIGTERM at `count` instants inside the loop; and how many came before it and after it, which do not count."""
-    cases: list[Case] = []
     outside: Counter[str] = Counter()
-    while len(cases) < count:
-        run = runs[len(cases) % len(runs)]
-        folder = work / f"stop-{len(cases):03d}"
-        instant = Instant("step", draw.randint(0, NUM_STEPS - 1), draw.uniform(0, run.duration_s / 2 / NUM_STEPS))
-        started = start(run, folder)
-        if instant.wait(started):
-            os.kill(started.process.pid or 0, signal.SIGTERM)
-            exit_code, steps = started.end(), logged_steps(folder)
-            if exit_code == -signal.SIGTERM and steps in (0, NUM_STEPS):
-                outside["before the loop" if steps == 0 else "after it"] += 1
-            elif exit_code == 0 and same_as_undisturbed(run, folder) is None:
-                outside["in the last step"] += 1
-            else:
-                cases.append(examine(run, started, str(instant), exit_code, badly_stopped(started, exit_code)))
-        started.end()
-        shutil.rmtree(folder)
-    return cases, outside
+
+    def choose(run: Run, index: int) -> Instant:
+        return Instant("step", draw.randint(0, NUM_STEPS - 1), draw.uniform(0, run.duration_s / 2 / NUM_STEPS))
+
+    def disturb(run: Run, started: Started, instant: Instant) -> Case | None:
+        os.kill(started.process.pid or 0, signal.SIGTERM)
+        exit_code, steps = started.end(), logged_steps(started.folder)
+        if exit_code == -signal.SIGTERM and steps in (0, NUM_STEPS):
+            outside["before the loop" if steps == 0 else "after it"] += 1
+        elif exit_code == 0 and same_as_undisturbed(run, started.folder) is None:
+            outside["in the last step"] += 1
+        else:
+            return examine(run, started, str(instant), badly_stopped)
+        return None
+
+    return collect("stop", runs, count, work, choose, disturb), outside
 
 
 def badly_stopped(started: Started, exit_code: int | str) -> str | None:
@@ -441,28 +426,23 @@ def badly_stopped(started: Started, exit_code: int | str) -> str | None:
     return None if saved == steps else f"{steps} steps were taken, the newest checkpoint is of step {saved}"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Disk full
-
-
 def limit_cases(runs: Sequence[Run], count: int, draw: random.Random, work: Path) -> list[Case]:
     """No file may grow past a limit, from some step on: the next save ends in the midst of a file."""
-    cases: list[Case] = []
-    while len(cases) < count:
-        run = runs[len(cases) % len(runs)]
-        folder = work / f"limit-{len(cases):03d}"
+
+    def choose(run: Run, index: int) -> Instant:
+        return Instant("step", draw.randint(2, NUM_STEPS - 2), 0)
+
+    def disturb(run: Run, started: Started, instant: Instant) -> Case:
         largest = max(file.stat().st_size for file in (run.folder / "checkpoints/step-000001").iterdir())
         limit = draw.randrange(16_384, largest)  # metrics.jsonl and the log are smaller
-        step = draw.randint(1, NUM_STEPS - 3)
-        started = start(run, folder)
-        if Instant("step", step + 1, 0).wait(started):
-            resource.prlimit(started.process.pid or 0, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-            exit_code = started.end()
-            disturbed = f"no file over {limit:,} bytes, from step {step + 1} on"
-            cases.append(examine(run, started, disturbed, exit_code, badly_starved(started, exit_code, step)))
-        started.end()
-        shutil.rmtree(folder)
-    return cases
+        resource.prlimit(started.process.pid or 0, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        disturbed = f"no file over {limit:,} bytes, from step {instant.step} on"
+        return examine(run, started, disturbed, partial(badly_starved, least_step=instant.step - 1))
+
+    return collect("limit", runs, count, work, choose, disturb)
+
+
+PAGE = resource.getpagesize()
 
 
 def full_disk_cases(runs: Sequence[Run], count: int, draw: random.Random, work: Path) -> list[Case]:
@@ -472,16 +452,15 @@ def full_disk_cases(runs: Sequence[Run], count: int, draw: random.Random, work: 
         run = runs[index % len(runs)]
         point, before = draw_page(run, index, draw)
         disk = work / f"disk-{index:03d}"
-        with small_disk(disk, before * PAGE):
-            started = start(run, disk / "run")
-            exit_code = started.end()
+
+        def starved_then_room(started: Started, exit_code: int | str, disk: Path = disk) -> str | None:
             problem = badly_starved(started, exit_code, least_step=1)
-            subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)  # room was made
-            cases.append(examine(run, started, f"full at {point}", exit_code, problem))
+            subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+            return problem
+
+        with small_disk(disk, before * PAGE):
+            cases.append(examine(run, start(run, disk / "run"), f"full at {point}", starved_then_room))
     return cases
-
-
-PAGE = resource.getpagesize()
 
 
 def pages(files: Sequence[Path]) -> int:
@@ -525,10 +504,6 @@ def badly_starved(started: Started, exit_code: int | str, least_step: int) -> st
     return None if saved and saved >= least_step else f"step {least_step} was saved, the newest whole one is {saved}"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Damage
-
-
 @dataclass(frozen=True)
 class Damage:
     """One way to spoil one file of a checkpoint."""
@@ -546,18 +521,15 @@ class Damage:
 
 
 def damage_cases(run: Run, count: int, draw: random.Random, work: Path) -> list[Damage]:
-    """A checkpoint's files, damaged one at a time; the checkpoint before it is whole."""
+    """A checkpoint's files, damaged one at a time; the checkpoint before it is whole.
+
+    Each file in equally many ranges; in each range some bytes are changed, and the file is cut. At least `count`.
+    """
     folder = work / "damage"
     for step in (NUM_STEPS - 2, NUM_STEPS - 1):
-        shutil.copytree(run.folder / f"checkpoints/step-{step:06d}", folder / f"checkpoints/step-{step:06d}")
+        name = f"checkpoints/step-{step:06d}"
+        shutil.copytree(run.folder / name, folder / name)
     checkpoint = folder / f"checkpoints/step-{NUM_STEPS - 1:06d}"
-    cases = [try_damage(checkpoint, damage, draw) for damage in draw_damages(checkpoint, count, draw)]
-    shutil.rmtree(folder)
-    return cases
-
-
-def draw_damages(checkpoint: Path, count: int, draw: random.Random) -> list[Damage]:
-    """Each file in equally many ranges; in each range some bytes are changed, and the file is cut. At least `count`."""
     files = sorted(checkpoint.iterdir())
     num_ranges = -(-count // (2 * len(files)))
     damages = []
@@ -569,39 +541,31 @@ def draw_damages(checkpoint: Path, count: int, draw: random.Random) -> list[Dama
             damages.append(Damage(file.name, "flipped", first, draw.randint(1, high - first)))
             cut = size - 1 if high == size else first  # the last byte alone, too
             damages.append(Damage(file.name, "cut", cut, size - cut))
-    return damages
+    cases = [try_damage(checkpoint, damage, draw) for damage in damages]
+    shutil.rmtree(folder)
+    return cases
 
 
 def try_damage(checkpoint: Path, damage: Damage, draw: random.Random) -> Damage:
     """Spoil the file, see what `find_checkpoint` says, and put the file back."""
     file = checkpoint / damage.file
     content = file.read_bytes()
-    spoilt = bytearray(content)
-    if damage.way == "cut":
-        del spoilt[damage.first :]
-    else:
+    spoilt = bytearray(content[: damage.first] if damage.way == "cut" else content)
+    if damage.way == "flipped":
         for index in range(damage.first, damage.first + damage.length):
             spoilt[index] ^= draw.randint(1, 255)
     file.write_bytes(spoilt)
-    problem = undetected(checkpoint, damage.file)
-    file.write_bytes(content)
-    return replace(damage, problem=problem)
-
-
-def undetected(checkpoint: Path, name: str) -> str | None:
     folder = checkpoint.parent.parent
     try:
         find_checkpoint(folder, checkpoint, lambda _: None, may_rename=False)
-        return "taken for whole"
+        problem = "taken for whole"
     except ConfigError as error:
-        if name not in str(error):
-            return f"not named: {error}"
-    taken = find_checkpoint(folder, None, lambda _: None, may_rename=False).path
-    return None if taken.name == f"step-{NUM_STEPS - 2:06d}" else f"{taken} was taken in its place"
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Table
+        taken = newest_whole(folder)
+        problem = None if taken == NUM_STEPS - 2 else f"step {taken} was taken in its place"
+        if damage.file not in str(error):
+            problem = f"not named: {error}"
+    file.write_bytes(content)
+    return replace(damage, problem=problem)
 
 
 @dataclass(frozen=True)
@@ -623,82 +587,60 @@ def summary_of(cases: Sequence[Case]) -> str:
     same = sum(case.problem is None for case in cases)
     taken = sum(len(case.damaged_taken) for case in cases)
     anew = sum(case.resumed_from is None for case in cases)
-    parts = [f"{same} of {len(cases)} bit-identical", f"{taken} damaged taken for whole"]
-    if anew:
-        parts.append(f"killed before the first checkpoint and started anew: {anew}")
-    return ", ".join(parts)
+    text = f"{same} of {len(cases)} bit-identical, {taken} damaged taken for whole"
+    return text + (f", killed before the first checkpoint and started anew: {anew}" if anew else "")
 
 
 def hits_of(cases: Sequence[Case]) -> str:
-    counts = Counter(case.hit for case in cases)
-    left = sum(bool(case.left_in_the_end) for case in cases)
-    hits = ", ".join(f"{name} {number}" for name, number in counts.most_common())
-    return f"hit: {hits}; temporary files left in the end: {left}"
+    hits = ", ".join(f"{name} {number}" for name, number in Counter(case.hit for case in cases).most_common())
+    return f"hit: {hits}; temporary files left in the end: {sum(bool(case.left_in_the_end) for case in cases)}"
 
 
 def exits_of(cases: Sequence[Case]) -> str:
-    counts = Counter(str(case.exit_code) for case in cases)
-    return "exit code " + ", ".join(f"{code} ({number})" for code, number in counts.most_common())
+    counts = Counter(str(case.exit_code) for case in cases).most_common()
+    return "exit code " + ", ".join(f"{code} ({number})" for code, number in counts)
 
 
-def damage_row(damages: Sequence[Damage]) -> Row:
-    found = sum(damage.problem is None for damage in damages)
-    files = len({damage.file for damage in damages})
-    return Row(
-        f"checkpoint damaged: {len(damages)} byte ranges of its {files} files flipped or cut",
-        "all detected by name",
-        f"{found} of {len(damages)}, and the checkpoint before taken",
-        damages,
-    )
-
-
-def table(rows: Sequence[Row]) -> str:
-    lines = ["| case | bar | measured | |", "|---|---|---|---|"]
-    for row in rows:
-        lines.append(f"| {row.case} | {row.bar} | {row.measured} | {'missed' if row.missed else 'held'} |")
-    return "\n".join(lines)
-
-
-def torture(work: Path, quick: bool, seed: int) -> list[Row]:
+def torture(work: Path, quick: bool, seed: int) -> Iterator[Row]:
     draw = random.Random(seed)
     many, some, damages = (8, 2, 40) if quick else (100, 20, 200)
     inputs = make_inputs(work)
     say("undisturbed runs")
     runs = [undisturbed(work, inputs, name, settings) for name, settings in SETTINGS.items()]
-    rows = []
 
     say(f"SIGKILL, {many} times")
-    kills = kill_cases(runs, many, draw, work)
+    cases = kill_cases(runs, many, draw, work)
     bar = f"{many} bit-identical, 0 damaged taken for whole"
-    rows.append(Row(f"SIGKILL at {many} instants", bar, f"{summary_of(kills)}; {hits_of(kills)}", kills))
+    yield Row(f"SIGKILL at {many} instants", bar, f"{summary_of(cases)}; {hits_of(cases)}", cases)
 
     say(f"SIGTERM, {some} times")
-    stops, outside = stop_cases(runs, some, draw, work)
-    bar = f"{some} checkpoints, exit code 75, bit-identical"
+    cases, outside = stop_cases(runs, some, draw, work)
     apart = "".join(f"; {number} more came {when}" for when, number in outside.items())
-    rows.append(Row(f"SIGTERM at {some} instants", bar, f"{exits_of(stops)}, {summary_of(stops)}{apart}", stops))
+    bar = f"{some} checkpoints, exit code 75, bit-identical"
+    yield Row(f"SIGTERM at {some} instants", bar, f"{exits_of(cases)}, {summary_of(cases)}{apart}", cases)
 
     say(f"disk full, {some} times")
     bar = f"checkpoint before whole {some} of {some}, exit code 1"
-    limits = limit_cases(runs, some, draw, work)
-    rows.append(Row(f"files limited in size, {some}", bar, f"{exits_of(limits)}, {summary_of(limits)}", limits))
+    cases = limit_cases(runs, some, draw, work)
+    yield Row(f"files limited in size, {some}", bar, f"{exits_of(cases)}, {summary_of(cases)}", cases)
     if may_mount(work):
-        disks = full_disk_cases(runs, some, draw, work)
-        rows.append(Row(f"disk full at {some} pages of a save", bar, f"{exits_of(disks)}, {summary_of(disks)}", disks))
+        cases = full_disk_cases(runs, some, draw, work)
+        yield Row(f"disk full at {some} pages of a save", bar, f"{exits_of(cases)}, {summary_of(cases)}", cases)
     else:
         say("disk full on a file system of its own: left out, a tmpfs may not be mounted")
 
     say(f"damage, {damages} times")
-    rows.append(damage_row(damage_cases(runs[0], damages, draw, work)))
+    damaged = damage_cases(runs[0], damages, draw, work)
+    found, files = sum(damage.problem is None for damage in damaged), len({damage.file for damage in damaged})
+    what = f"checkpoint damaged: {len(damaged)} byte ranges of its {files} files flipped or cut"
+    yield Row(what, "all detected by name", f"{found} of {len(damaged)}, and the checkpoint before taken", damaged)
 
     say(f"one rank of two killed, {some} times")
-    [(name, settings)] = TWO_RANKS.items()
-    ranks = rank_cases(undisturbed(work, inputs, name, settings, ranks=2), some, draw, work)
+    cases = rank_cases(undisturbed(work, inputs, *TWO_RANKS, ranks=2), some, draw, work)
+    slowest = f"all ended within {max(case.ended_after_s for case in cases):.1f} s"
     bar = f"{some} bit-identical, the others end, no orphan"
-    slowest = max(case.ended_after_s or 0 for case in ranks)
-    measured = f"{summary_of(ranks)}, all ended within {slowest:.1f} s; {hits_of(ranks)}"
-    rows.append(Row(f"SIGKILL to one rank of two, {some}", bar, measured, ranks))
-    return rows
+    measured = f"{summary_of(cases)}, {slowest}; {hits_of(cases)}"
+    yield Row(f"SIGKILL to one rank of two, {some}", bar, measured, cases)
 
 
 def say(line: str) -> None:
@@ -712,9 +654,12 @@ def main() -> None:
     arguments = parser.parse_args()
     started_at = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="lora_core_torture_") as work:
-        rows = torture(Path(work), arguments.quick, arguments.seed)
+        rows = list(torture(Path(work), arguments.quick, arguments.seed))
     wall_time_s = time.monotonic() - started_at
-    print(f"\n{table(rows)}\n\n{wall_time_s:.0f} s")
+    print("\n| case | bar | measured | |\n|---|---|---|---|")
+    for row in rows:
+        print(f"| {row.case} | {row.bar} | {row.measured} | {'failed' if row.missed else 'passed'} |")
+    print(f"\n{wall_time_s:.0f} s")
     missed = [(row.case, case) for row in rows for case in row.missed]
     for name, case in missed:
         print(f"\nmissed: {name}: {case}")

@@ -1,61 +1,8 @@
-"""Would it learn? Checks a run without its weights: python launch/preflight.py --cfg NAME [key=value ...]"""
+"""Would it learn? python launch/preflight.py --cfg NAME [key=value ...]"""
 
-import json
 import sys
-from pathlib import Path
 
-from lora_core.commands.command_line import config_parser, heavy_imports, quiet_libraries, run_command
-from lora_core.config.load import load_config
-from lora_core.errors import LoraCoreError
-
-
-def main() -> None:
-    parser = config_parser(__doc__ or "")
-    parser.add_argument("--num-processes", type=int, default=1, metavar="N", help="devices of the run to plan for")
-    parser.add_argument("--gpu-memory-gib", type=float, metavar="GIB", help="plan for a GPU of this size, not for here")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument("--write", metavar="FILE.yaml", help="write the configuration with the fixes applied")
-    arguments = parser.parse_intermixed_args()
-    if arguments.num_processes < 1:
-        parser.error(f"--num-processes {arguments.num_processes}: must be at least 1")
-    run = (arguments.num_processes, arguments.gpu_memory_gib)
-    with heavy_imports():
-        quiet_libraries()
-        from lora_core.preflight.preflight import (
-            apply_fixes,
-            describe,
-            finding_of,
-            look_at_run,
-            refuse_errors,
-            refused_errors,
-            report,
-            run_checks,
-        )
-        from lora_core.runtime.run_folder import write_text
-        from lora_core.untrusted.text import showable, values_without_secrets
-
-    try:
-        config = load_config(arguments.cfg, arguments.overrides, arguments.model)
-        facts = look_at_run(config, *run)
-        findings = run_checks(facts)
-    except LoraCoreError as error:
-        if arguments.json:
-            print(json.dumps({"plan": None, "data": None, "memory": None, "findings": [finding_of(error).to_dict()]}))
-        raise
-    if arguments.json:
-        print(json.dumps(values_without_secrets(report(facts, findings))))
-    else:
-        # Refused errors are printed below, as the reason not to start.
-        refused = refused_errors(findings, config.preflight.allow)
-        lines = [str(finding) for finding in findings if finding not in refused] if findings else ["nothing found"]
-        print(showable("\n".join([describe(facts), *lines])))
-    if arguments.write:
-        fixed, applied = apply_fixes(arguments.cfg, arguments.overrides, arguments.model, *run)
-        write_text(Path(arguments.write), fixed.to_yaml())
-        written = f"wrote {arguments.write}: {' '.join(applied) or 'no fix to apply'}"
-        print(showable(written), file=sys.stderr if arguments.json else sys.stdout)
-    refuse_errors(findings, config.preflight.allow)
-
+from lora_core.commands.main import main
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(main(["preflight", *sys.argv[1:]]))

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 from lora_core._version import __version__
 
 if TYPE_CHECKING:
-    from lora_core.config.load import load_config
-    from lora_core.config.schema import RunConfig
+    from lora_core.config.load import load_config, with_overrides
+    from lora_core.config.schema import DataConfig, LoraConfig, ModelConfig, PreflightConfig, RunConfig, TrainConfig
     from lora_core.data.chat import ChatEncoder, EncodedChat, encode_chat, show_chat
     from lora_core.data.counts import EncodedFile, RowCounts
     from lora_core.data.encoded import encode_file
     from lora_core.data.messages import Conversation, parse_row
+    from lora_core.data.packing import Batching
     from lora_core.errors import (
         ChatTemplateError,
         ConfigError,
@@ -33,20 +34,28 @@ if TYPE_CHECKING:
     from lora_core.memory.plan import MemoryPlan, predict_memory
     from lora_core.model.base import add_adapter, load_base_model, load_tokenizer
     from lora_core.model.loss import CausalLMLoss, LossSums
+    from lora_core.model.optimizer import build_optimizer, build_scheduler
     from lora_core.preflight.findings import Facts, Finding
     from lora_core.preflight.preflight import look_at_run, run_checks
+    from lora_core.report.page import compare_reports, write_report
     from lora_core.schedule import SchedulePlan, plan_schedule
-    from lora_core.training.evaluate import EvalResult, evaluate
+    from lora_core.training.adapter_folder import load_adapter
+    from lora_core.training.callbacks import Callback
+    from lora_core.training.evaluate import EvalResult, evaluate, evaluate_adapter
     from lora_core.training.setup import train
     from lora_core.training.step import StepResult, train_step
+    from lora_core.training.summary import Summary
+    from lora_core.verification.contracts import verify
+    from lora_core.verification.table import Verification
 
 _HOME = {
-    "config.load": ("load_config",),
-    "config.schema": ("RunConfig",),
+    "config.load": ("load_config", "with_overrides"),
+    "config.schema": ("DataConfig", "LoraConfig", "ModelConfig", "PreflightConfig", "RunConfig", "TrainConfig"),
     "data.chat": ("ChatEncoder", "EncodedChat", "encode_chat", "show_chat"),
     "data.counts": ("EncodedFile", "RowCounts"),
     "data.encoded": ("encode_file",),
     "data.messages": ("Conversation", "parse_row"),
+    "data.packing": ("Batching",),
     "errors": (
         "ChatTemplateError",
         "ConfigError",
@@ -59,53 +68,77 @@ _HOME = {
     "memory.plan": ("MemoryPlan", "predict_memory"),
     "model.base": ("add_adapter", "load_base_model", "load_tokenizer"),
     "model.loss": ("CausalLMLoss", "LossSums"),
+    "model.optimizer": ("build_optimizer", "build_scheduler"),
     "preflight.findings": ("Facts", "Finding"),
     "preflight.preflight": ("look_at_run", "run_checks"),
+    "report.page": ("compare_reports", "write_report"),
     "schedule": ("SchedulePlan", "plan_schedule"),
-    "training.evaluate": ("EvalResult", "evaluate"),
+    "training.adapter_folder": ("load_adapter",),
+    "training.callbacks": ("Callback",),
+    "training.evaluate": ("EvalResult", "evaluate", "evaluate_adapter"),
     "training.setup": ("train",),
     "training.step": ("StepResult", "train_step"),
+    "verification.contracts": ("verify",),
+    "verification.table": ("Verification",),
+    "training.summary": ("Summary",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "__version__",
+    "add_adapter",
+    "Batching",
+    "build_optimizer",
+    "build_scheduler",
+    "Callback",
+    "CausalLMLoss",
     "ChatEncoder",
     "ChatTemplateError",
-    "CausalLMLoss",
+    "compare_reports",
     "ConfigError",
     "Conversation",
+    "DataConfig",
     "DataError",
+    "encode_chat",
+    "encode_file",
     "EncodedChat",
     "EncodedFile",
     "EvalResult",
+    "evaluate",
+    "evaluate_adapter",
     "Facts",
     "Finding",
-    "LoraCoreError",
-    "LossSums",
-    "MemoryPlan",
-    "PreflightError",
-    "RowCounts",
-    "RowError",
-    "RunConfig",
-    "SchedulePlan",
-    "StepResult",
-    "TrainingError",
-    "__version__",
-    "add_adapter",
-    "encode_chat",
-    "encode_file",
-    "evaluate",
+    "load_adapter",
     "load_base_model",
     "load_config",
     "load_tokenizer",
     "look_at_run",
+    "LoraConfig",
+    "LoraCoreError",
+    "LossSums",
+    "MemoryPlan",
+    "ModelConfig",
     "parse_row",
     "plan_schedule",
     "predict_memory",
+    "PreflightConfig",
+    "PreflightError",
+    "RowCounts",
+    "RowError",
     "run_checks",
+    "RunConfig",
+    "SchedulePlan",
     "show_chat",
+    "StepResult",
+    "Summary",
     "train",
     "train_step",
+    "TrainConfig",
+    "TrainingError",
+    "Verification",
+    "verify",
+    "with_overrides",
+    "write_report",
 ]
 
 

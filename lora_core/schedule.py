@@ -91,7 +91,7 @@ def plan_schedule(
         max_steps: replaces `num_train_epochs`; may stop inside an epoch or go past it.
 
     Raises:
-        ValueError: a count below 1, or a negative warmup.
+        ValueError: a count that is no int or below 1, a warmup or learning rate out of range; names every one.
     """
     counts = {
         "num_rows": num_rows,
@@ -101,11 +101,15 @@ def plan_schedule(
         "num_processes": num_processes,
         "max_steps": 1 if max_steps is None else max_steps,
     }
-    too_small = [f"{name}={count}" for name, count in counts.items() if count < 1]
-    if too_small:
-        raise ValueError(f"{', '.join(too_small)}: must be at least 1")
-    if (warmup_steps or 0) < 0 or (warmup_ratio or 0) < 0:
-        raise ValueError(f"warmup_steps={warmup_steps}, warmup_ratio={warmup_ratio}: must be at least 0")
+    problems = [f"{name}={count}: must be an int >= 1" for name, count in counts.items() if not _is_int(count, 1)]
+    if warmup_steps is not None and not _is_int(warmup_steps, 0):
+        problems.append(f"warmup_steps={warmup_steps}: must be an int >= 0")
+    if warmup_ratio is not None and not 0 <= warmup_ratio < 1:
+        problems.append(f"warmup_ratio={warmup_ratio}: must be a float in [0, 1)")
+    if not 0 < learning_rate < math.inf:
+        problems.append(f"learning_rate={learning_rate}: must be a float > 0")
+    if problems:
+        raise ValueError("; ".join(problems))
 
     rows_per_micro_batch = per_device_train_batch_size * num_processes
     micro_batches_per_epoch = math.ceil(num_rows / rows_per_micro_batch)
@@ -123,3 +127,7 @@ def plan_schedule(
         warmup_steps=warmup_steps if warmup_steps is not None else math.ceil(total * (warmup_ratio or 0.0)),
         learning_rate=learning_rate,
     )
+
+
+def _is_int(value: float, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

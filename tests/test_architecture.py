@@ -18,9 +18,9 @@ ORDER: dict[str, list[str]] = {
     "errors": [],
     "schedule": [],
     "config": ["schema", "keys", "layers", "legacy", "load"],
-    "data": ["messages", "template", "chat", "mask_reader", "counts", "packing", "encoded"],
+    "data": ["messages", "template", "chat", "mask_reader", "counts", "packing", "encoded", "in_memory"],
     "model": ["attention", "lora_linear", "base", "loss", "optimizer"],
-    "runtime": ["run_folder", "devices", "faults"],
+    "runtime": ["run_folder", "launcher", "devices", "faults"],
     "memory": ["micro_batch", "live_bytes", "without_storage", "simulate", "plan"],
     "preflight": [
         "model_facts",
@@ -33,10 +33,23 @@ ORDER: dict[str, list[str]] = {
         "catalogue",
         "preflight",
     ],
-    "report": ["read", "words", "plots", "page"],
-    "training": ["step", "adapter_folder", "evaluate", "replies", "progress", "checkpoint", "loop", "setup"],
+    "report": ["read", "words", "verdict", "plots", "page"],
+    "training": [
+        "step",
+        "adapter_folder",
+        "evaluate",
+        "replies",
+        "progress",
+        "checkpoint",
+        "summary",
+        "callbacks",
+        "loop",
+        "finish",
+        "setup",
+    ],
     "verification": ["table", "masks", "gradients", "runs", "reload", "contracts"],
-    "commands": ["command_line"],
+    "commands": ["command_line", "train", "preflight", "verify", "evaluate", "report", "demo", "main"],
+    "__main__": [],
 }
 MODULES = [f"{room}.{module}" if modules else room for room, modules in ORDER.items() for module in modules or [""]]
 # What needs torch when it is imported; every other module must load without it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -120,10 +121,31 @@ def test_max_steps_replaces_epochs() -> None:
 
 
 def test_refuses_counts_below_one_all_at_once() -> None:
-    with pytest.raises(ValueError, match=r"num_rows=0, gradient_accumulation_steps=-1: must be at least 1"):
+    with pytest.raises(ValueError, match=r"num_rows=0: must be an int >= 1; gradient_accumulation_steps=-1: "):
         plan_schedule(0, per_device_train_batch_size=1, gradient_accumulation_steps=-1)
     with pytest.raises(ValueError, match="warmup_steps=-1"):
         plan_schedule(1, per_device_train_batch_size=1, gradient_accumulation_steps=1, warmup_steps=-1)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_rows": 7.5},
+        {"num_rows": True},
+        {"per_device_train_batch_size": 0.5},
+        {"warmup_ratio": 2.0},
+        {"warmup_ratio": -0.1},
+        {"warmup_ratio": math.nan},
+        {"warmup_steps": 2.5},
+        {"learning_rate": -1e-4},
+        {"learning_rate": 0.0},
+        {"learning_rate": math.inf},
+    ],
+)
+def test_what_no_run_can_have_is_refused_by_name(wrong: dict[str, Any]) -> None:
+    settings = {"num_rows": 8, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, **wrong}
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        plan_schedule(**settings)
 
 
 def test_the_example_in_the_docstring() -> None:

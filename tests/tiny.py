@@ -27,7 +27,8 @@ def make_tokenizer(chat_template: str = CHATML, pad_token: str = "<|im_end|>") -
     trainer = trainers.BpeTrainer(
         vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    backend.train_from_iterator((ROOT / "examples/train.jsonl").read_text(encoding="utf-8").splitlines(), trainer)
+    rows = (ROOT / "benchmarks/diagnosis_train.jsonl").read_text(encoding="utf-8").splitlines()
+    backend.train_from_iterator(rows, trainer)
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "<turn>", "<end_of_turn>"]
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token=pad_token)

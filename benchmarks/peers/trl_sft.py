@@ -26,10 +26,7 @@ class StepClock(TrainerCallback):
     """Seconds, real tokens, loss and gradient norm of every optimizer step."""
 
     def __init__(self) -> None:
-        self.steps: list[dict[str, float]] = []
-        self._tokens_before = 0.0
-        self._started = 0.0
-        self._seconds = 0.0
+        self.measured: dict[str, list[float]] = {"step_s": [], "step_tokens": [], "losses": [], "grad_norms": []}
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self._started = time.perf_counter()
@@ -40,16 +37,10 @@ class StepClock(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs is None or "loss" not in logs:  # the last log is a summary of the run
             return
-        total = float(logs["num_tokens"])
-        self.steps.append(
-            {
-                "seconds": self._seconds,
-                "tokens": total - self._tokens_before,
-                "loss": float(logs["loss"]),
-                "grad_norm": float(logs["grad_norm"]),
-            }
-        )
-        self._tokens_before = total
+        self.measured["step_s"].append(self._seconds)
+        self.measured["step_tokens"].append(float(logs["num_tokens"]) - sum(self.measured["step_tokens"]))
+        self.measured["losses"].append(float(logs["loss"]))
+        self.measured["grad_norms"].append(float(logs["grad_norm"]))
 
 
 def main() -> None:
@@ -77,7 +68,7 @@ def main() -> None:
     trainer.train()
     trainer.save_model(settings["sft_config"]["output_dir"])
     result = {
-        "steps": clock.steps,
+        **clock.measured,
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("trl", "transformers", "peft", "accelerate", "torch")},
     }

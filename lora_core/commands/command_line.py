@@ -1,4 +1,4 @@
-"""What the commands in `launch/` share: one command line, quiet libraries, errors as sentences, exit codes."""
+"""What the commands share: one command line, quiet libraries, errors as sentences, exit codes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import NoReturn
 
 from lora_core.config.keys import config_keys
 from lora_core.errors import LoraCoreError, RankFault
+from lora_core.runtime.launcher import end_accelerate_launch
 from lora_core.untrusted.text import showable
 
 # The disk, not the program: full, over a quota, read-only, a file too large, broken.
@@ -35,7 +37,8 @@ def run_command(command: Callable[[], None]) -> int:
     except LoraCoreError as error:
         # Every rank finds the same mistake, and one says so; a fault is said where it is found.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankFault):
-            print(f"\nerror: {error}", file=sys.stderr)
+            print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        end_accelerate_launch()
         return error.exit_code
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
@@ -53,26 +56,40 @@ def _print_fault(kind: type[BaseException], error: BaseException, trace: Traceba
     print(showable("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr)
 
 
-class _Parser(argparse.ArgumentParser):
+@dataclass(frozen=True)
+class Command:
+    """One subcommand of `lora-core`."""
+
+    summary: str
+    """One line for `lora-core --help`; the first line of the command's own help."""
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+    """Raises `LoraCoreError` for what the user or the data did wrong."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, with untrusted text made safe to print."""
+
     def error(self, message: str) -> NoReturn:
         """Exit with 2; the message quotes the command line."""
         super().error(showable(message))
 
 
-def config_parser(description: str) -> argparse.ArgumentParser:
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """`--cfg NAME [--model ID] [key=value ...]`, with every key in the help."""
     keys = "\n".join(f"  {key}\n      {text}" for key, text in config_keys().items())
-    parser = _Parser(
-        description=description,
-        epilog=f"keys, for key=value and for the YAML file:\n{keys}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser.epilog = f"keys, for key=value and for the YAML file:\n{keys}"
     parser.add_argument(
-        "--cfg", required=True, metavar="NAME", help="a name in configs/, such as qwen7b, or a YAML file"
+        "--cfg", required=True, metavar="NAME", help="a shipped configuration, such as qwen7b, or a YAML file"
     )
     parser.add_argument("--model", metavar="ID", help="which model of an old training_args.yaml, keyed by model id")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any key: train.num_train_epochs=3")
-    return parser
+
+
+def say_first(line: str) -> None:
+    """Say, once for all processes of a run, what is about to take some seconds."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
 
 
 @contextmanager

@@ -104,8 +104,15 @@ def _read_yaml(path: Path, problems: list[str]) -> dict[str, Setting]:
             loader.dispose()
 
 
-def read_layers(path: Path, problems: list[str], below: tuple[Path, ...] = ()) -> list[dict[str, Setting]]:
-    """The file's settings, after those of the file that it `extends`."""
+def read_layers(
+    path: Path, problems: list[str], shipped: Path, below: tuple[Path, ...] = ()
+) -> list[dict[str, Setting]]:
+    """The file's settings, after those of the file that it `extends`: one beside it, or a shipped configuration.
+
+    Args:
+        shipped: the folder of the shipped configurations.
+        below: the files that extend this one.
+    """
     if path.resolve() in below:
         raise ConfigError(f"{path}: extends itself, by way of {' -> '.join(map(str, below))}")
     settings = _read_yaml(path, problems)
@@ -114,7 +121,8 @@ def read_layers(path: Path, problems: list[str], below: tuple[Path, ...] = ()) -
         return [settings]
     if not isinstance(parent.value, str):
         raise ConfigError(
-            f"{parent.source}  extends = {quoted(parent.value)}: must be the name of a file beside this one"
+            f"{parent.source}  extends = {quoted(parent.value)}: must be the name of a file beside this one, "
+            "or of a shipped configuration, such as qwen7b"
         )
     parent_path = path.parent / parent.value
     # A configuration may come from somebody else: it must not name a file outside its own folder, not by a link either.
@@ -123,8 +131,14 @@ def read_layers(path: Path, problems: list[str], below: tuple[Path, ...] = ()) -
             f"{parent.source}  extends = {quoted(parent.value)}: must be in the folder of this file; fix: copy it there"
         )
     if not parent_path.is_file():
-        raise ConfigError(f"{parent.source}  extends = {quoted(parent.value)}: there is no {parent_path}")
-    return [*read_layers(parent_path, problems, (*below, path.resolve())), settings]
+        parent_path = shipped / f"{parent.value.removesuffix('.yaml')}.yaml"
+    if not parent_path.is_file():
+        names = ", ".join(sorted(file.stem for file in shipped.glob("*.yaml")))
+        raise ConfigError(
+            f"{parent.source}  extends = {quoted(parent.value)}: there is no such file beside this one, and no such "
+            f"shipped configuration (there are: {names})"
+        )
+    return [*read_layers(parent_path, problems, shipped, (*below, path.resolve())), settings]
 
 
 def parse_overrides(overrides: Sequence[str], problems: list[str]) -> dict[str, Setting]:

@@ -69,7 +69,7 @@ def _error_key(location: tuple[int | str, ...], keys: Mapping[str, str]) -> str:
 
 
 def find_config(name: str) -> Path:
-    """The file that `--cfg NAME` means: a path, or a name in `configs/` here or beside the package.
+    """The file that `--cfg NAME` means: a path, a name in `configs/` of this folder, or a shipped configuration.
 
     Raises:
         ConfigError: there is no such file; names the configs that there are.
@@ -77,16 +77,27 @@ def find_config(name: str) -> Path:
     as_path = Path(name).expanduser()
     if as_path.is_file():
         return as_path
-    folders = [Path("configs"), Path(__file__).resolve().parents[2] / "configs"]
+    folders = [Path("configs"), shipped_file("configs")]
     for folder in folders:
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
     names = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
     close = difflib.get_close_matches(name, names, n=1)
     raise ConfigError(
-        f"--cfg {name}: no such file, and no such name in configs/ (there: {', '.join(names) or 'nothing'})"
+        f"--cfg {name}: no such file, and no configuration of that name (there are: {', '.join(names) or 'none'})"
         + (f"; nearest: --cfg {close[0]}" if close else "")
     )
+
+
+def shipped_file(name: str) -> Path:
+    """A file or folder that comes with the package: `configs` or `examples`.
+
+    In a checkout these are the folders at its top, which `lora_core/configs` and `lora_core/examples` link to. A wheel
+    holds copies. (Without links, as in a checkout on Windows, the folders at the top are taken themselves.)
+    """
+    package = Path(__file__).resolve().parents[1]
+    inside = package / name
+    return inside if inside.parent.is_dir() and inside.exists() else package.parent / name
 
 
 def load_config(cfg: str | Path, overrides: Sequence[str] = (), model: str | None = None) -> RunConfig:
@@ -102,7 +113,7 @@ def load_config(cfg: str | Path, overrides: Sequence[str] = (), model: str | Non
     """
     path = find_config(str(cfg))
     problems: list[str] = []
-    layers = read_layers(path, problems)
+    layers = read_layers(path, problems, shipped_file("configs"))
     name = path.stem
     if is_legacy(layers[-1]):
         layers[-1] = legacy_layer(path, layers[-1], model, problems)

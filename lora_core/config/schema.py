@@ -23,53 +23,61 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The base model. It stays frozen."""
 
-    name_or_path: str = Field("Qwen/Qwen2.5-0.5B-Instruct", description="hub id or local folder (~ is your home)")
-    revision: str | None = Field(None, description="hub branch, tag or commit; null is the newest")
+    name_or_path: str = Field(
+        default="Qwen/Qwen2.5-0.5B-Instruct", description="hub id or local folder (~ is your home)"
+    )
+    revision: str | None = Field(default=None, description="hub branch, tag or commit; null is the newest")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "bfloat16", description="of the frozen weights; the adapter is always float32"
+        default="bfloat16", description="of the frozen weights; the adapter is always float32"
     )
     quantization: Literal["none", "nf4", "int8"] = Field(
-        "none", description="nf4 is QLoRA: 4 bits, double quantization, bfloat16 compute"
+        default="none", description="nf4 is QLoRA: 4 bits, double quantization, bfloat16 compute"
     )
     quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = Field(
-        "uint8", description="what nf4 weights are stored as; under FSDP it must be the same as dtype"
+        default="uint8", description="what nf4 weights are stored as; under FSDP it must be the same as dtype"
     )
-    attn_implementation: str = Field("sdpa", description="as transformers names it: sdpa, eager, flash_attention_2")
+    attn_implementation: str = Field(
+        default="sdpa", description="as transformers names it: sdpa, eager, flash_attention_2"
+    )
 
 
 class LoraConfig(Section):
     """The adapter: Hu et al. 2021, https://arxiv.org/abs/2106.09685. The update is scaled by alpha / rank."""
 
-    rank: PositiveInt = Field(16, description="r, the adapter's inner dimension")
-    alpha: PositiveInt = Field(32, description="scale: the update is multiplied by alpha / rank")
-    dropout: Fraction = Field(0.05, description="probability, on the adapter's input")
+    rank: PositiveInt = Field(default=16, description="r, the adapter's inner dimension")
+    alpha: PositiveInt = Field(default=32, description="scale: the update is multiplied by alpha / rank")
+    dropout: Fraction = Field(default=0.05, description="probability, on the adapter's input")
     target_modules: list[str] | Literal["all-linear"] = Field(
-        ALL_SEVEN_PROJECTIONS, description="names of the modules that get an adapter, or all-linear"
+        default=ALL_SEVEN_PROJECTIONS, description="names of the modules that get an adapter, or all-linear"
     )
-    use_rslora: bool = Field(False, description="scale by alpha / sqrt(rank), https://arxiv.org/abs/2312.03732")
-    use_dora: bool = Field(False, description="weight-decomposed update, https://arxiv.org/abs/2402.09353")
+    use_rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank), https://arxiv.org/abs/2312.03732")
+    use_dora: bool = Field(default=False, description="weight-decomposed update, https://arxiv.org/abs/2402.09353")
 
 
 class DataConfig(Section):
     """The rows. Paths are relative to the folder that the command runs in."""
 
-    train_file: str = Field("data/train.jsonl", description="chat JSONL, one row per line")
-    eval_file: str | None = Field(None, description="the eval set, chat JSONL; not together with eval_fraction")
+    train_file: str = Field(default="data/train.jsonl", description="chat JSONL, one row per line")
+    eval_file: str | None = Field(default=None, description="the eval set, chat JSONL; not together with eval_fraction")
     eval_fraction: Fraction = Field(
-        0.0, description="share of the rows of train_file that becomes the eval set; 0 is none"
+        default=0.0, description="share of the rows of train_file that becomes the eval set; 0 is none"
     )
-    max_seq_length: PositiveInt = Field(1024, description="a longer row is truncated to so many tokens, and counted")
+    max_seq_length: PositiveInt = Field(
+        default=1024, description="a longer row is truncated to so many tokens, and counted"
+    )
     on_bad_row: Literal["error", "skip"] = Field(
-        "error", description="for a row that cannot be read: stop and name file:line, or skip and count it"
+        default="error", description="for a row that cannot be read: stop and name file:line, or skip and count it"
     )
     packing: bool = Field(
-        True, description="put examples end to end instead of padding; same gradient, no wasted tokens"
+        default=True, description="put examples end to end instead of padding; same gradient, no wasted tokens"
     )
-    chat_template: str | None = Field(None, description="a Jinja file to use instead of the tokenizer's own template")
+    chat_template: str | None = Field(
+        default=None, description="a Jinja file to use instead of the tokenizer's own template"
+    )
     num_proc: PositiveInt | None = Field(
-        None, description="processes that encode rows; null is one per core for large files"
+        default=None, description="processes that encode rows; null is one per core for large files"
     )
-    cache_dir: str = Field("~/.cache/lora_core/encoded", description="where encoded rows are kept between runs")
+    cache_dir: str = Field(default="~/.cache/lora_core/encoded", description="where encoded rows are kept between runs")
 
     @model_validator(mode="after")
     def _one_eval_set(self) -> DataConfig:
@@ -84,67 +92,85 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """The loop. A step is an optimizer step everywhere."""
 
-    num_train_epochs: PositiveInt = Field(3, description="passes over the training rows")
-    max_steps: PositiveInt | None = Field(None, description="optimizer steps; replaces num_train_epochs when set")
-    per_device_train_batch_size: PositiveInt = Field(2, description="examples per device and micro-batch")
-    per_device_eval_batch_size: PositiveInt = Field(8, description="examples per device and evaluation batch")
+    num_train_epochs: PositiveInt = Field(default=3, description="passes over the training rows")
+    max_steps: PositiveInt | None = Field(
+        default=None, description="optimizer steps; replaces num_train_epochs when set"
+    )
+    per_device_train_batch_size: PositiveInt = Field(default=2, description="examples per device and micro-batch")
+    per_device_eval_batch_size: PositiveInt = Field(default=8, description="examples per device and evaluation batch")
     max_tokens_per_device_batch: PositiveInt | None = Field(
-        None, description="tokens of a packed micro-batch; null is per_device_train_batch_size x max_seq_length"
+        default=None, description="tokens of a packed micro-batch; null is per_device_train_batch_size x max_seq_length"
     )
-    gradient_accumulation_steps: PositiveInt = Field(4, description="micro-batches per optimizer step")
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(5e-5, description="peak, at the end of warmup")
+    gradient_accumulation_steps: PositiveInt = Field(default=4, description="micro-batches per optimizer step")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(default=5e-5, description="peak, at the end of warmup")
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="optimizer steps of linear warmup; not together with warmup_ratio"
+        default=None, description="optimizer steps of linear warmup; not together with warmup_ratio"
     )
-    warmup_ratio: Fraction | None = Field(0.1, description="warmup as a share of all optimizer steps, rounded up")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled, as in AdamW")
+    warmup_ratio: Fraction | None = Field(
+        default=0.1, description="warmup as a share of all optimizer steps, rounded up"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="decoupled, as in AdamW")
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
-        1.0, description="clip the global norm; null does not clip"
+        default=1.0, description="clip the global norm; null does not clip"
     )
     optim: Literal["paged_adamw_8bit", "adamw_8bit", "adamw_torch"] = Field(
-        "paged_adamw_8bit", description="paged state is a CUDA feature; on a CPU it is plain 8-bit"
+        default="paged_adamw_8bit", description="paged state is a CUDA feature; on a CPU it is plain 8-bit"
     )
-    bf16: bool = Field(True, description="compute under bfloat16 autocast")
+    bf16: bool | Literal["auto"] = Field(
+        default=True,
+        description="compute under bfloat16 autocast; auto: true where the device has bfloat16 instructions, else the "
+        "whole run is float32",
+    )
     gradient_checkpointing: bool = Field(
-        False, description="recompute activations in the backward pass: less memory, more time"
+        default=False, description="recompute activations in the backward pass: less memory, more time"
     )
     torch_compile: bool = Field(
-        False, description="compile the decoder layers at the first steps; on a CPU it gained nothing (see the README)"
+        default=False,
+        description="compile the decoder layers at the first steps; on a CPU it gained nothing (see the README)",
     )
-    seed: Annotated[int, Field(ge=0)] = Field(42, description="fixes row order, initial adapter and dropout")
-    logging_steps: PositiveInt = Field(1, description="optimizer steps between log lines")
+    seed: Annotated[int, Field(ge=0)] = Field(default=42, description="fixes row order, initial adapter and dropout")
+    logging_steps: PositiveInt = Field(default=1, description="optimizer steps between log lines")
     eval_steps: PositiveInt | None = Field(
-        None, description="optimizer steps between evaluations; null is once an epoch"
+        default=None, description="optimizer steps between evaluations; null is once an epoch"
     )
     save_steps: PositiveInt | None = Field(
-        None, description="optimizer steps between checkpoints; null is once an epoch"
+        default=None, description="optimizer steps between checkpoints; null is once an epoch"
     )
     save_total_limit: PositiveInt = Field(
-        2, description="checkpoints to keep, the newest ones, and the best beside them"
+        default=2, description="checkpoints to keep, the newest ones, and the best beside them"
     )
     on_save_error: Literal["error", "continue"] = Field(
-        "error", description="for a checkpoint that cannot be written: stop, or warn and continue"
+        default="error", description="for a checkpoint that cannot be written: stop, or warn and continue"
     )
     keep_adapter: Literal["last", "best"] = Field(
-        "last", description="which adapter is saved in adapter/: of the last step, or of the lowest eval loss"
+        default="last", description="which adapter is saved in adapter/: of the last step, or of the lowest eval loss"
     )
     early_stopping_patience: PositiveInt | None = Field(
-        None, description="evaluations in a row without a lower eval loss before the run stops; null never stops early"
+        default=None,
+        description="evaluations in a row without a lower eval loss before the run stops; null never stops early",
     )
     max_skipped_steps: PositiveInt = Field(
-        3,
+        default=3,
         description="the run stops after so many skipped steps in a row (loss or gradient not finite)",
     )
     auto_batch_size: bool = Field(
-        False, description="use smaller micro-batches where memory is short; same steps, same gradient"
+        default=False, description="use smaller micro-batches where memory is short; same steps, same gradient"
     )
     rank_timeout_s: PositiveInt = Field(
-        1800, description="seconds that ranks wait for each other before they report one as lost"
+        default=1800, description="seconds that ranks wait for each other before they report one as lost"
     )
     num_sample_replies: Annotated[int, Field(ge=0)] = Field(
-        3, description="prompts of the eval set answered before and after training"
+        default=3, description="prompts of the eval set answered before and after training"
     )
-    sample_max_new_tokens: PositiveInt = Field(64, description="tokens per sample reply, greedy")
+    sample_max_new_tokens: PositiveInt = Field(default=64, description="tokens per sample reply, greedy")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_warmup_set(cls, values: Any) -> Any:
+        """One kind of warmup, where only that one is set, replaces the other's default."""
+        if isinstance(values, dict) and values.get("warmup_steps") is not None and "warmup_ratio" not in values:
+            return {**values, "warmup_ratio": None}
+        return values
 
     @model_validator(mode="after")
     def _one_warmup(self) -> TrainConfig:
@@ -159,7 +185,7 @@ class TrainConfig(Section):
 class PreflightConfig(Section):
     """The checks before the first step."""
 
-    allow: list[str] = Field([], description="ids of errors to ignore, such as warmup_past_end")
+    allow: list[str] = Field(default=[], description="ids of errors to ignore, such as warmup_past_end")
 
 
 class RunConfig(Section):
@@ -170,8 +196,8 @@ class RunConfig(Section):
     data: DataConfig = Field(default_factory=DataConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     preflight: PreflightConfig = Field(default_factory=PreflightConfig)
-    output_dir: str = Field("outputs/run", description="the run folder; outputs/<cfg name> unless set")
-    overwrite_output_dir: bool = Field(False, description="replace an earlier run in output_dir")
+    output_dir: str = Field(default="outputs/run", description="the run folder; outputs/<cfg name> unless set")
+    overwrite_output_dir: bool = Field(default=False, description="replace an earlier run in output_dir")
 
     @model_validator(mode="after")
     def _eval_set_where_it_decides(self) -> RunConfig:

@@ -84,7 +84,7 @@ def _simulate(
                 if isinstance(value, Tensor):
                     live.count(value, "optimizer")
         loss = CausalLMLoss(model).train()
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.train.bf16)
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.train.bf16 is not False)
         with live:
             live.num_loss_tokens = micro_batch.num_loss_tokens
             with autocast:

@@ -26,6 +26,8 @@ class LossSums(NamedTuple):
     num_tokens: Tensor
     num_correct: Tensor
     """Tokens whose most likely prediction was right."""
+    token_losses: Tensor
+    """(N,) the cross-entropy of each loss token, float32, row by row; carries no gradient."""
 
 
 class CausalLMLoss(nn.Module):
@@ -55,18 +57,20 @@ class CausalLMLoss(nn.Module):
         if targets.numel() == 0:
             # A filler micro-batch: still a function of the parameters, so that ranks can synchronise.
             zero = torch.zeros((), dtype=torch.long, device=targets.device)
-            return LossSums(hidden.float().sum() * 0.0, zero, zero)
+            return LossSums(hidden.float().sum() * 0.0, zero, zero, torch.zeros(0, device=targets.device))
         states = hidden[row, position]  # (N, H)
         head = causal_lm_of(self.model).get_output_embeddings()
         if any(parameter.requires_grad for parameter in head.parameters()):
             # A head that trains needs its own gradient, so all logits are kept.
             logits = project(self.model, states).float()
-            loss_sum = nn.functional.cross_entropy(logits, targets, reduction="sum")
+            losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+            loss_sum, token_losses = losses.sum(), losses.detach()
             num_correct = (logits.detach().argmax(dim=-1) == targets).sum()
         else:
             apply: Any = _HeadLoss.apply
-            loss_sum, num_correct = apply(states, targets, self.model)
-        return LossSums(loss_sum, torch.tensor(targets.numel(), device=targets.device), num_correct)
+            loss_sum, num_correct, token_losses = apply(states, targets, self.model)
+        num_tokens = torch.tensor(targets.numel(), device=targets.device)
+        return LossSums(loss_sum, num_tokens, num_correct, token_losses)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -78,12 +82,13 @@ class _HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, model: nn.Module) -> tuple[Tensor, Tensor]:
-        """(N, H) hidden states, (N,) targets -> (summed loss, number of right first guesses)."""
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, H) hidden states, (N,) targets -> (summed loss, number of right first guesses, (N,) losses)."""
         needs_gradient = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if needs_gradient else None
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
         num_correct = torch.zeros((), dtype=torch.long, device=hidden.device)
+        token_losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         size = max(1, _LOGITS_PER_CHUNK // causal_lm_of(model).config.get_text_config().vocab_size)
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
@@ -98,14 +103,15 @@ class _HeadLoss(torch.autograd.Function):
             log_probability = values.gather(1, target).float() - values.gather(1, best).float()
             log_probability += probabilities.gather(1, best).log()
             loss_sum -= log_probability.sum()
+            token_losses[part] = -log_probability[:, 0]
             num_correct += (best == target).sum()
             if gradient is not None:
                 # d loss / d logits = probabilities - one-hot target, in the memory of the probabilities
                 to_logits = probabilities.scatter_(1, target, log_probability.exp() - 1)
                 (gradient[part],) = torch.autograd.grad(logits, chunk, to_logits.to(logits.dtype))
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(num_correct)
-        return loss_sum, num_correct
+        ctx.mark_non_differentiable(num_correct, token_losses)
+        return loss_sum, num_correct, token_losses
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None]:

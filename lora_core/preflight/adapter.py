@@ -57,7 +57,7 @@ def check_targets_head(facts: Facts) -> Iterator[Finding]:
 def check_targets(facts: Facts) -> Iterator[Finding]:
     """The adapter sits on the attention's q and v only.
 
-    Adapters on all linear layers learn more from the same rows; the README has figures for the demo's data.
+    Adapters on all linear layers learn more from the same rows; the README has figures.
 
     Name all seven projections.
     """
@@ -99,7 +99,7 @@ def check_learning_rate(facts: Facts) -> Iterator[Finding]:
 
     Below, the adapter hardly moves from zero; above, training diverges.
 
-    2e-4 is a start; the README has a table of what four rates did on the demo's data.
+    2e-4 is a start; the README has a table of what four rates did to one small model.
     """
     learning_rate = facts.config.train.learning_rate
     if not 1e-5 <= learning_rate <= 1e-3:
@@ -116,8 +116,8 @@ def check_learning_rate(facts: Facts) -> Iterator[Finding]:
 def check_learning_rate_for_steps(facts: Facts) -> Iterator[Finding]:
     """The run is short, and a higher learning rate learned more where it was measured.
 
-    On the demo (135M parameters, 78 rows, 50 steps, all seven projections) eval loss fell from 3.42 to 2.87 with
-    5e-5, 2.36 with 1e-4, 1.83 with 2e-4 and 1.05 with 5e-4. Other models and rows may differ.
+    In benchmarks/diagnosis.py (135M parameters, 78 rows, 50 steps, all seven projections) eval loss fell from 3.42 to
+    2.87 with 5e-5, 2.36 with 1e-4, 1.83 with 2e-4 and 1.05 with 5e-4. Other models and rows may differ.
 
     No action is needed. Try `train.learning_rate=2e-4`, and let eval loss decide.
     """
@@ -126,9 +126,9 @@ def check_learning_rate_for_steps(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "learning_rate_low_for_steps",
             "note",
-            f"train.learning_rate={plan.learning_rate:g} over {plan.total_optimizer_steps} optimizer steps: on the "
-            "demo's 50 steps eval loss fell from 3.42 to 2.87 with 5e-5, 2.36 with 1e-4, 1.83 with 2e-4, 1.05 with "
-            "5e-4 (see the README); train.learning_rate=2e-4 is worth a try",
+            f"train.learning_rate={plan.learning_rate:g} over {plan.total_optimizer_steps} optimizer steps: in "
+            "benchmarks/diagnosis.py (a 135M model, 78 rows, 50 steps) eval loss fell from 3.42 to 2.87 with 5e-5, "
+            "2.36 with 1e-4, 1.83 with 2e-4, 1.05 with 5e-4; train.learning_rate=2e-4 is worth a try",
             plan.learning_rate,
             2e-4,
             None,

@@ -32,23 +32,22 @@ def check_world_size(facts: Facts) -> Iterator[Finding]:
 def check_bf16(facts: Facts) -> Iterator[Finding]:
     """`train.bf16` is true and the device has no hardware for bfloat16.
 
-    A GPU without it fails or is slower than in float32; a CPU without it computes in float32 and rounds: correct, but
-    slow.
+    A GPU without it fails or is slower than in float32. A CPU without it emulates it, many times slower than float32.
 
-    `train.bf16=false`.
+    `train.bf16=auto`, which takes float32 there; for a GPU `train.bf16=false model.dtype=float32`.
     """
     bf16 = facts.environment.bf16
-    if not facts.config.train.bf16 or bf16 == "native":
+    if facts.config.train.bf16 is not True or bf16 == "native":
         return
     yield Finding(
         "bf16_unsupported" if bf16 == "none" else "bf16_slow",
-        "error" if bf16 == "none" else "note",
+        "error" if bf16 == "none" else "warning",
         "train.bf16=true: the GPU has no bfloat16"
         if bf16 == "none"
-        else "train.bf16=true: this CPU has no bfloat16 instructions and emulates them: correct, but slow",
+        else "train.bf16=true: this CPU has no bfloat16 instructions and emulates them, many times slower than float32",
         bf16,
         "native",
-        "train.bf16=false model.dtype=float32" if bf16 == "none" else None,
+        "train.bf16=false model.dtype=float32" if bf16 == "none" else "train.bf16=auto",
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_core.config.load import load_config
+from lora_core.config.load import load_config, with_overrides
 from lora_core.config.schema import DataConfig, RunConfig
 from lora_core.data.counts import EncodedFile
 from lora_core.data.encoded import load_data
@@ -70,8 +70,11 @@ def look_at_run(config: RunConfig, num_processes: int, gpu_memory_gib: float | N
         ConfigError, DataError: as `load_tokenizer` and `load_data`.
     """
     from lora_core.model.base import load_tokenizer
-    from lora_core.runtime.devices import look_around
+    from lora_core.runtime.devices import look_around, with_precision
 
+    if gpu_memory_gib is not None and config.train.bf16 == "auto":
+        config = with_overrides(config, ["train.bf16=true"])  # GPUs of the last years have it
+    config, _ = with_precision(config)
     tokenizer = load_tokenizer(config.model, config.data.chat_template)
     train_data, eval_data = load_data(config, tokenizer)
     environment = look_around(config, num_processes, gpu_memory_gib)

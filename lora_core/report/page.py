@@ -7,6 +7,7 @@ that is missing or broken leaves its part of the page empty and is named on the 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,25 +16,30 @@ from typing import Any
 from lora_core.errors import ConfigError
 from lora_core.report.plots import PLOTS, draw_losses, plot
 from lora_core.report.read import Run, read_run
+from lora_core.report.verdict import OverFitting, judge, outcome_of
 from lora_core.report.words import (
+    NOT_KNOWN,
     bytes_text,
     change_text,
     duration_text,
-    held_out_loss,
-    num_rows,
+    eval_losses,
+    learning_rate,
+    model_text,
+    num_examples,
     num_steps,
     number_text,
-    over_fitting,
     peak_memory,
+    rate_text,
     run_name,
     run_state,
     setting_text,
-    verdict,
+    speed,
+    steps_taken,
     visible,
 )
 from lora_core.runtime.run_folder import write_text
 
-# A row or reply with more characters starts folded.
+# An example with more characters is folded on its own.
 _LONG_TEXT = 600
 
 
@@ -58,19 +64,23 @@ def compare_reports(folders: Sequence[Path], output: Path) -> Path:
 
 
 def _report(run: Run) -> dict[str, Any]:
+    outcome = outcome_of(run)
+    plots = {title: plot(title, partial(draw, run)) for title, draw in PLOTS.items()}
     return {
         "folder": str(run.folder),
-        "state": None if run.summary else f"This run is {run_state(run)}.",
-        "verdict": verdict(run),
-        "over_fitting": over_fitting(run),
+        "verdict": judge(outcome),
+        "over_fitting": _over_fitting(outcome.over_fitting),
         "gaps": run.gaps,
+        "loss": plots.pop("Loss"),
+        "samples": [_sample(sample) for sample in run.samples],
+        "samples_from": _samples_from(run),
         "facts": _facts(run),
+        "about": {"heads": ["", "this run"], "rows": _about(run)},
+        "next": _next_commands(run),
         "findings": _findings(run),
-        "plots": [plot(title, partial(draw, run)) for title, draw in PLOTS.items()],
+        "plots": list(plots.values()),
         "rows": [_row(row) for row in run.rows if isinstance(row, dict)],
-        "samples": run.samples,
         "counts": _counts(run),
-        "command": run.get("summary", "command"),
         "config_text": run.config_text,
         "versions": {
             "heads": ["package", "version"],
@@ -79,14 +89,47 @@ def _report(run: Run) -> dict[str, Any]:
     }
 
 
+def _over_fitting(found: OverFitting | None) -> str | None:
+    if found is None:
+        return None
+    return (
+        f"Over-fitting: eval loss was lowest at step {found.best_step} ({found.best:.4f}) and rose to {found.last:.4f} "
+        f"by step {found.last_step}, while training loss went on falling ({found.training_before:.4f} to "
+        f"{found.training_after:.4f}); "
+        + (f"adapter/ is that of step {found.best_step}" if found.is_best_kept else f"fix: {found.fix}")
+    )
+
+
+def _sample(sample: dict[str, Any]) -> dict[str, Any]:
+    """The texts of a reply; an earlier version recorded fewer of them."""
+    return {key: sample.get(key, "not recorded") or "(empty)" for key in ("prompt", "before", "after", "expected")}
+
+
+def _samples_from(run: Run) -> str | None:
+    sources = {str(sample.get("from")) for sample in run.samples}
+    if sources == {"train"}:
+        return (
+            "To training examples: the model has seen the answers, so these replies cannot show that it learned more."
+        )
+    return "To examples of the eval set, which were not trained on." if sources == {"eval"} else None
+
+
 def _facts(run: Run) -> list[tuple[str, str, str]]:
     """(what, figure, what to see it beside)."""
-    before, after = held_out_loss(run)
+    before, after = eval_losses(run)
+    better = run.number("summary", "num_eval_examples_better")
+    beside = f"of {number_text(run.number('summary', 'num_eval_examples'))}; ± is the standard error over them"
+    is_finished = bool(run.summary)
     return [
         (
-            "held-out loss",
+            "eval loss" if is_finished else "eval loss so far",
             number_text(after, ".4f"),
             f"before: {number_text(before, '.4f')} ({change_text(before, after)})",
+        ),
+        (
+            "eval examples",
+            NOT_KNOWN if better is None else f"{better:,} better",
+            "" if better is None else beside,
         ),
         (
             "training time",
@@ -94,8 +137,8 @@ def _facts(run: Run) -> list[tuple[str, str, str]]:
             f"whole run: {duration_text(run.number('summary', 'wall_time_s'))}",
         ),
         (
-            "tokens/s",
-            number_text(run.number("summary", "tokens_per_s"), ",.0f"),
+            "tokens/s" if is_finished else "tokens/s so far",
+            number_text(speed(run), ",.0f"),
             f"processes: {number_text(run.number('summary', 'world_size'))}",
         ),
         (
@@ -104,6 +147,58 @@ def _facts(run: Run) -> list[tuple[str, str, str]]:
             f"predicted: {bytes_text(run.number('preflight', 'memory', 'total_bytes'))}",
         ),
     ]
+
+
+def _about(run: Run) -> list[tuple[str, list[str]]]:
+    asked, peak = learning_rate(run), run.number("summary", "peak_learning_rate")
+    adapter_step, norm = run.count("summary", "adapter_step"), run.number("summary", "adapter_norm")
+    which = "" if adapter_step is None else f" (of step {adapter_step:,})"
+    rates = "" if peak is None or asked is None else f", peak {rate_text(peak)} ({peak / asked:.0%})"
+    steps = f"{number_text(steps_taken(run))} of {number_text(num_steps(run))}"
+    skipped = run.count("summary", "num_skipped_steps")
+    about = {
+        "model": model_text(run),
+        "training file": setting_text(run.get("config", "data", "train_file")),
+        "training examples": number_text(num_examples(run)),
+        "loss tokens trained on": number_text(run.number("summary", "num_supervised_tokens")),
+        "optimizer steps": steps + (f", {skipped:,} not applied: loss or gradient was not finite" if skipped else ""),
+        "learning rate": (NOT_KNOWN if asked is None else rate_text(asked)) + rates,
+        "LoRA": f"rank {setting_text(run.get('config', 'lora', 'rank'))}, on "
+        f"{setting_text(run.get('config', 'lora', 'target_modules'))}",
+        "norm of the adapter's update": NOT_KNOWN if norm is None else f"{norm:.3g}, from 0",
+        "adapter": f"{_text(run, 'adapter_dir')}{which}",
+        "date": _text(run, "date"),
+        "hardware": _text(run, "hardware"),
+        "data hash": _text(run, "data_hash"),
+    }
+    return [(name, [value]) for name, value in about.items()]
+
+
+def _text(run: Run, key: str) -> str:
+    value = run.get("summary", key)
+    return value if isinstance(value, str) else NOT_KNOWN
+
+
+def _next_commands(run: Run) -> list[tuple[str, str]]:
+    """(what for, what to paste)."""
+    folder = run.folder.absolute()
+    from_where = run.get("summary", "working_dir")
+    cd = f"cd {shlex.quote(from_where)} && " if isinstance(from_where, str) else ""
+    config = shlex.quote(str(folder / "config.yaml"))
+    if not run.summary:
+        return [("Resume it, in the folder that it was started in", f"lora-core train --cfg {config} --resume")]
+    commands = []
+    adapter = str(folder / "adapter")
+    if run.number("summary", "eval_loss_after") is not None:
+        evaluate = f"{cd}lora-core evaluate --cfg {config} --adapter {shlex.quote(adapter)}"
+        commands.append(("Measure the adapter again", evaluate))
+    load = (
+        "from peft import AutoPeftModelForCausalLM\n"
+        "from transformers import AutoTokenizer\n\n"
+        f"model = AutoPeftModelForCausalLM.from_pretrained({adapter!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({adapter!r})"
+    )
+    return [*commands, ("Load it in Python, with PEFT", load), ("Run it again", _text(run, "command"))]
 
 
 def _findings(run: Run) -> list[dict[str, Any]] | None:
@@ -116,7 +211,7 @@ def _findings(run: Run) -> list[dict[str, Any]] | None:
 
 
 def _row(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as spans of text, supervised or not; a newline gets a mark, for it is a token like others."""
+    """An example as spans of text, loss tokens or not; a newline gets a mark, for it is a token like others."""
     spans = [(str(text).replace("\n", "↵\n"), bool(supervised)) for text, supervised in row.get("spans") or []]
     return {
         "line": row.get("line", "?"),
@@ -129,25 +224,25 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
 
 _COUNTS = {
     "rows read": ("counts", "read"),
-    "rows kept": ("counts", "kept"),
+    "examples kept": ("counts", "kept"),
     "rows dropped, unreadable": ("counts", "dropped_bad"),
-    "rows dropped, nothing supervised": ("counts", "dropped_unsupervised"),
-    "rows cut at max_seq_length": ("counts", "truncated"),
-    "tokens lost by the cut": ("counts", "truncated_tokens"),
-    "supervised tokens lost by the cut": ("counts", "truncated_supervised_tokens"),
+    "rows dropped, no loss tokens": ("counts", "dropped_unsupervised"),
+    "examples truncated to max_seq_length": ("counts", "truncated"),
+    "tokens lost by truncation": ("counts", "truncated_tokens"),
+    "loss tokens lost by truncation": ("counts", "truncated_supervised_tokens"),
     "tokens kept": ("counts", "tokens"),
-    "supervised tokens kept": ("counts", "supervised_tokens"),
-    "longest row before the cut, tokens": ("counts", "longest"),
-    "row length p50, tokens": ("lengths", "p50"),
-    "row length p90, tokens": ("lengths", "p90"),
-    "row length p99, tokens": ("lengths", "p99"),
-    "row length max, tokens": ("lengths", "max"),
+    "loss tokens kept": ("counts", "supervised_tokens"),
+    "longest before truncation, tokens": ("counts", "longest"),
+    "length p50, tokens": ("lengths", "p50"),
+    "length p90, tokens": ("lengths", "p90"),
+    "length p99, tokens": ("lengths", "p99"),
+    "length max, tokens": ("lengths", "max"),
 }
 
 
 def _counts(run: Run) -> dict[str, Any]:
-    """A table with a column for the training rows and one for the held-out rows, if there are any."""
-    titles = {"train": "training", "eval": "held-out"}
+    """A table with a column for the training rows and one for the eval set, if there is one."""
+    titles = {"train": "training", "eval": "eval set"}
     files = [name for name in titles if run.get("preflight", "data", name)]
     heads = [f"{titles[name]}: {setting_text(run.get('preflight', 'data', name, 'file'))}" for name in files]
     rows = [
@@ -158,22 +253,23 @@ def _counts(run: Run) -> dict[str, Any]:
 
 
 def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
-    losses = [held_out_loss(run) for run in runs]
+    losses = [eval_losses(run) for run in runs]
     heads = ["", *(f"run {number}" for number in range(1, len(runs) + 1))]
     figures = [
         ("state", [run_state(run) for run in runs]),
-        ("training rows", [number_text(num_rows(run)) for run in runs]),
+        ("training examples", [number_text(num_examples(run)) for run in runs]),
         ("optimizer steps", [number_text(num_steps(run)) for run in runs]),
         ("peak learning rate", [number_text(run.number("summary", "peak_learning_rate"), ".3g") for run in runs]),
-        ("held-out loss before", [number_text(before, ".4f") for before, _ in losses]),
-        ("held-out loss after", [number_text(after, ".4f") for _, after in losses]),
+        ("eval loss before", [number_text(before, ".4f") for before, _ in losses]),
+        ("eval loss after", [number_text(after, ".4f") for _, after in losses]),
         ("change", [change_text(before, after) for before, after in losses]),
+        ("eval examples better", [number_text(run.number("summary", "num_eval_examples_better")) for run in runs]),
         ("training time", [duration_text(run.number("summary", "train_time_s")) for run in runs]),
-        ("tokens/s", [number_text(run.number("summary", "tokens_per_s"), ",.0f") for run in runs]),
+        ("tokens/s", [number_text(speed(run), ",.0f") for run in runs]),
         ("peak memory", [bytes_text(peak_memory(run)) for run in runs]),
     ]
     return {
-        "runs": [str(run.folder) for run in runs],
+        "runs": [(str(run.folder), judge(outcome_of(run))) for run in runs],
         "config": {"heads": heads, "rows": _config_differences(runs)},
         "figures": {"heads": heads, "rows": figures},
         "plots": [plot("Loss", partial(draw_losses, runs))],

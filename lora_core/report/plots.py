@@ -14,8 +14,10 @@ from lora_core.report.words import bytes_text, peak_memory
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# A sequence is cut so far to the right of all lengths that its line would leave no room for them.
+# The limit of a sequence's length is so far to the right of all lengths that its line would leave no room for them.
 _FAR = 3.0
+# A loss axis spans at least this share of the largest loss on it, so that a change of 1% is 2% of the plot's height.
+_LOSS_SPAN = 0.5
 # matplotlib writes colours as they are; these stand-ins become CSS variables, which follow light and dark.
 _VARIABLES = ("ink", "grid", "page", *(f"series-{i}" for i in range(1, 9)))
 
@@ -81,6 +83,9 @@ def _inline(svg: str, title: str) -> Any:
     return Markup(tag + svg[svg.index(">") + 1 :])  # all text in it is this module's own
 
 
+_LOSS = "Mean cross-entropy per loss token"
+
+
 def _steps_axis(axes: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
@@ -117,13 +122,23 @@ def _draw_learning_rate(run: Run, axes: Axes) -> str:
 
 def _draw_loss(run: Run, axes: Axes) -> str:
     _steps_axis(axes)
-    training, held_out = run.points("train_events", "loss"), run.points("eval_events", "loss")
+    training, measured = run.points("train_events", "loss"), run.points("eval_events", "loss")
     _line(axes, training, color=_colour("series-1"), label="training", linewidth=1.0)
-    _line(axes, held_out, color=_colour("series-2"), label="held-out", linewidth=2.2, marker="s", markersize=4.5)
+    _line(axes, measured, color=_colour("series-2"), label="eval set", linewidth=2.2, marker="s", markersize=4.5)
+    _loss_axis(axes, [loss for _, loss in training + measured])
     if axes.has_data():
         axes.legend()
-    lowest = min(held_out, key=lambda point: point[1], default=None)
-    return "Nats per supervised token." + (f" Lowest held-out: {lowest[1]:.4f} at step {lowest[0]}." if lowest else "")
+    lowest = min(measured, key=lambda point: point[1], default=None)
+    return f"{_LOSS}." + (f" Lowest eval loss: {lowest[1]:.4f} at step {lowest[0]}." if lowest else "")
+
+
+def _loss_axis(axes: Axes, losses: Sequence[float]) -> None:
+    """Round the losses, but never so close that a change next to nothing looks like a slope."""
+    if losses:
+        low, high = min(losses), max(losses)
+        missing = max(0.0, _LOSS_SPAN * abs(high) - (high - low)) / 2
+        margin = 0.05 * (high - low + 2 * missing) or 1.0
+        axes.set_ylim(low - missing - margin, high + missing + margin)
 
 
 def _draw_grad_norm(run: Run, axes: Axes) -> str:
@@ -141,25 +156,25 @@ def _draw_speed(run: Run, axes: Axes) -> str:
     points = run.points("train_events", "tokens_per_s")
     _line(axes, points, color=_colour("series-1"))
     axes.set_ylim(bottom=0)
-    return "Tokens of all rows in a step over its time, all processes together."
+    return "Tokens of a step's examples, not loss tokens alone, over its time; all processes together."
 
 
 def _draw_lengths(run: Run, axes: Axes) -> str:
     edges = run.get("preflight", "data", "train", "lengths", "histogram", "edges") or []
     counts = run.get("preflight", "data", "train", "lengths", "histogram", "counts") or []
-    cut = run.number("config", "data", "max_seq_length")
+    limit = run.count("config", "data", "max_seq_length")
     if not counts or len(edges) != len(counts) + 1:
         return ""
     axes.stairs(counts, edges, fill=True, color=_colour("series-1"), edgecolor=_colour("page"), linewidth=0.5)
-    axes.set_xlabel("tokens in a row")
-    axes.set_ylabel("rows")
-    if cut is None:
-        return "Training rows."
-    if cut > _FAR * edges[-1]:
-        return f"Training rows. All lie far below the cut at {cut:,} tokens, which is off this plot to the right."
-    axes.axvline(cut, color=_colour("series-2"), linestyle="--", label=f"cut at {cut:,}")
+    axes.set_xlabel("tokens in an example")
+    axes.set_ylabel("examples")
+    if limit is None:
+        return "Training examples."
+    if limit > _FAR * edges[-1]:
+        return f"Training examples. All are far below max_seq_length, {limit:,} tokens, which is off this plot."
+    axes.axvline(limit, color=_colour("series-2"), linestyle="--", label=f"max_seq_length {limit:,}")
     axes.legend()
-    return f"Training rows. Longer ones are cut at {cut:,} tokens."
+    return f"Training examples. Longer ones are truncated to {limit:,} tokens."
 
 
 def _draw_memory(run: Run, axes: Axes) -> str:
@@ -180,29 +195,33 @@ def _draw_memory(run: Run, axes: Axes) -> str:
     handles, labels = axes.get_legend_handles_labels()  # from the top, as they are stacked
     axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), borderaxespad=0.3)
     return (
-        f"Peak of one process: predicted {bytes_text(bottom * 2**30)}, measured {bytes_text(measured)}; "
+        f"Peak memory of one process: predicted {bytes_text(bottom * 2**30)}, measured {bytes_text(measured)}; "
         f"the device has {bytes_text(limit)}."
     )
 
 
 PLOTS: dict[str, Callable[[Run, Axes], str]] = {
-    "Learning rate": _draw_learning_rate,
     "Loss": _draw_loss,
+    "Learning rate": _draw_learning_rate,
     "Gradient norm": _draw_grad_norm,
     "Speed, tokens/s": _draw_speed,
-    "Row lengths": _draw_lengths,
+    "Example lengths": _draw_lengths,
     "Memory": _draw_memory,
 }
 
 
 def draw_losses(runs: Sequence[Run], axes: Axes) -> str:
     _steps_axis(axes)
+    losses: list[float] = []
     dashes = ("-", "--", ":", "-.")
     for index, run in enumerate(runs):
         # A number and not the folder's name: what matplotlib writes into the SVG must be this module's own.
         style = {"color": _colour(f"series-{index % 8 + 1}"), "linestyle": dashes[index % 4]}
-        _line(axes, run.points("train_events", "loss"), **style, linewidth=0.8, alpha=0.6, marker="")
-        _line(axes, run.points("eval_events", "loss"), **style, linewidth=2.2, marker="s", label=f"run {index + 1}")
+        training, measured = run.points("train_events", "loss"), run.points("eval_events", "loss")
+        _line(axes, training, **style, linewidth=0.8, alpha=0.6, marker="")
+        _line(axes, measured, **style, linewidth=2.2, marker="s", label=f"run {index + 1}")
+        losses += [loss for _, loss in training + measured]
+    _loss_axis(axes, losses)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
-    return "Nats per supervised token. Thin: training loss; thick, with squares: held-out loss."
+    return f"{_LOSS}. Thin: training loss; thick, with squares: eval loss."

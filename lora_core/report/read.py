@@ -42,6 +42,11 @@ class Run:
         value = self.get(file, *keys)
         return value if is_number(value) else None
 
+    def count(self, file: str, *keys: str) -> int | None:
+        """As `number`, of what is counted."""
+        value = self.number(file, *keys)
+        return None if value is None else round(value)
+
     def points(self, events: str, key: str) -> list[tuple[int, float]]:
         """(optimizer step, value) of every event that has a number there."""
         return [(event["step"], event[key]) for event in getattr(self, events) if is_number(event.get(key))]
@@ -64,13 +69,25 @@ def read_run(folder: Path) -> Run:
         config_text=config_text,
         config=config,
         preflight=_read_json(folder / "preflight.json", dict, gaps),
-        summary=_read_json(folder / "summary.json", dict, gaps),
+        summary=_read_summary(folder / "summary.json", gaps),
         rows=_read_json(folder / "rows.json", list, gaps),
         train_events=_last_of_each_step(events, "train"),
         eval_events=_last_of_each_step(events, "eval"),
         samples=[event for event in events if event.get("event") == "sample"],
         gaps=gaps,
     )
+
+
+# What a summary has had since it has a verdict.
+_SINCE_VERDICT = ("verdict", "date", "hardware", "data_hash", "working_dir", "adapter_norm", "num_eval_examples_better")
+
+
+def _read_summary(path: Path, gaps: list[str]) -> dict[str, Any]:
+    summary = _read_json(path, dict, gaps)
+    missing = [key for key in _SINCE_VERDICT if key not in summary]
+    if summary and missing:
+        gaps.append(f"{path.name} is of an earlier version: it has no {', '.join(missing)}.")
+    return summary
 
 
 _Kind = TypeVar("_Kind", dict[str, Any], list[Any])
@@ -126,4 +143,5 @@ def _last_of_each_step(events: Sequence[dict[str, Any]], kind: str) -> list[dict
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """And one that can be calculated with: not NaN, not infinite, no integer of a thousand digits."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300

@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import os
 import platform
-import re
-import resource
 import shutil
-import signal
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+import psutil  # comes with Accelerate
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
+from lora_core.config.load import with_overrides
 from lora_core.config.schema import RunConfig
 from lora_core.errors import ConfigError
+from lora_core.runtime.launcher import asked_processes, omp_num_threads
 from lora_core.runtime.run_folder import check_run_folder
 from lora_core.untrusted.limits import allowed_cores
 
-if TYPE_CHECKING:
-    import psutil
 
+def with_precision(config: RunConfig) -> tuple[RunConfig, str | None]:
+    """The configuration with `train.bf16: auto` decided for this device, and a line that says what was decided.
 
-_ACCELERATE = re.compile(r"(^|/)accelerate(-launch)?$|accelerate[./]commands[./]")
+    A CPU without bfloat16 instructions emulates them, at a small part of the speed of float32. Such a run has float32
+    weights too: autocast is what would otherwise bring weights and activations together.
+    """
+    if config.train.bf16 != "auto":
+        return config, None
+    # 4-bit weights are multiplied in bfloat16 on any device.
+    if _bf16() == "native" or config.model.quantization == "nf4":
+        return with_overrides(config, ["train.bf16=true"]), None
+    dtype = ["model.dtype=float32"] if config.model.dtype == "bfloat16" else []
+    line = "precision: float32, as this device has no bfloat16 instructions (train.bf16=auto)"
+    return with_overrides(config, ["train.bf16=false", *dtype]), line
 
 
 def build_accelerator(config: RunConfig) -> Accelerator:
@@ -42,7 +50,8 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     Raises:
         ConfigError: bf16 is set and the device does not have it, or the launcher's backend is not supported.
     """
-    if config.train.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+    config, _ = with_precision(config)
+    if config.train.bf16 is True and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise ConfigError(
             f"train.bf16=true: {torch.cuda.get_device_name()} has no bfloat16; fix: train.bf16=false",
             "bf16_unsupported",
@@ -56,7 +65,7 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     AcceleratorState._reset_state()
     # Accumulation is ours: a value above 1 here would make Accelerate divide the loss once more.
     accelerator = Accelerator(
-        mixed_precision="bf16" if config.train.bf16 else "no",
+        mixed_precision="bf16" if config.train.bf16 is True else "no",
         gradient_accumulation_steps=1,
         # Not said, Accelerate runs each rank of a CPU launch as if it were alone.
         cpu=not torch.accelerator.is_available(),
@@ -80,10 +89,13 @@ def build_accelerator(config: RunConfig) -> Accelerator:
 def use_all_cores() -> None:
     """Share the cores that this process may use among the ranks of this machine.
 
-    `accelerate launch` and `torchrun` set OMP_NUM_THREADS=1, which leaves all cores but one idle.
+    `accelerate launch` and `torchrun` set OMP_NUM_THREADS=1, which leaves all cores but one idle. One that the user
+    exported is obeyed.
     """
-    import psutil  # comes with Accelerate
-
+    asked = omp_num_threads()
+    if asked is not None:
+        torch.set_num_threads(asked)
+        return
     allowed = allowed_cores()
     cores = min(allowed, psutil.cpu_count(logical=False) or allowed)  # two threads of one core share its arithmetic
     torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
@@ -167,7 +179,7 @@ def look_around(config: RunConfig, num_processes: int, gpu_memory_gib: float | N
         if gpu_memory_gib is None
         else DeviceMemory("cuda", round(gpu_memory_gib * 2**30)),
         num_processes=num_processes,
-        asked_processes=_asked_processes(),
+        asked_processes=asked_processes(),
         sharding="fsdp" if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") else "ddp",
         bf16="native" if gpu_memory_gib is not None else _bf16(),
         has_bitsandbytes=find_spec("bitsandbytes") is not None,
@@ -179,8 +191,6 @@ def look_around(config: RunConfig, num_processes: int, gpu_memory_gib: float | N
 
 def device_memory(num_local_processes: int = 1) -> DeviceMemory:
     """The memory of this machine's device for each of so many processes on it (of a GPU, each has its own)."""
-    import psutil
-
     if torch.cuda.is_available():
         free_bytes, _ = torch.cuda.mem_get_info()
         return DeviceMemory("cuda", free_bytes)
@@ -205,54 +215,6 @@ def _bf16() -> Literal["native", "emulated", "none"]:
     )
 
 
-def _asked_processes() -> int | None:
-    """What the `accelerate launch` above this process was asked for; it passes the number on only where it uses it."""
-    import psutil
-
-    command = next(filter(None, map(_accelerate_launch, psutil.Process().parents()[:2])), None)
-    if command is None:
-        return None
-    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    options.add_argument("--num_processes", "--num-processes", type=int)
-    options.add_argument("--config_file", "--config-file")
-    known, _ = options.parse_known_args(command)
-    if known.num_processes is not None:
-        return int(known.num_processes)
-    if known.config_file is not None and Path(known.config_file).is_file():
-        asked = yaml.safe_load(Path(known.config_file).read_text(encoding="utf-8")).get("num_processes")
-        return asked if isinstance(asked, int) else None
-    return None
-
-
-def _accelerate_launch(process: psutil.Process) -> list[str] | None:
-    """The command line of a process that is an `accelerate launch`; None of another."""
-    import psutil
-
-    try:
-        command = process.cmdline()
-    except psutil.Error:  # gone, or another user's
-        return None
-    # Not any word that holds "accelerate": a script in a folder of that name may well end before what it started.
-    return command if any(_ACCELERATE.search(part) for part in command[:4]) else None
-
-
-def end_with_launcher() -> None:
-    """Have the system send this process SIGTERM when the `accelerate launch` that started it ends.
-
-    `accelerate launch` passes no signal on: without this, stopping it leaves the training behind, with nobody to stop
-    it. Linux only; elsewhere the signal has to go to the training process.
-    """
-    import psutil
-
-    launcher = psutil.Process().parent()
-    if platform.system() != "Linux" or launcher is None or _accelerate_launch(launcher) is None:
-        return
-    pr_set_pdeathsig = 1  # from linux/prctl.h
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-    if not launcher.is_running():  # it ended before it could be followed
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
 def seed_everything(seed: int, rank: int) -> None:
     """Dropout masks differ by rank and repeat from run to run. (Row order and initial adapter have the plain seed.)"""
     torch.manual_seed(seed + rank)
@@ -264,5 +226,9 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Peak memory of this process: on the GPU what its allocator gave out, on a CPU its resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return usage if sys.platform == "darwin" else usage * 1024

@@ -122,34 +122,38 @@ class CheckpointWriter:
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self._thread = ThreadPoolExecutor(max_workers=1)
-        self._writing: Future[None] | None = None
+        self._writing: Future[Path] | None = None
 
     def start(self, path: Path, snapshot: Snapshot, limit: int, best: str | None = None) -> None:
         """Begin to write, and `keep_newest(path.parent, limit, best)` once it is whole. `wait` before the next one."""
         if self._accelerator.is_main_process:
             self._writing = self._thread.submit(_write_and_tidy, path, snapshot, limit, best)
 
-    def wait(self) -> None:
+    def wait(self) -> Path | None:
         """Until what was begun is on disk; call it in every rank.
+
+        Returns:
+            In the main process, the checkpoint that was written; None if none was begun.
 
         Raises:
             OSError: in every rank: the disk is full or cannot be written; the checkpoints before it are whole.
         """
         from accelerate.utils import broadcast_object_list
 
-        problem = None
+        problem, path = None, None
         if self._writing is not None:
             try:
-                self._writing.result()
+                path = self._writing.result()
             except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk
                 problem = str(error)
             self._writing = None
         problem = broadcast_object_list([problem])[0]  # all ranks stop, or none
         if problem is not None:
             raise OSError(problem)
+        return path
 
 
-def _write_and_tidy(path: Path, snapshot: Snapshot, limit: int, best: str | None) -> None:
+def _write_and_tidy(path: Path, snapshot: Snapshot, limit: int, best: str | None) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_folder(path) as folder:
@@ -162,6 +166,7 @@ def _write_and_tidy(path: Path, snapshot: Snapshot, limit: int, best: str | None
         sizes = f"it takes {snapshot.num_bytes / 2**20:.1f} MiB and the disk has {free / 2**20:.1f} MiB left"
         raise OSError(f"{path} could not be written: {error} ({sizes}); earlier checkpoints are whole") from error
     keep_newest(path.parent, limit, best)
+    return path
 
 
 def keep_newest(folder: Path, limit: int, best: str | None = None) -> None:

@@ -1,12 +1,11 @@
-"""A run from its first step to its summary."""
+"""A run from its first step to its last."""
 
 from __future__ import annotations
 
 import math
-import platform
-import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,28 +15,30 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
-from lora_core._version import __version__
 from lora_core.config.schema import RunConfig
+from lora_core.data.counts import EncodedFile
 from lora_core.data.encoded import pad_id
 from lora_core.data.packing import Batching, BatchPrefetcher, RowIndices, StepBatches, eval_batching, step_rows
-from lora_core.errors import ConfigError, RankFault, RunStopped, TrainingError, counted, lines_of
+from lora_core.errors import RankFault, RunStopped, TrainingError, counted, lines_of
 from lora_core.preflight.findings import Facts
 from lora_core.preflight.memory import cheapest_change
-from lora_core.report.page import write_report
 from lora_core.runtime.devices import peak_memory_bytes
 from lora_core.runtime.faults import StopSignals, free_memory, is_out_of_memory
-from lora_core.runtime.run_folder import MetricsFile, write_json
+from lora_core.runtime.run_folder import MetricsFile
 from lora_core.schedule import SchedulePlan
-from lora_core.training.adapter_folder import save_adapter
-from lora_core.training.checkpoint import CheckpointWriter, find_checkpoint, restore_adapter, take_snapshot
-from lora_core.training.evaluate import EvalResult, evaluate
+from lora_core.training.callbacks import Callback
+from lora_core.training.checkpoint import CheckpointWriter, take_snapshot
+from lora_core.training.evaluate import EvalResult, ExampleLosses, evaluate_examples, write_examples
 from lora_core.training.progress import Progress
 from lora_core.training.replies import reply_to_all
 from lora_core.training.step import StepResult, train_step
-from lora_core.untrusted.text import printable, showable
+from lora_core.untrusted.text import showable
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
+
+EVAL_EXAMPLES = "eval_examples.json"
+"""In the run folder: the loss of each eval example, before and after."""
 
 
 @dataclass
@@ -58,8 +59,12 @@ class Run:
     prompts: list[Any]
     progress: Progress
     resumed_at_step: int | None
+    callbacks: Sequence[Callback]
+    """Empty but in the main process."""
 
     def __post_init__(self) -> None:
+        self.example_losses: dict[int, ExampleLosses] = {}
+        """Of the eval set, by step: at the last evaluation, and at the best of those before it."""
         self.prefetcher = BatchPrefetcher(self.batches, self.facts.plan.total_optimizer_steps)
 
     def train(self) -> None:
@@ -87,7 +92,9 @@ class Run:
                 if not result.is_finite:
                     self.note_skipped(result)
                 elif progress.step % config.logging_steps == 0 or is_last:
-                    _log_step(self.accelerator, self.metrics, plan, progress.step, result, tokens_per_s)
+                    values = _log_step(self.accelerator, self.metrics, plan, progress.step, result, tokens_per_s)
+                    for callback in self.callbacks:
+                        callback.on_log(values)
                 is_best = False
                 if progress.step % eval_every == 0 or is_last:
                     measured = self.measure()
@@ -215,20 +222,35 @@ class Run:
         """Eval loss; None without an eval set."""
         if self.facts.eval_data is None:
             return None
-        result = evaluate(
-            self.accelerator, self.model, self.facts.eval_data, eval_batching(self.config, pad_id(self.facts.tokenizer))
-        )
+        step = self.progress.step
+        result, examples = self._evaluate(self.facts.eval_data)
         if not math.isfinite(result.loss):
             raise TrainingError(
-                f"eval loss at step {self.progress.step} is {result.loss}, not a finite number; fix: a lower "
-                "train.learning_rate"
+                f"eval loss at step {step} is {result.loss}, not a finite number; fix: a lower train.learning_rate"
             )
-        self.metrics.write("eval", step=self.progress.step, **result.to_dict())
-        log(self.accelerator, f"eval at step {self.progress.step}: {result}")
+        if step == 0 and self.accelerator.is_main_process:
+            write_examples(self.folder / EVAL_EXAMPLES, self.facts.eval_data, examples)
+        kept = {best: losses for best, losses in self.example_losses.items() if best == self.progress.best_step}
+        self.example_losses = {**kept, step: examples}
+        values = {"step": step, **result.to_dict()}
+        self.metrics.write("eval", **values)
+        for callback in self.callbacks:
+            callback.on_evaluate(values)
+        log(self.accelerator, f"eval at step {step}: {result}")
         return result
 
-    def reply(self) -> list[str]:
-        """To the sample prompts, as the model is now."""
+    def measure_examples(self) -> ExampleLosses | None:
+        """The loss of each eval example, as the model is now; None without an eval set."""
+        return None if self.facts.eval_data is None else self._evaluate(self.facts.eval_data)[1]
+
+    def _evaluate(self, eval_data: EncodedFile) -> tuple[EvalResult, ExampleLosses]:
+        batching = eval_batching(self.config, pad_id(self.facts.tokenizer))
+        return evaluate_examples(self.accelerator, self.model, eval_data, batching)
+
+    def reply(self, when: str) -> list[str]:
+        """To the sample prompts, as the model is now: before or after training."""
+        if self.prompts:
+            self.say(f"sample replies {when} training: {counted(len(self.prompts), 'prompt')} ...")
         return reply_to_all(
             self.accelerator,
             self.model,
@@ -252,96 +274,15 @@ class Run:
     def finish_saving(self) -> None:
         """Until the checkpoint that was begun is whole."""
         try:
-            self.writer.wait()
+            path = self.writer.wait()
         except OSError as error:
             if self.config.train.on_save_error == "error":
                 raise TrainingError(f"{error}; fix: free disk space, then --resume") from error
             log(self.accelerator, f"warning: {error}; training continues (train.on_save_error=continue)")
-
-    def take_best_adapter(self) -> int:
-        """Put the best adapter in place of the last where that is asked for; returns the step that it is of."""
-        progress, path = self.progress, self.checkpoint_path(self.progress.best_step)
-        if self.config.train.keep_adapter == "last" or progress.best is None or progress.best_step == progress.step:
-            return progress.step
-        if not path.is_dir():  # it could not be written, and train.on_save_error=continue
-            log(self.accelerator, f"warning: {path} is missing, so adapter/ is of the last step, not of the best one")
-            return progress.step
-        restore_adapter(find_checkpoint(self.folder, path, self.say, may_rename=False), self.model)
-        progress.after = progress.best
-        return progress.best_step
-
-    def finish(self, started: float) -> dict[str, Any]:
-        """Adapter, sample replies, summary and report.
-
-        Args:
-            started: `time.monotonic()` at the start of the run.
-        """
-        config, plan, progress, say = self.config, self.facts.plan, self.progress, self.say
-        adapter_step = self.take_best_adapter()
-        replies_after = self.reply()
-        adapter_dir = self.folder / "adapter"
-        save_adapter(self.accelerator, self.model, self.facts.tokenizer, config, adapter_dir)
-        before, after = progress.before, progress.after
-        eval_data = self.facts.eval_data
-        summary = {
-            "total_optimizer_steps": plan.total_optimizer_steps,
-            "warmup_steps": plan.warmup_steps,
-            "peak_learning_rate": plan.peak_learning_rate,
-            "eval_loss_before": before.loss if before else None,
-            "eval_loss_after": after.loss if after else None,
-            "eval_perplexity_after": after.perplexity if after else None,
-            "eval_token_accuracy_after": after.token_accuracy if after else None,
-            "num_train_conversations": plan.num_rows,
-            "num_dropped_conversations": self.facts.train_data.counts.dropped,
-            "train_rows": self.facts.train_data.counts.to_dict(),
-            "eval_rows": eval_data.counts.to_dict() if eval_data else None,
-            "num_supervised_tokens": progress.num_supervised_tokens,
-            "num_skipped_steps": progress.num_skipped_steps,
-            "stopped_early_at_step": progress.step if progress.step < plan.total_optimizer_steps else None,
-            "best_step": progress.best_step if progress.best else None,
-            "adapter_step": adapter_step,
-            "micro_batch_limit": self.batching.limit,
-            "world_size": self.accelerator.num_processes,
-            "resumed_at_step": self.resumed_at_step,
-            "train_time_s": round(progress.train_time_s, 3),
-            "tokens_per_s": round(progress.num_tokens / progress.train_time_s, 1),
-            "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
-            "adapter_dir": str(adapter_dir),
-            "command": shlex.join(sys.argv),
-            "versions": versions(),
-            "wall_time_s": round(time.monotonic() - started, 3),
-        }
-        samples = [
-            {"prompt": prompt["messages"][-1]["content"], "before": old, "after": new}
-            for prompt, old, new in zip(self.prompts, progress.replies_before or [], replies_after, strict=True)
-        ]
-        for sample in samples:
-            self.metrics.write("sample", **sample)
-            say(f"\nuser:   {printable(sample['prompt'])}")
-            say(f"before: {printable(sample['before'])}\nafter:  {printable(sample['after'])}")
-        if before and after:
-            of_step = "" if adapter_step == progress.step else f", of step {adapter_step}, the best"
-            say(
-                f"\nheld-out loss: {before.loss:.4f} before, {after.loss:.4f} after "
-                f"({after.loss / before.loss - 1:+.1%}){of_step}"
-            )
-        self.metrics.close()
-        if self.accelerator.is_main_process:
-            write_json(self.folder / "summary.json", summary)
-            try:
-                say(f"report: {write_report(self.folder)}")
-            except ConfigError as error:  # a page that cannot be drawn costs nobody the run
-                say(f"report: not written: {error}")
-        which = f"of step {adapter_step}, the {'best' if config.train.keep_adapter == 'best' else 'last'}"
-        say(
-            f"done: {progress.step} optimizer steps in {progress.train_time_s:.0f} s, "
-            f"{summary['tokens_per_s']:.0f} tokens/s, peak memory "
-            f"{summary['peak_memory_bytes'] / 2**30:.1f} GiB; adapter ({which}) in {adapter_dir}"
-        )
-        if progress.num_skipped_steps:
-            say(f"warning: {counted(progress.num_skipped_steps, 'step')} not applied: loss or gradient not finite")
-        self.accelerator.wait_for_everyone()
-        return summary
+            return
+        if path is not None:
+            for callback in self.callbacks:
+                callback.on_save(path)
 
 
 def log(accelerator: Accelerator, line: str) -> None:
@@ -357,35 +298,25 @@ def _log_step(
     step: int,
     result: StepResult,
     tokens_per_s: float,
-) -> None:
+) -> dict[str, float]:
+    """Write and print what a step gave; returns what was written."""
     memory_bytes = peak_memory_bytes(accelerator.device)
     epoch = step / plan.optimizer_steps_per_epoch
-    metrics.write(
-        "train",
-        step=step,
-        epoch=round(epoch, 4),
-        loss=result.loss,
-        learning_rate=result.learning_rate,
-        grad_norm=result.grad_norm,
-        num_supervised_tokens=result.num_supervised_tokens,
-        tokens_per_s=round(tokens_per_s, 1),
-        peak_memory_bytes=memory_bytes,
-    )
+    values = {
+        "step": step,
+        "epoch": round(epoch, 4),
+        "loss": result.loss,
+        "learning_rate": result.learning_rate,
+        "grad_norm": result.grad_norm,
+        "num_supervised_tokens": result.num_supervised_tokens,
+        "tokens_per_s": round(tokens_per_s, 1),
+        "peak_memory_bytes": memory_bytes,
+    }
+    metrics.write("train", **values)
     log(
         accelerator,
         f"step {step:>{len(str(plan.total_optimizer_steps))}}/{plan.total_optimizer_steps}  epoch {epoch:.2f}  "
         f"loss {result.loss:.4f}  lr {result.learning_rate:.2e}  grad_norm {result.grad_norm:.3f}  "
         f"{result.num_supervised_tokens} loss tokens  {tokens_per_s:.0f} tok/s  {memory_bytes / 2**30:.1f} GiB",
     )
-
-
-def versions() -> dict[str, str]:
-    """Of what decides a run's numbers."""
-    from importlib.metadata import version
-
-    names = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
-    return {
-        "lora_core": __version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in names},
-    }
+    return values

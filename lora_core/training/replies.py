@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,21 +50,34 @@ def sample_reply(
     return reply.strip()
 
 
-def sample_prompts(config: RunConfig, eval_data: EncodedFile | None) -> list[dict[str, Any]]:
-    """The first rows of the eval set that ask something, up to their first assistant turn."""
-    if eval_data is None or config.train.num_sample_replies == 0:
+def sample_prompts(config: RunConfig, train_data: EncodedFile, eval_data: EncodedFile | None) -> list[dict[str, Any]]:
+    """The first examples of the eval set that ask something, up to their first assistant turn; without an eval set,
+    of the training rows.
+
+    Returns:
+        Of each: messages, tools, expected (the example's own assistant turn), from ("eval" or "train"), line.
+    """
+    if config.train.num_sample_replies == 0:
         return []
-    path = Path(config.data.eval_file or config.data.train_file)
-    wanted = [int(line) for line in eval_data.dataset[: 4 * config.train.num_sample_replies]["line"]]
+    source, data = ("train", train_data) if eval_data is None else ("eval", eval_data)
+    path = Path(config.data.train_file if eval_data is None else config.data.eval_file or config.data.train_file)
+    wanted = [int(line) for line in data.dataset[: 4 * config.train.num_sample_replies]["line"]]
     by_line = _lines(path, set(wanted))
     prompts: list[dict[str, Any]] = []
     for line in wanted:
         conversation = parse_json_row(by_line[line])
         first = next(i for i, message in enumerate(conversation.messages) if message["role"] == "assistant")
-        messages = conversation.messages[:first]
+        messages, expected = conversation.messages[:first], _expected(conversation.messages[first])
         if messages and messages[-1]["role"] == "user" and len(prompts) < config.train.num_sample_replies:
-            prompts.append({"messages": messages, "tools": conversation.tools})
+            whence = {"expected": expected, "from": source, "line": line}
+            prompts.append({"messages": messages, "tools": conversation.tools, **whence})
     return prompts
+
+
+def _expected(message: Message) -> str:
+    """What the example says in place of the reply: its text, and its tool calls as JSON."""
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", [])]
+    return "\n".join(filter(None, [message["content"], *calls]))
 
 
 def _lines(path: Path, wanted: set[int]) -> dict[int, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from lora_core.config.schema import RunConfig
 from lora_core.data.counts import EncodedFile
 from lora_core.data.encoded import load_data, pad_id
+from lora_core.data.in_memory import with_rows
 from lora_core.data.packing import train_batching
 from lora_core.errors import counted
 from lora_core.model.base import add_adapter, compile_layers, describe_parameters, load_base_model, load_tokenizer
@@ -21,8 +23,9 @@ from lora_core.model.loss import CausalLMLoss, check_head
 from lora_core.model.optimizer import build_optimizer, build_scheduler
 from lora_core.preflight.memory import micro_batch_limit_that_fits
 from lora_core.preflight.preflight import eval_source, gather_facts, refuse_errors, report, run_checks
-from lora_core.runtime.devices import build_accelerator, end_with_launcher, look_around, seed_everything
+from lora_core.runtime.devices import build_accelerator, look_around, seed_everything, with_precision
 from lora_core.runtime.faults import naming_lost_ranks
+from lora_core.runtime.launcher import end_with_launcher
 from lora_core.runtime.run_folder import (
     MetricsFile,
     check_run_folder,
@@ -32,6 +35,7 @@ from lora_core.runtime.run_folder import (
     write_text,
 )
 from lora_core.schedule import SchedulePlan
+from lora_core.training.callbacks import Callback
 from lora_core.training.checkpoint import (
     CheckpointWriter,
     check_same_run,
@@ -40,16 +44,25 @@ from lora_core.training.checkpoint import (
     restore,
     set_aside_newer,
 )
+from lora_core.training.finish import finish
 from lora_core.training.loop import Run
 from lora_core.training.progress import Progress
 from lora_core.training.replies import sample_prompts
+from lora_core.training.summary import Summary
 from lora_core.untrusted.text import showable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def train(config: RunConfig, resume: str | Path | None = None) -> dict[str, Any]:
+def train(
+    config: RunConfig,
+    resume: str | Path | None = None,
+    *,
+    rows: Iterable[Mapping[str, Any]] | None = None,
+    eval_rows: Iterable[Mapping[str, Any]] | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Summary:
     """Fine-tune as the configuration says; returns what is written to `summary.json`.
 
     Call it in every process of the launch (`accelerate launch`, `torchrun`), or in one process for one device.
@@ -57,6 +70,9 @@ def train(config: RunConfig, resume: str | Path | None = None) -> dict[str, Any]
     Args:
         resume: a checkpoint's folder, or "newest" for the newest whole one in `config.output_dir`. The run then ends as
             if it had never been stopped.
+        rows: dicts as a line of a file may hold, or a `datasets.Dataset` of them, in place of `data.train_file`.
+        eval_rows: the same, in place of `data.eval_file`.
+        callbacks: told of log lines, evaluations, checkpoints and the end, in the main process.
 
     Raises:
         RunStopped: SIGTERM, SIGINT or SIGUSR1 came; a checkpoint was written.
@@ -64,14 +80,19 @@ def train(config: RunConfig, resume: str | Path | None = None) -> dict[str, Any]
     """
     started = time.monotonic()
     end_with_launcher()
+    config, precision = with_precision(with_rows(config, rows, eval_rows))
     accelerator = build_accelerator(config)
+    if precision is not None:
+        accelerator.print(precision)
     with naming_lost_ranks(accelerator, config.train.rank_timeout_s):
-        run = _set_up(config, accelerator, resume)
+        run = _set_up(config, accelerator, resume, callbacks)
         run.train()
-        return run.finish(started)
+        return finish(run, started)
 
 
-def _set_up(config: RunConfig, accelerator: Accelerator, resume: str | Path | None) -> Run:
+def _set_up(
+    config: RunConfig, accelerator: Accelerator, resume: str | Path | None, callbacks: Sequence[Callback]
+) -> Run:
     """Everything up to the first step, or to the step that a checkpoint was written after."""
 
     def say(line: str) -> None:
@@ -88,6 +109,7 @@ def _set_up(config: RunConfig, accelerator: Accelerator, resume: str | Path | No
     environment = broadcast_object_list([look_around(config, accelerator.num_processes)])[0]
     if resume is not None:  # the run that is there is the one to resume
         environment = replace(environment, output_dir_problem=None)
+    say("checking the run, and predicting its memory ...")
     facts = gather_facts(config, environment, tokenizer, train_data, eval_data)
     plan = facts.plan
     say(describe_plan(plan, config))
@@ -109,6 +131,7 @@ def _set_up(config: RunConfig, accelerator: Accelerator, resume: str | Path | No
             say(f"resume: {difference}")
     accelerator.wait_for_everyone()  # all have looked before one writes
 
+    say(f"loading {config.model.name_or_path} ...")
     base = load_base_model(config.model, accelerator.device, config.data.packing)
     adapted = add_adapter(base, config.lora, config.train.seed, config.train.gradient_checkpointing)
     check_head(adapted)
@@ -142,14 +165,17 @@ def _set_up(config: RunConfig, accelerator: Accelerator, resume: str | Path | No
         batching=train_batching(config, pad_id(tokenizer)),
         metrics=MetricsFile(folder / "metrics.jsonl", accelerator.is_main_process),
         writer=CheckpointWriter(accelerator),
-        prompts=sample_prompts(config, eval_data),
+        prompts=sample_prompts(config, train_data, eval_data),
         progress=Progress(),
         resumed_at_step=checkpoint.step if checkpoint else None,
+        callbacks=callbacks if accelerator.is_main_process else (),
     )
     if checkpoint is None:
         run.progress.micro_batch_limit = micro_batch_limit_that_fits(facts)
+        if eval_data is not None:
+            say(f"evaluating {counted(len(eval_data.lengths), 'example')} before training ...")
         run.progress.before = run.progress.after = run.measure()
-        run.progress.replies_before = run.reply()
+        run.progress.replies_before = run.reply("before")
     else:
         run.progress = Progress.from_dict({key: checkpoint.state[key] for key in Progress().to_dict()})
         restore(checkpoint, accelerator, model, optimizer, scheduler)

@@ -8,20 +8,28 @@ gigabytes. `limited` does that, in the process that renders:
     at last  a limit on processor time that ends the process, for what hangs inside a single instruction
 
 Signals reach the main thread only: in another one there is no limit on time. (The processes that encode rows do so in
-their main thread.)
+their main thread.) Windows has none of the three: there the block runs without limits, and a line says so.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-import resource
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
+
+resource: ModuleType | None
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 def allowed_cores() -> int:
@@ -43,7 +51,9 @@ def limited(seconds: float, memory_bytes: int) -> Iterator[Callable[[], None]]:
         OutOfTime: the time is used up.
         MemoryError: the memory is.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if resource is None:
+        _say_that_there_are_no_limits()
+    if resource is None or threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
     old_handler = signal.signal(signal.SIGVTALRM, _out_of_time)
@@ -67,17 +77,24 @@ def limited(seconds: float, memory_bytes: int) -> Iterator[Callable[[], None]]:
             resource.setrlimit(resource.RLIMIT_AS, old_memory)
 
 
+@lru_cache(maxsize=1)
+def _say_that_there_are_no_limits() -> None:
+    logging.getLogger(__name__).warning("no limits on time and memory of chat templates: this system has none to set")
+
+
 def _out_of_time(*_: object) -> None:
     raise OutOfTime
 
 
 def _lower(what: int, limit: int, old: tuple[int, int]) -> None:
     """Lower the soft limit; it can be raised again as far as the hard one."""
+    assert resource is not None
     soft, hard = old
     if soft == resource.RLIM_INFINITY or limit < soft:
         resource.setrlimit(what, (limit, hard))
 
 
 def _address_space_bytes() -> int:
+    assert resource is not None
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    return pages * resource.getpagesize()
+    return pages * int(resource.getpagesize())

@@ -23,6 +23,7 @@ from lora_core.data.counts import EncodedFile
 from lora_core.data.encoded import load_data
 from lora_core.errors import ConfigError
 from lora_core.model.base import load_tokenizer
+from lora_core.runtime.devices import with_precision
 from lora_core.runtime.faults import free_memory
 from lora_core.verification.gradients import NUM_GRADIENT_ROWS, check_gradients, float32_overrides
 from lora_core.verification.masks import check_masks
@@ -44,8 +45,9 @@ def verify(config: RunConfig, say: Callable[[str], None] = print) -> Verificatio
     started = time.monotonic()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: verify runs in one process; fix: python launch/verify.py"
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: verify runs in one process; fix: lora-core verify --cfg NAME"
         )
+    config, _ = with_precision(config)
     tokenizer = load_tokenizer(config.model, config.data.chat_template)
     train_data, eval_data = load_data(config, tokenizer)
 

@@ -50,11 +50,11 @@ def short_run(config: RunConfig, train_data: EncodedFile, eval_data: EncodedFile
     _copy_lines(Path(config.data.train_file), train_data, rows, folder / "train.jsonl")
     if eval_data is None:
         eval_rows, from_file = rows[:_NUM_EVAL_ROWS], "of the same rows as eval set, because there is none"
-        _copy_lines(Path(config.data.train_file), train_data, eval_rows, folder / "heldout.jsonl")
+        _copy_lines(Path(config.data.train_file), train_data, eval_rows, folder / "eval.jsonl")
     else:
         eval_rows, from_file = short_rows(eval_data.lengths, _NUM_EVAL_ROWS), "rows of the eval set"
         source = Path(config.data.eval_file or config.data.train_file)
-        _copy_lines(source, eval_data, eval_rows, folder / "heldout.jsonl")
+        _copy_lines(source, eval_data, eval_rows, folder / "eval.jsonl")
     overrides = [
         f"train.max_steps={_SHORT_RUN_STEPS}",
         "train.save_steps=1",
@@ -69,7 +69,7 @@ def short_run(config: RunConfig, train_data: EncodedFile, eval_data: EncodedFile
     allowed = list(dict.fromkeys([*config.preflight.allow, "warmup_past_end"]))
     files = [
         f"data.train_file={json.dumps(str(folder / 'train.jsonl'))}",
-        f"data.eval_file={json.dumps(str(folder / 'heldout.jsonl'))}",
+        f"data.eval_file={json.dumps(str(folder / 'eval.jsonl'))}",
         "data.eval_fraction=0.0",
         f"data.cache_dir={json.dumps(str(folder / 'cache'))}",
         f"preflight.allow=[{','.join(allowed)}]",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 
 from lora_core.commands.command_line import heavy_imports
+from lora_core.config.load import load_config
 from tests.conftest import ROOT, chat
+from tests.training.test_evaluate import losses_one_by_one
 
 
 def launch(*arguments: str, cwd: Path = ROOT, prefix: list[str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -59,11 +62,17 @@ def test_imports_are_kept_from_the_collector_which_is_on_again_even_after_one_th
         gc.unfreeze()
 
 
-def test_train_then_evaluate_and_all_that_is_printed_is_ours(settings: list[str]) -> None:
+def test_train_then_evaluate_and_all_that_is_printed_is_ours(settings: list[str], tmp_path: Path) -> None:
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_config.yaml"]
     done = launch("launch/train.py", "--cfg", "demo", *settings, prefix=accelerate)
     assert done.returncode == 0, done.stderr
     ours = (
+        "importing PyTorch",
+        "precision: float32",  # where the CPU has no bfloat16
+        "checking the run",
+        "loading ",
+        "evaluating ",
+        "sample replies ",
         "train:",
         "eval:",
         "warning:",
@@ -78,19 +87,27 @@ def test_train_then_evaluate_and_all_that_is_printed_is_ours(settings: list[str]
         "user:",
         "before:",
         "after:",
-        "held-out",
+        "expected:",
         "done:",
+        "learned",  # the verdict
+        "this run ",
     )
     foreign = [line for line in done.stdout.splitlines() if line and not line.startswith(ours)]
     assert foreign == []
     assert done.stderr == ""
+    folder = tmp_path / "run"
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    report, ended, verdict = done.stdout.splitlines()[-3:]
+    assert (report, verdict) == (f"report: {folder / 'report.html'}", summary["verdict"])
+    assert ended.startswith("done: 2 optimizer steps in ")
     evaluated = launch("launch/evaluate.py", "--cfg", "demo", *settings)
     assert evaluated.returncode == 0, evaluated.stderr
     last_eval = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("eval at step 2"))
     assert evaluated.stdout.strip() == last_eval.removeprefix("eval at step 2: ")
-    again = launch("launch/train.py", "--cfg", "demo", *settings, "overwrite_output_dir=false")
-    assert (again.returncode, again.stdout.count("plan:")) == (2, 1)
-    assert "contains an earlier run; fix: output_dir=" in again.stderr
+    # Pasted into a shell, the command of the summary starts this very run: here, as far as the refusal.
+    again = launch("-c", f"{summary['command']} overwrite_output_dir=false", cwd=tmp_path, prefix=["bash"])
+    assert again.stdout.count("plan:") == 1
+    assert f"output_dir={folder}: contains an earlier run; fix: output_dir=" in again.stderr
 
 
 def test_an_override_after_resume_is_not_taken_for_a_checkpoint() -> None:
@@ -99,13 +116,24 @@ def test_an_override_after_resume_is_not_taken_for_a_checkpoint() -> None:
     assert "--resume took train.max_steps=3 for a checkpoint; fix: put --resume at the end" in done.stderr
 
 
-def test_two_ranks_train_together_and_only_one_speaks(settings: list[str]) -> None:
+def test_two_ranks_train_together_and_only_one_speaks(settings: list[str], tmp_path: Path, write_rows: Any) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    done = launch("launch/train.py", "--cfg", "demo", *settings, "train.max_steps=3", prefix=torchrun)
+    # Padded batches of two: of nine examples the last is alone, and one rank fills its batch up with nothing.
+    measured = write_rows([chat(f"q{i}", "word " * (9 - i)) for i in range(9)], "eval.jsonl")
+    exact = ["data.packing=false", "train.bf16=false", "model.dtype=float32", "train.per_device_eval_batch_size=2"]
+    settings = [*settings, *exact, f"data.eval_file={measured}", "train.max_steps=3"]
+    done = launch("launch/train.py", "--cfg", "demo", *settings, prefix=torchrun)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("plan:") == 1
     assert "x 2 processes) = 1 optimizer step per epoch" in done.stdout
     assert done.stdout.count("step 3/3") == 1
+    examples = json.loads((tmp_path / "run/eval_examples.json").read_text(encoding="utf-8"))
+    wanted = losses_one_by_one(load_config("demo", settings))
+    assert examples["loss_before"] == pytest.approx([loss for loss, _ in wanted], abs=1e-5)
+    assert examples["num_tokens"] == [num_tokens for _, num_tokens in wanted]
+    assert examples["line"] == list(range(1, 10))
+    summary = json.loads((tmp_path / "run/summary.json").read_text(encoding="utf-8"))
+    assert (summary["num_eval_examples"], summary["world_size"]) == (9, 2)
 
 
 @pytest.mark.parametrize(

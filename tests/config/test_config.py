@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 
-from lora_core.config.keys import config_keys
+from lora_core.config import keys
+from lora_core.config.keys import config_keys, json_schema
 from lora_core.config.load import load_config
-from lora_core.config.schema import ALL_SEVEN_PROJECTIONS, RunConfig
+from lora_core.config.schema import ALL_SEVEN_PROJECTIONS, RunConfig, TrainConfig
 from lora_core.errors import ConfigError
 from tests.conftest import ROOT
 
@@ -149,3 +152,46 @@ def test_legacy_training_args_work_as_they_are(tmp_path: Path) -> None:
     file.write_text(LEGACY.replace("lora_rank: 8", "lora_rnk: 8"))
     assert "lora_rnk = 8: unknown key; nearest: lora_rank" in problems(cfg=file, model="Qwen/Qwen2.5-7B-Instruct")
     assert "only for a legacy file" in problems(cfg="qwen7b", model="x/y")
+
+
+def test_a_users_file_extends_a_shipped_configuration_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("extends: qwen7b\nlora: {rank: 4}\n", encoding="utf-8")
+    config = load_config("mine.yaml")
+    assert (config.lora.rank, config.lora.alpha, config.model.quantization) == (4, 16, "nf4")
+    (tmp_path / "mine.yaml").write_text("extends: qwen8b\n", encoding="utf-8")
+    with pytest.raises(
+        ConfigError, match=r"extends = 'qwen8b': there is no such file .* \(there are: base, demo, qwen"
+    ):
+        load_config("mine.yaml")
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("train.lr", "train.learning_rate"), ("lora_r", "lora.rank")])
+def test_what_other_tools_call_a_key_is_known(theirs: str, ours: str) -> None:
+    with pytest.raises(ConfigError, match=f"{theirs} = 1: unknown key; nearest: {ours} "):
+        load_config("demo", [f"{theirs}=1"])
+
+
+def test_every_other_name_leads_to_a_key_that_there_is() -> None:
+    assert set(keys._ALSO_CALLED.values()) <= set(config_keys())
+
+
+def test_one_warmup_alone_is_enough_in_python_too() -> None:
+    assert TrainConfig(warmup_steps=5).warmup_ratio is None
+    assert RunConfig.model_validate({"train": {"warmup_steps": 5}}).train.warmup_steps == 5
+    with pytest.raises(ValueError, match="both set"):
+        TrainConfig(warmup_steps=5, warmup_ratio=0.1)
+
+
+def test_the_schema_for_editors_is_of_these_models_and_takes_every_shipped_configuration() -> None:
+    schema = json.loads((ROOT / "configs/schema.json").read_text(encoding="utf-8"))
+    assert schema == json_schema()  # else: python docs/write.py
+    for path in (ROOT / "configs").glob("*.yaml"):
+        text = path.read_text(encoding="utf-8")
+        assert text.startswith("# yaml-language-server: $schema=schema.json\n")
+        values = yaml.load(re.sub(r": (\d)e-(\d)\b", r": \1.0e-\2", text), yaml.SafeLoader)  # YAML 1.2 in 1.1
+        jsonschema.validate(values, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"train": {"warmup": 5}}, schema)

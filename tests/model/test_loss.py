@@ -41,6 +41,8 @@ def test_equals_the_models_own_loss_on_the_same_labels(family: str, head: str, m
     assert float(sums.loss_sum.detach() / sums.num_tokens) == pytest.approx(float(own.loss.detach()), rel=1e-5)
     right = own.logits[:, :-1].argmax(-1) == inputs["input_ids"][:, 1:]
     assert int(sums.num_correct) == int((right & inputs["loss_mask"][:, 1:]).sum())
+    each = nn.functional.cross_entropy(own.logits[:, :-1].transpose(1, 2), inputs["input_ids"][:, 1:], reduction="none")
+    torch.testing.assert_close(sums.token_losses, each.detach()[inputs["loss_mask"][:, 1:]], rtol=1e-4, atol=1e-4)
 
 
 def test_the_vocabulary_projection_runs_for_supervised_positions_only() -> None:

@@ -143,11 +143,11 @@ def look(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) 
     """Findings of a run, the way launch/preflight.py comes by them."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text(GOOD, encoding="utf-8")
-    (tmp_path / "heldout.jsonl").write_text(LINE, encoding="utf-8")
+    (tmp_path / "eval.jsonl").write_text(LINE, encoding="utf-8")
     base = {
         "model.name_or_path": str(tiny_model_dir),
         "data.train_file": "rows.jsonl",
-        "data.eval_file": "heldout.jsonl",
+        "data.eval_file": "eval.jsonl",
         "data.cache_dir": str(tmp_path / "cache"),
         "output_dir": "run",
         "train.num_train_epochs": "5",

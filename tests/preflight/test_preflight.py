@@ -70,8 +70,8 @@ TRIPS = {
 AROUND: dict[str, tuple[str, dict[str, Any], list[str], str | None]] = {
     "memory_too_small": ("error", {"device": DeviceMemory("cuda", 10**6)}, [], None),
     "world_size_differs": ("error", {"asked_processes": 2}, [], None),
-    "bf16_unsupported": ("error", {"bf16": "none"}, [], "train.bf16=false model.dtype=float32"),
-    "bf16_slow": ("note", {"bf16": "emulated"}, [], None),
+    "bf16_unsupported": ("error", {"bf16": "none"}, ["train.bf16=true"], "train.bf16=false model.dtype=float32"),
+    "bf16_slow": ("warning", {"bf16": "emulated"}, ["train.bf16=true"], "train.bf16=auto"),
     "bitsandbytes_missing": ("error", {"has_bitsandbytes": False}, [], "train.optim=adamw_torch"),
     "disk_too_small": ("error", {"free_disk_bytes": 10**6}, [], None),
     "output_dir_taken": (
@@ -108,10 +108,11 @@ def base(tmp_path: Path, tiny_model_dir: Path, write_rows: Any) -> list[str]:
     return [
         f"model.name_or_path={tiny_model_dir}",
         f"data.train_file={write_rows(TRAIN)}",
-        f"data.eval_file={write_rows(HELD_OUT, 'heldout.jsonl')}",
+        f"data.eval_file={write_rows(HELD_OUT, 'eval.jsonl')}",
         f"data.cache_dir={tmp_path / 'cache'}",
         f"output_dir={tmp_path / 'run'}",
-        # A run about which nothing is to be said: an optimizer for every device, a rate for 50 steps.
+        # A run about which nothing is to be said: an optimizer and a precision for every device, a rate for 50 steps.
+        "train.bf16=auto",
         "train.optim=adamw_8bit",
         "train.learning_rate=2e-4",
     ]

@@ -6,23 +6,26 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from lora_core.errors import ConfigError
 from lora_core.report.page import compare_reports, write_report
+from lora_core.report.plots import PLOTS as PLOT_OF
 from lora_core.report.read import read_run
-from lora_core.report.words import over_fitting
+from lora_core.report.verdict import outcome_of
 from lora_core.runtime.run_folder import write_json
 from tests.conftest import ROOT
 
 HOSTILE = "<script>alert(1)</script></details></mark>\"' onload=x <img src=http://evil.example/x.png>"
 UNSEEN = "\x1b[31m\u202e\x00\ud800\u2028"  # a terminal's colour, a change of direction, half a character, a line's end
 EVALS = {0: 3.0, 2: 2.0, 4: 2.5}
-PLOTS = ["Learning rate", "Loss", "Gradient norm", "Speed, tokens/s", "Row lengths", "Memory"]
+PLOTS = ["Loss", "Learning rate", "Gradient norm", "Speed, tokens/s", "Example lengths", "Memory"]
 
 
 def make_run(folder: Path, **config: Any) -> Path:
@@ -58,6 +61,21 @@ def make_run(folder: Path, **config: Any) -> Path:
             "train_time_s": 140.2,
             "tokens_per_s": 1234.5,
             "peak_memory_bytes": 5 * 2**29,
+            "verdict": text,  # the page says its own
+            "date": text,
+            "hardware": text,
+            "data_hash": "0123abcd",
+            "working_dir": text,
+            "adapter_dir": text,
+            "adapter_norm": 1.25,
+            "adapter_step": 4,
+            "learning_rate": 1e-4,
+            "peak_learning_rate": 1e-4,
+            "num_supervised_tokens": 2464,
+            "eval_loss_change_error": 0.03,
+            "num_eval_examples": 26,
+            "num_eval_examples_better": 25,
+            "num_eval_examples_worse": 1,
             "versions": {"torch": HOSTILE},
             "command": f"accelerate launch {text}",
         },
@@ -69,7 +87,15 @@ def make_run(folder: Path, **config: Any) -> Path:
         values = {"loss": 3 - step / 2, "learning_rate": rate, "grad_norm": 1.5, "tokens_per_s": 1200.0}
         events.append({"event": "train", "step": step, **values})
     # As the run writes it: U+2028 stands in the file as it is.
-    events.append({"event": "sample", "prompt": HOSTILE, "before": "before\u2028", "after": HOSTILE})
+    events.append(
+        {
+            "event": "sample",
+            "prompt": HOSTILE,
+            "before": "before\u2028",
+            "after": HOSTILE,
+            "expected": f"expected {HOSTILE}",
+        }
+    )
     lines = [json.dumps(event, ensure_ascii=False) + "\n" for event in events]
     (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
     return folder
@@ -117,22 +143,42 @@ def test_the_numbers_that_matter_are_on_the_page(tmp_path: Path) -> None:
     page = Page(write_report(make_run(tmp_path / "run")))
     words = " ".join(page.text.split())
     for expected in (
-        f"(rows: 78, optimizer steps: 4, LoRA rank: 16, on q_proj, {HOSTILE}): held-out loss 3.0000 before,",
-        "2.5000 after (-16.7%); 2 min 20 s of training; 1,234 tokens/s; peak memory 2.5 GiB.",
+        "learned: eval loss 3.00 -> 2.50 (-16.7% ± 1.0%), better on 25 of 26 examples; it over-fitted after step 2",
+        "eval loss 2.5000 before: 3.0000 (-16.7%)",
+        "eval examples 25 better of 26; ± is the standard error over them",
+        "training time 2 min 20 s",
+        "tokens/s 1,234",
+        "peak memory 2.5 GiB predicted: 1.5 GiB",
+        "training examples 78 loss tokens trained on 2,464 optimizer steps 4 of 4 learning rate 1e-4, peak 1e-4 (100%)",
+        f"LoRA rank 16, on q_proj, {HOSTILE} norm of the adapter's update 1.25, from 0 adapter {HOSTILE}",
+        "data hash 0123abcd",
         "predicted 1.5 GiB, measured 2.5 GiB",
-        "rows read 81 rows kept 78 rows dropped, unreadable 2 rows dropped, nothing supervised 1",
-        "row length p50, tokens 61 row length p90, tokens 83 row length p99, tokens 95 row length max, tokens 96",
-        "cut at 96",
+        "rows read 81 examples kept 78 rows dropped, unreadable 2 rows dropped, no loss tokens 1",
+        "length p50, tokens 61 length p90, tokens 83 length p99, tokens 95 length max, tokens 96",
+        "truncated to 96 tokens",
         "train.max_steps=30 [few_steps]",
-        "line 3 503 tokens, 2 supervised",
+        "line 3 503 tokens, 2 loss tokens",
     ):
         assert expected in words
     assert "metrics.jsonl" not in words  # every line of it was read
 
 
-def test_supervised_tokens_are_marked_and_long_rows_are_folded(tmp_path: Path) -> None:
+def test_the_page_says_first_whether_it_worked_then_shows_loss_then_replies(tmp_path: Path) -> None:
     page = write_report(make_run(tmp_path / "run")).read_text(encoding="utf-8")
-    rows = page[page.index("<h2>Rows as") : page.index("<h2>Replies")]
+    heads = [*PLOTS[:1], "Replies before, after, and as expected", "Figures", "Next", "Findings of preflight", "Plots"]
+    places = [page.index('<p class="verdict poor">learned: '), *(page.index(f">{head}</h") for head in heads)]
+    assert places == sorted(places)
+    replies = page[places[2] : places[3]]
+    assert re.findall(r'<h3 class="side">(\w+)</h3><div class="text">([^\s]{6})', replies) == [
+        ("before", "before"),
+        ("after", "&lt;sc"),
+        ("expected", "expect"),
+    ]
+
+
+def test_loss_tokens_are_marked_and_the_examples_are_folded(tmp_path: Path) -> None:
+    page = write_report(make_run(tmp_path / "run")).read_text(encoding="utf-8")
+    rows = page[page.index("<details>\n<summary>The first training examples") : page.index("<h2>Configuration")]
     assert "<details>\n<summary>line 3" in rows
     assert re.search(r'<div class="text">&lt;\|user\|&gt;↵\n<mark>&lt;script&gt;[^<]*</mark>long ', rows)
 
@@ -151,19 +197,22 @@ def test_all_plots_are_there_with_ids_of_their_own_and_colours_of_the_page(tmp_p
 
 def test_over_fitting_is_said_only_where_training_loss_still_fell(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
-    said = str(over_fitting(read_run(folder)))
+    said = " ".join(Page(write_report(folder)).text.split())
     assert "lowest at step 2 (2.0000) and rose to 2.5000 by step 4" in said
-    assert said.endswith("fix: train.keep_adapter=best, or train.max_steps=2")
+    assert "1.0000 to 1.7500" not in said
+    assert "fix: train.keep_adapter=best, or train.max_steps=2 " in said
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    extra = {"adapter_step": 2, "stopped_early_at_step": 3, "num_skipped_steps": 1}
+    extra = {"adapter_step": 2, "eval_loss_after": 2.0, "stopped_early_at_step": 3, "num_skipped_steps": 1}
     write_json(folder / "summary.json", summary | extra)
-    assert str(over_fitting(read_run(folder))).endswith("adapter/ is that of step 2")
-    page = write_report(folder).read_text(encoding="utf-8")
-    assert "stopped early at step 3; the adapter is that of step 2, the best; steps left out" in page
+    page = Page(write_report(folder))
+    assert "; adapter/ is that of step 2" in page.text
+    assert ("class", "verdict good") in page.attributes
+    for expected in ("3 of 4, 1 not applied", "(of step 2)", "1 of 3 optimizer steps were not applied"):
+        assert expected in page.text
     metrics = folder / "metrics.jsonl"
     rising = metrics.read_text(encoding="utf-8").replace('"step": 4, "loss": 1.0', '"step": 4, "loss": 9.0')
     metrics.write_text(rising, encoding="utf-8")
-    assert over_fitting(read_run(folder)) is None
+    assert outcome_of(read_run(folder)).over_fitting is None
 
 
 def test_an_unfinished_or_broken_run_still_gives_a_page_that_says_so(tmp_path: Path) -> None:
@@ -173,7 +222,9 @@ def test_an_unfinished_or_broken_run_still_gives_a_page_that_says_so(tmp_path: P
     metrics = folder / "metrics.jsonl"
     metrics.write_text("\n".join(metrics.read_text(encoding="utf-8").split("\n")[:6]) + '\n{"event": "tra', "utf-8")
     text = Page(write_report(folder)).text
-    assert "This run is not finished: 3 of 4 optimizer steps seen." in text
+    seen = "not finished: 3 of 4 optimizer steps seen; eval loss so far 3.00 -> 2.50; training loss 2.50 -> 1.50"
+    assert f"{seen}; 1,200 tokens/s" in text
+    assert "--resume" in text
     assert "metrics.jsonl ends in the middle of line 7" in text
     assert "rows.json cannot be read" in text
     for path in folder.iterdir():
@@ -181,6 +232,31 @@ def test_an_unfinished_or_broken_run_still_gives_a_page_that_says_so(tmp_path: P
             path.unlink()
     assert Page(write_report(folder)).text.count("Nothing recorded.") == len(PLOTS)
     assert "preflight.json is missing" in Page(write_report(folder)).text
+    # A summary that holds nothing that can be used: no figure, no fault.
+    write_json(folder / "summary.json", {"eval_loss_before": 0, "eval_loss_after": "1", "versions": None})
+    (folder / "metrics.jsonl").write_text('{"event": "train", "step": 1, "loss": NaN}\n{"event": "sample"}', "utf-8")
+    text = Page(write_report(folder)).text
+    assert "no loss was recorded, so it cannot be said what this run learned" in text
+    assert "summary.json is of an earlier version: it has no verdict, date, hardware," in text
+
+
+def test_a_change_next_to_nothing_is_no_slope_on_the_plot(tmp_path: Path) -> None:
+    def height(values: dict[int, float]) -> float:
+        """Of the eval loss's line, as a share of the plot's height."""
+        run = replace(
+            read_run(folder),
+            train_events=[],
+            eval_events=[{"step": step, "loss": loss} for step, loss in values.items()],
+        )
+        axes = Figure().subplots()
+        PLOT_OF["Loss"](run, axes)
+        low, high = axes.get_ylim()
+        return (max(values.values()) - min(values.values())) / (high - low)
+
+    folder = make_run(tmp_path / "run")
+    assert height({0: 3.000, 10: 2.997}) < 0.01
+    assert 0.5 < height({0: 3.0, 10: 2.0}) < 1
+    assert height({0: 9.0, 10: 0.1}) < 1
 
 
 def test_a_comparison_shows_only_the_keys_that_differ(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ import torch
 
 from lora_core.config.load import load_config
 from lora_core.errors import RankFault
-from lora_core.runtime.devices import _ACCELERATE
 from lora_core.runtime.faults import is_out_of_memory
+from lora_core.runtime.launcher import _ACCELERATE
 from lora_core.training.setup import train
 from lora_core.training.step import StepResult, train_step
 from tests.conftest import ROOT, chat
@@ -91,9 +91,9 @@ def test_smaller_micro_batches_take_the_same_steps(
     capsys.readouterr()
     got = train(config)
     assert capsys.readouterr().out.count("out of memory; repeated with micro-batches of at most") == 2
-    assert got["micro_batch_limit"] < wanted["micro_batch_limit"]
-    assert got["eval_loss_after"] == pytest.approx(wanted["eval_loss_after"], rel=1e-5)
-    assert got["total_optimizer_steps"] == wanted["total_optimizer_steps"] == 5
+    assert got.micro_batch_limit < wanted.micro_batch_limit
+    assert got.eval_loss_after == pytest.approx(wanted.eval_loss_after, rel=1e-5)
+    assert got.total_optimizer_steps == wanted.total_optimizer_steps == 5
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import html
 import json
 import math
 import re
@@ -14,7 +15,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from lora_core.config.load import load_config
@@ -27,6 +28,7 @@ from lora_core.schedule import plan_schedule
 from lora_core.training.evaluate import evaluate_adapter
 from lora_core.training.setup import train
 from lora_core.training.step import StepResult, train_step
+from lora_core.training.summary import Summary
 from tests.conftest import ROOT, chat, make_model
 
 SUMMARY_KEYS = {
@@ -51,9 +53,9 @@ SUMMARY_KEYS = {
 def tiny_run(tmp_path: Path, tiny_model_dir: Path, write_rows: Any) -> Any:
     """Train on 78 short rows under a shipped config; returns (summary, run folder)."""
     rows = write_rows([chat(f"q{i}", f"a{i % 7}", "and?", "no") for i in range(78)])
-    held_out = write_rows([chat(f"Q{i}", f"a{i}") for i in range(5)], "heldout.jsonl")
+    held_out = write_rows([chat(f"Q{i}", f"a{i}") for i in range(5)], "eval.jsonl")
 
-    def run(config_name: str, *overrides: str, folder: str = "run") -> tuple[dict[str, Any], Path]:
+    def run(config_name: str, *overrides: str, folder: str = "run") -> tuple[Summary, Path]:
         config = load_config(
             config_name,
             [
@@ -79,9 +81,11 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(("config_name", "steps"), [("qwen0.5b", 50), ("qwen1.5b", 80), ("qwen7b", 60), ("demo", 50)])
 def test_every_shipped_config_runs_as_planned(tiny_run: Any, config_name: str, steps: int) -> None:
     summary, folder = tiny_run(config_name)
-    assert set(summary) >= SUMMARY_KEYS
-    assert summary == json.loads((folder / "summary.json").read_text())
-    assert (summary["total_optimizer_steps"], summary["num_train_conversations"]) == (steps, 78)
+    assert set(summary.to_dict()) >= SUMMARY_KEYS
+    assert summary.to_dict() == json.loads((folder / "summary.json").read_text())
+    assert summary.verdict.startswith(("learned", "this run "))
+    assert f">{summary.verdict.replace('>', '&gt;')}</p>" in (folder / "report.html").read_text(encoding="utf-8")
+    assert (summary.total_optimizer_steps, summary.num_train_conversations) == (steps, 78)
     config = load_config(folder / "config.yaml")
     plan = plan_schedule(
         78,
@@ -100,12 +104,13 @@ def test_every_shipped_config_runs_as_planned(tiny_run: Any, config_name: str, s
     assert [event["step"] for event in events(folder, "eval")] == list(
         range(0, steps + 1, plan.optimizer_steps_per_epoch)
     )
-    assert summary["eval_loss_after"] == events(folder, "eval")[-1]["loss"] < summary["eval_loss_before"]
+    assert summary.eval_loss_after == events(folder, "eval")[-1]["loss"] < summary.eval_loss_before
     assert len(events(folder, "sample")) == 3
     assert {path.name for path in folder.iterdir()} == {
         "adapter",
         "checkpoints",
         "config.yaml",
+        "eval_examples.json",
         "metrics.jsonl",
         "preflight.json",
         "report.html",
@@ -154,8 +159,8 @@ def test_compiled_layers_take_the_same_steps(tiny_run: Any, monkeypatch: pytest.
     torch._dynamo.reset()
     got, _ = tiny_run("demo", *settings, "train.torch_compile=true", folder="compiled")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 1  # it really is on
-    assert got["eval_loss_before"] == pytest.approx(wanted["eval_loss_before"], rel=1e-5)
-    assert got["eval_loss_after"] == pytest.approx(wanted["eval_loss_after"], rel=1e-5)
+    assert got.eval_loss_before == pytest.approx(wanted.eval_loss_before, rel=1e-5)
+    assert got.eval_loss_after == pytest.approx(wanted.eval_loss_after, rel=1e-5)
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     torch._dynamo.reset()
@@ -173,17 +178,28 @@ def test_intervals_checkpoints_and_a_held_out_fraction(tiny_run: Any) -> None:
         "train.eval_steps=4",
         "train.save_steps=5",
     )
-    assert summary["num_train_conversations"] == 70
+    assert summary.num_train_conversations == 70
     assert [event["step"] for event in events(folder, "train")] == [3, 6, 7]
     assert [event["step"] for event in events(folder, "eval")] == [0, 4, 7]
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000005"]
     assert (folder / "checkpoints/step-000005/adapter.safetensors").is_file()
 
 
-def test_without_held_out_rows_the_run_says_so(tiny_run: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    summary, _ = tiny_run("demo", "data.eval_file=null", "train.max_steps=2")
-    assert summary["eval_loss_before"] is None
-    assert "no eval set: eval loss is not measured; fix: data.eval_fraction=0.1" in capsys.readouterr().out
+def test_without_an_eval_set_the_run_replies_to_training_prompts_and_says_what_it_cannot(
+    tiny_run: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary, folder = tiny_run("demo", "data.eval_file=null", "train.max_steps=4")
+    assert (summary.eval_loss_before, summary.num_eval_examples_better) == (None, None)
+    said = capsys.readouterr().out
+    assert "is not measured; fix: data.eval_fraction=0.1" in said
+    assert said.splitlines()[-1] == summary.verdict
+    assert re.search(r"training loss .* \(.*, means of the first and last 2 steps\)", summary.verdict)
+    assert "without an eval set it cannot be said whether" in summary.verdict
+    samples = events(folder, "sample")
+    assert [(sample["prompt"], sample["expected"], sample["from"]) for sample in samples] == [
+        (f"q{i}", f"a{i}", "train") for i in range(3)
+    ]
+    assert not (folder / "eval_examples.json").exists()
 
 
 def test_a_run_that_would_not_learn_is_refused_before_it_starts_unless_told_to(
@@ -194,7 +210,9 @@ def test_a_run_that_would_not_learn_is_refused_before_it_starts_unless_told_to(
         tiny_run("demo", *old, "train.gradient_accumulation_steps=1")
     assert not (tmp_path / "run").exists()
     summary, folder = tiny_run("demo", *old, "train.gradient_accumulation_steps=1", "preflight.allow=[warmup_past_end]")
-    assert summary["peak_learning_rate"] == pytest.approx(9e-6)
+    assert summary.peak_learning_rate == pytest.approx(9e-6)
+    cause = "the learning rate peaked at 9e-6, 9% of the 1e-4 asked for (100 warmup steps in a run of 10)"
+    assert re.match(rf"this run learned next to nothing \([+-]0\.\d%\): {re.escape(cause)}", summary.verdict)
     assert "error: the model would learn next to nothing" in capsys.readouterr().out
     assert "warmup_past_end" in [f["id"] for f in json.loads((folder / "preflight.json").read_text())["findings"]]
 
@@ -235,7 +253,7 @@ def test_steps_that_are_not_finite_are_left_out_and_stop_the_run_when_they_do_no
 def test_a_step_that_is_not_finite_costs_that_step_and_no_other(tiny_run: Any, spoil: Any) -> None:
     spoil(lambda step: step == 3)
     summary, folder = tiny_run("demo", "train.num_train_epochs=1")
-    assert (summary["num_skipped_steps"], summary["total_optimizer_steps"]) == (1, 10)
+    assert (summary.num_skipped_steps, summary.total_optimizer_steps) == (1, 10)
     assert [event["step"] for event in events(folder, "skipped")] == [3]
     trained = events(folder, "train")
     assert [event["step"] for event in trained] == [1, 2, 4, 5, 6, 7, 8, 9, 10]
@@ -276,10 +294,10 @@ def test_the_adapter_is_the_best_or_the_last_and_says_which(
     losses = {event["step"]: event["loss"] for event in events(folder, "eval") if event["step"] > 0}
     best, last = min(losses, key=lambda step: losses[step]), max(losses)
     assert last == best + 6 < 50  # three evaluations, two steps apart
-    assert summary["stopped_early_at_step"] == last
-    assert (summary["best_step"], summary["adapter_step"]) == (best, best if keep == "best" else last)
-    assert summary["eval_loss_after"] == losses[summary["adapter_step"]]
-    assert f"adapter (of step {summary['adapter_step']}, the {keep})" in capsys.readouterr().out
+    assert summary.stopped_early_at_step == last
+    assert (summary.best_step, summary.adapter_step) == (best, best if keep == "best" else last)
+    assert summary.eval_loss_after == losses[summary.adapter_step]
+    assert f"adapter (of step {summary.adapter_step}, the {keep})" in capsys.readouterr().out
     kept = {path.name for path in (folder / "checkpoints").iterdir()}
     assert kept == {f"step-{last - 2:06d}"} | ({f"step-{best:06d}"} if keep == "best" else set())
     if keep == "best":
@@ -352,6 +370,7 @@ def test_nf4_learns_on_the_demo_model_and_its_adapter_gives_the_same_loss_again(
     monkeypatch.chdir(ROOT)
     overrides = [
         "model.quantization=nf4",
+        "train.optim=paged_adamw_8bit",
         f"output_dir={tmp_path / 'run'}",
         f"data.cache_dir={tmp_path / 'cache'}",
         "train.max_steps=8",
@@ -359,17 +378,25 @@ def test_nf4_learns_on_the_demo_model_and_its_adapter_gives_the_same_loss_again(
         "train.num_sample_replies=0",
     ]
     config = load_config("demo", overrides)
-    assert config.train.optim == "paged_adamw_8bit"
     summary = train(config)
-    assert summary["eval_loss_after"] < summary["eval_loss_before"] - 0.2
-    again = evaluate_adapter(config, summary["adapter_dir"])
-    assert again.loss == pytest.approx(summary["eval_loss_after"], abs=1e-5)
+    assert summary.eval_loss_after < summary.eval_loss_before - 0.2
+    again = evaluate_adapter(config, summary.adapter_dir)
+    assert again.loss == pytest.approx(summary.eval_loss_after, abs=1e-5)
 
 
-def test_the_adapter_loads_with_plain_peft(demo_model_dir: Path, tiny_run: Any) -> None:
-    _, folder = tiny_run("demo", f"model.name_or_path={demo_model_dir}", "train.max_steps=2")
-    model = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter", dtype=torch.bfloat16)
+def test_the_adapter_loads_with_plain_peft_as_the_report_says(demo_model_dir: Path, tiny_run: Any) -> None:
+    summary, folder = tiny_run("demo", f"model.name_or_path={demo_model_dir}", "train.max_steps=2")
+    page = html.unescape((folder / "report.html").read_text(encoding="utf-8"))
+    found = re.search(r'<div class="text">(from peft import .*?)</div>', page, re.DOTALL)
+    assert found is not None
+    names: dict[str, Any] = {}
+    exec(found[1], names)
+    model = names["model"]
     assert isinstance(model, peft.PeftModel)
+    # The norm of what it adds to the weights, module by module, with PEFT's own product.
+    updates = [module.get_delta_weight("default") for module in model.modules() if isinstance(module, LoraLayer)]
+    assert summary.adapter_norm == pytest.approx(math.sqrt(sum(float(u.square().sum()) for u in updates)), rel=1e-4)
+    assert summary.adapter_norm > 0
     assert model.peft_config["default"].r == 16
     card = (folder / "adapter/README.md").read_text()
     assert str(demo_model_dir) in card

@@ -1,0 +1,65 @@
+"""`lora-core preflight`: would a run learn, and would it run? Loads no weights."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from lora_core.commands.command_line import Command, add_config_arguments, heavy_imports, quiet_libraries
+from lora_core.config.load import load_config
+from lora_core.errors import ConfigError, LoraCoreError
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    add_config_arguments(parser)
+    parser.add_argument("--num-processes", type=int, default=1, metavar="N", help="devices of the run to plan for")
+    parser.add_argument("--gpu-memory-gib", type=float, metavar="GIB", help="plan for a GPU of this size, not for here")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--write", metavar="FILE.yaml", help="write the configuration with the fixes applied")
+
+
+def _run(arguments: Namespace) -> None:
+    if arguments.num_processes < 1:
+        raise ConfigError(f"--num-processes {arguments.num_processes}: must be at least 1")
+    run = (arguments.num_processes, arguments.gpu_memory_gib)
+    with heavy_imports():
+        quiet_libraries()
+        from lora_core.preflight.preflight import (
+            apply_fixes,
+            describe,
+            finding_of,
+            look_at_run,
+            refuse_errors,
+            refused_errors,
+            report,
+            run_checks,
+        )
+        from lora_core.runtime.run_folder import write_text
+        from lora_core.untrusted.text import showable, values_without_secrets
+
+    try:
+        config = load_config(arguments.cfg, arguments.overrides, arguments.model)
+        facts = look_at_run(config, *run)
+        findings = run_checks(facts)
+    except LoraCoreError as error:
+        if arguments.json:
+            print(json.dumps({"plan": None, "data": None, "memory": None, "findings": [finding_of(error).to_dict()]}))
+        raise
+    if arguments.json:
+        print(json.dumps(values_without_secrets(report(facts, findings))))
+    else:
+        # Refused errors are printed below, as the reason not to start.
+        refused = refused_errors(findings, config.preflight.allow)
+        lines = [str(finding) for finding in findings if finding not in refused] if findings else ["nothing found"]
+        print(showable("\n".join([describe(facts), *lines])))
+    if arguments.write:
+        fixed, applied = apply_fixes(arguments.cfg, arguments.overrides, arguments.model, *run)
+        write_text(Path(arguments.write), fixed.to_yaml())
+        written = f"wrote {arguments.write}: {' '.join(applied) or 'no fix to apply'}"
+        print(showable(written), file=sys.stderr if arguments.json else sys.stdout)
+    refuse_errors(findings, config.preflight.allow)
+
+
+COMMAND = Command("would it learn? checks a run without its weights", _add_arguments, _run)

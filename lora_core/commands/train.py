@@ -1,0 +1,36 @@
+"""`lora-core train`: fine-tune as a configuration says."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from lora_core.commands.command_line import Command, add_config_arguments, heavy_imports, quiet_libraries, say_first
+from lora_core.config.load import load_config
+from lora_core.errors import ConfigError
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="newest",
+        metavar="CHECKPOINT",
+        help="continue the run in output_dir, from its newest whole checkpoint or from the one named",
+    )
+
+
+def _run(arguments: Namespace) -> None:
+    if arguments.resume and "=" in arguments.resume and not Path(arguments.resume).exists():
+        raise ConfigError(f"--resume took {arguments.resume} for a checkpoint; fix: put --resume at the end")
+    config = load_config(arguments.cfg, arguments.overrides, arguments.model)
+    say_first("importing PyTorch and transformers ...")
+    with heavy_imports():
+        quiet_libraries()
+        from lora_core.training.setup import train
+
+    train(config, arguments.resume)
+
+
+COMMAND = Command("fine-tune: lora-core train --cfg NAME [--resume [CHECKPOINT]] [key=value ...]", _add_arguments, _run)

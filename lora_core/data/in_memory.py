@@ -1,0 +1,62 @@
+"""Rows that a program has in memory, as the JSONL file that everything else reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_core.config.load import with_overrides
+from lora_core.config.schema import RunConfig
+from lora_core.errors import DataError
+
+
+def with_rows(
+    config: RunConfig, rows: Iterable[Mapping[str, Any]] | None, eval_rows: Iterable[Mapping[str, Any]] | None
+) -> RunConfig:
+    """The configuration with these rows in place of `data.train_file` and `data.eval_file`; None leaves a file.
+
+    Args:
+        rows: dicts in any shape that a line of a file may have, or a `datasets.Dataset` of them.
+
+    Raises:
+        DataError: there are no rows, or one holds what JSON cannot.
+    """
+    folder = Path(config.data.cache_dir).expanduser() / "rows"
+    files = {"train_file": (rows, "rows"), "eval_file": (eval_rows, "eval_rows")}
+    overrides = [
+        f"data.{key}={json.dumps(str(_write(given, name, folder)))}"
+        for key, (given, name) in files.items()
+        if given is not None
+    ]
+    return with_overrides(config, overrides)
+
+
+def _write(rows: Iterable[Mapping[str, Any]], name: str, folder: Path) -> Path:
+    """Write a line a row, to a file whose name is a hash of them: every process of a run gets the same."""
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    temporary = folder / f".{name}.{os.getpid()}"
+    number = 0
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            for number, row in enumerate(rows, start=1):
+                try:
+                    line = json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n"
+                    digest.update(line.encode())
+                except (TypeError, ValueError) as error:  # an object of some class, NaN, half a surrogate pair
+                    raise DataError(
+                        f"{name}[{number - 1}]: cannot be written as JSON: {error}; fix: a dict of str, int, float, "
+                        "bool, None, lists and dicts"
+                    ) from error
+                file.write(line)
+        if number == 0:
+            raise DataError(f"{name} is empty; fix: pass at least one row")
+        path = folder / f"{name}-{digest.hexdigest()[:32]}.jsonl"
+        temporary.replace(path)
+        return path
+    finally:
+        temporary.unlink(missing_ok=True)

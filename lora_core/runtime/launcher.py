@@ -1,0 +1,85 @@
+"""The program that started this process: `accelerate launch`, `torchrun`, or a user."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import platform
+import re
+import signal
+from pathlib import Path
+
+import psutil  # comes with Accelerate
+import yaml
+
+_ACCELERATE = re.compile(r"(^|/)accelerate(-launch)?$|accelerate[./]commands[./]")
+
+
+def asked_processes() -> int | None:
+    """What the `accelerate launch` above this process was asked for; it passes the number on only where it uses it."""
+    command = next(filter(None, map(_command_of_accelerate_launch, psutil.Process().parents()[:2])), None)
+    if command is None:
+        return None
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("--num_processes", "--num-processes", type=int)
+    options.add_argument("--config_file", "--config-file")
+    known, _ = options.parse_known_args(command)
+    if known.num_processes is not None:
+        return int(known.num_processes)
+    if known.config_file is not None and Path(known.config_file).is_file():
+        asked = yaml.safe_load(Path(known.config_file).read_text(encoding="utf-8")).get("num_processes")
+        return asked if isinstance(asked, int) else None
+    return None
+
+
+def _command_of_accelerate_launch(process: psutil.Process) -> list[str] | None:
+    """The command line of a process that is an `accelerate launch`; None of another."""
+    try:
+        command = process.cmdline()
+    except psutil.Error:  # gone, or another user's
+        return None
+    # Not any word that holds "accelerate": a script in a folder of that name may well end before what it started.
+    return command if any(_ACCELERATE.search(part) for part in command[:4]) else None
+
+
+def end_with_launcher() -> None:
+    """Have the system send this process SIGTERM when the `accelerate launch` that started it ends.
+
+    `accelerate launch` passes no signal on: without this, stopping it leaves the training behind, with nobody to stop
+    it. Linux only; elsewhere the signal has to go to the training process.
+    """
+    launcher = psutil.Process().parent()
+    if platform.system() != "Linux" or launcher is None or _command_of_accelerate_launch(launcher) is None:
+        return
+    pr_set_pdeathsig = 1  # from linux/prctl.h
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if not launcher.is_running():  # it ended before it could be followed
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def end_accelerate_launch() -> None:
+    """End the `accelerate launch` that started this process and waits for it, with SIGTERM (exit code 143).
+
+    It would print a traceback of its own below an error that this process has explained. Not where it was told to be
+    quiet, and not where it watches several processes: those it reports on in any case.
+    """
+    launcher = psutil.Process().parent()
+    command = _command_of_accelerate_launch(launcher) if launcher is not None else None
+    if launcher is None or command is None or "TORCHELASTIC_RUN_ID" in os.environ or {"-q", "--quiet"} & set(command):
+        return
+    if platform.system() == "Linux":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which its end sends here
+    launcher.terminate()
+
+
+def omp_num_threads() -> int | None:
+    """OMP_NUM_THREADS as the user exported it; None where it is not set, or a launcher set it."""
+    value = os.environ.get("OMP_NUM_THREADS", "")
+    if "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:  # of torchrun, of Accelerate
+        launcher = psutil.Process().parent()
+        try:
+            value = launcher.environ().get("OMP_NUM_THREADS", "") if launcher else ""
+        except psutil.Error:  # it is gone, or the system does not show it
+            value = ""
+    return int(value) if value.isdigit() and int(value) > 0 else None

@@ -1,0 +1,203 @@
+"""Every code block of README.md and docs/ works: commands parse, configurations load, Python runs, rows are read.
+
+Nothing is trained but a tiny model, which stands in for the models that pages name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from collections.abc import Iterator
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
+
+from lora_core.commands.main import build_parser
+from lora_core.config.load import load_config
+from lora_core.data.messages import parse_json_row
+from tests.conftest import ROOT, chat
+from tests.docs.pages import PAGES, Block, code_blocks
+from tests.tiny import write_jsonl
+
+BLOCKS = code_blocks()
+# Lines that are not run, each with the reason.
+NOT_RUN = {
+    "python3 -m venv .venv && . .venv/bin/activate": "makes an environment; the Makefile does the same",
+}
+# Between backticks, names of programs and not commands to copy.
+NAMES = ("accelerate launch", "accelerate launch --cpu", "accelerate launch --cpu --num_processes 2")
+# Models that pages name and that are not here; the tiny model stands in for them, and for the configurations' own.
+MODELS = ("Qwen/Qwen2.5-0.5B-Instruct",)
+CONFIGURATIONS = ("qwen0.5b", "qwen7b")
+# Output that a page quotes -> a part of the module that prints it.
+OUTPUT = {"the model would learn next to nothing": "lora_core/preflight/schedule.py"}
+
+
+def blocks(language: str) -> list[Block]:
+    return [block for block in BLOCKS if block.language == language]
+
+
+def command_lines(text: str) -> list[str]:
+    """Lines of a shell block, continued ones joined, without comments."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [line for line in (re.sub(r"(^|\s)#.*", "", line).strip() for line in lines) if line]
+
+
+LINES = [(block.place, line) for block in blocks("bash") for line in command_lines(block.text)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as a reader has one: YAML files of the pages, rows, launch/ and configs/ of the checkout."""
+    for block in blocks("yaml"):
+        (tmp_path / yaml_name(block)).write_text(block.text, encoding="utf-8")
+    write_jsonl(tmp_path / "chats.jsonl", [chat(f"question {i}", f"answer {i}") for i in range(40)])
+    for name in ("launch", "configs", "benchmarks", "docs", "examples", "constraints.txt"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def yaml_name(block: Block) -> str:
+    """A YAML block says in its first line what its file is called."""
+    match = re.match(r"# ([\w.]+\.yaml)\n", block.text)
+    assert match is not None, f"{block.place}: begins with `# NAME.yaml`"
+    return match[1]
+
+
+def parse(command: str, arguments: list[str]) -> argparse.Namespace:
+    """With the command's own parser, as `lora_core.commands.main.main` does."""
+    (subcommands,) = (each for each in build_parser()._actions if isinstance(each, argparse._SubParsersAction))
+    assert command in subcommands.choices, f"no command {command}"
+    parser: argparse.ArgumentParser = subcommands.choices[command]
+    return parser.parse_intermixed_args(arguments)
+
+
+def check_our_command(command: str, arguments: list[str]) -> None:
+    if arguments == ["--help"]:
+        return
+    parsed = parse(command, arguments)
+    if hasattr(parsed, "cfg"):
+        load_config(parsed.cfg, parsed.overrides, parsed.model)
+
+
+def check_script(script: str, arguments: list[str]) -> None:
+    """`python SCRIPT`: a command of ours, or a script whose source knows every option given."""
+    if Path(script).parent.name == "launch":
+        assert Path(script).is_file(), script
+        check_our_command(Path(script).stem, arguments)
+        return
+    source = Path(script).read_text(encoding="utf-8")
+    unknown = [word for word in arguments if word.startswith("--") and f'"{word}"' not in source]
+    assert not unknown, f"{script} has no {unknown}"
+
+
+def check_pip(arguments: list[str]) -> None:
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    for word in arguments:
+        if word.startswith("."):
+            extras = re.findall(r"\w+", word.partition("[")[2])
+            assert set(extras) <= set(setup["options.extras_require"]), word
+        elif not word.startswith("-"):
+            assert Path(word).is_file(), word
+
+
+def check(words: list[str]) -> None:
+    """One shell command. Fails on a kind of command that it does not know."""
+    if words[:2] == ["taskset", "-c"]:
+        words = words[3:]
+    match words:
+        case ["lora-core", "--help"] | ["python", "-m", "lora_core"]:
+            assert build_parser().format_help()
+        case ["lora-core", command, *arguments] | ["python", "-m", "lora_core", command, *arguments]:
+            check_our_command(command, arguments)
+        case ["python", "-m", "pytest", *paths]:
+            assert all((ROOT / path).exists() for path in paths), paths
+        case ["python", "-m", module, *arguments]:
+            check_script(f"{module.replace('.', '/')}.py", arguments)
+        case ["python", script, *arguments]:
+            check_script(script, arguments)
+        case ["accelerate", "launch", *arguments]:
+            launched = launch_command_parser().parse_args(arguments)
+            assert launched.config_file is None or Path(launched.config_file).is_file(), launched.config_file
+            check_script(launched.training_script, launched.training_script_args)
+        case ["torchrun", *arguments]:
+            launched = get_args_parser().parse_args(arguments)
+            check_script(launched.training_script, launched.training_script_args)
+        case ["pip", "install", *arguments]:
+            check_pip(arguments)
+        case ["make", target]:
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE), target
+        case _:
+            raise AssertionError("no such command is known here")
+
+
+@pytest.mark.parametrize(("place", "line"), LINES, ids=[place for place, _ in LINES])
+@pytest.mark.usefixtures("folder")
+def test_a_command_line_is_accepted(place: str, line: str) -> None:
+    if line not in NOT_RUN:
+        check(shlex.split(line))
+
+
+@pytest.mark.usefixtures("folder")
+def test_commands_in_running_text_are_accepted() -> None:
+    """Between backticks, but for `NAMES` and what has an ellipsis or a placeholder such as NAME or FILE."""
+    for place, line in inline_commands():
+        try:
+            check(shlex.split(line))
+        except (AssertionError, SystemExit) as error:
+            raise AssertionError(f"{place}: {line}: {error}") from error
+
+
+def inline_commands() -> Iterator[tuple[str, str]]:
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for line in re.findall(r"`((?:lora-core|accelerate|torchrun|make|python) [^`]*)`", text):
+            if line not in NAMES and not re.search(r"\.\.\.|\b[A-Z]{4}\b", line):
+                yield page.name, line
+
+
+@pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: block.place)
+def test_a_yaml_block_is_a_configuration(block: Block, folder: Path) -> None:
+    load_config(folder / yaml_name(block))
+
+
+@pytest.mark.parametrize("block", blocks("json"), ids=lambda block: block.place)
+def test_json_lines_are_rows(block: Block) -> None:
+    for line in block.text.splitlines():
+        assert parse_json_row(line).messages
+
+
+@pytest.mark.usefixtures("folder")
+def test_python_blocks_run(tiny_model_dir: Path) -> None:
+    """In the order of the page, in one folder, so that later ones find what earlier ones made; each by itself."""
+    Path("configs").unlink()
+    Path("configs").mkdir()
+    settings = [
+        f"model: {{name_or_path: {tiny_model_dir}, dtype: float32}}",
+        f"data: {{cache_dir: {Path.cwd() / 'cache'}}}",
+        "train: {bf16: false, num_sample_replies: 0, num_train_epochs: 1}",
+    ]
+    for name in CONFIGURATIONS:  # found before the shipped ones
+        Path("configs", f"{name}.yaml").write_text("\n".join(settings), encoding="utf-8")
+    for block in blocks("python"):
+        source = block.text
+        for model in MODELS:
+            source = source.replace(model, str(tiny_model_dir))
+        exec(compile(source, block.place, "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("block", blocks("text"), ids=lambda block: block.place)
+def test_quoted_output_is_what_is_printed(block: Block) -> None:
+    ((part, module),) = ((part, module) for part, module in OUTPUT.items() if part in block.text)
+    assert part in (ROOT / module).read_text(encoding="utf-8")
+
+
+def test_every_block_is_of_a_kind_that_is_tested() -> None:
+    assert {block.language for block in BLOCKS} <= {"bash", "python", "yaml", "json", "text"}
+    assert set(NOT_RUN) <= {line for _, line in LINES}
