@@ -43,7 +43,7 @@ def run_command(command: Callable[[], None]) -> int:
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
-        print(f"\nerror: {showable(str(error))}. Fix: room on the disk, or another output_dir", file=sys.stderr)
+        print(f"\nerror: {showable(str(error))}; fix: free disk space, or output_dir=ANOTHER_FOLDER", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
