@@ -12,9 +12,15 @@ import argparse
 from functools import partial
 
 from lora_core import (
+    Batching,
     CausalLMLoss,
+    LoraConfig,
+    ModelConfig,
     RunConfig,
+    TrainConfig,
     add_adapter,
+    build_optimizer,
+    build_scheduler,
     encode_file,
     evaluate,
     load_base_model,
@@ -22,45 +28,46 @@ from lora_core import (
     plan_schedule,
     train_step,
 )
-from lora_core.config.schema import LoraConfig, ModelConfig, TrainConfig
 from lora_core.data.encoded import pad_id
-from lora_core.data.packing import Batching, step_rows
-from lora_core.model.optimizer import build_optimizer, build_scheduler
-from lora_core.runtime.devices import build_accelerator, seed_everything
+from lora_core.data.packing import step_rows
+from lora_core.runtime.devices import build_accelerator, seed_everything, with_precision
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="~/.cache/lora_core/models/SmolLM2-135M-Instruct", help="hub id or folder")
 parser.add_argument("--rows", default="examples/train.jsonl", help="chat JSONL to train on")
-parser.add_argument("--eval-rows", default="examples/heldout.jsonl", help='the eval set; "" for none')
+parser.add_argument("--eval-rows", default="examples/eval.jsonl", help='the eval set; "" for none')
 parser.add_argument("--epochs", type=int, default=5)
-parser.add_argument("--learning-rate", type=float, default=1e-4)
+parser.add_argument("--learning-rate", type=float, default=5e-4)
 parser.add_argument("--rank", type=int, default=16, help="of the adapter; alpha is twice that")
 parser.add_argument("--max-seq-length", type=int, default=1024, help="tokens; longer rows are truncated")
 parser.add_argument("--seed", type=int, default=42, help="of row order, initial adapter and dropout")
-parser.add_argument("--float32", action="store_true", help="in place of bfloat16, for a CPU that would emulate it")
 parser.add_argument("--cache-dir", default="~/.cache/lora_core/encoded", help="where encoded rows are kept")
 parser.add_argument("--output", default="outputs/own_loop/adapter", help="folder of the adapter")
 args = parser.parse_args()
 
-# A step takes 2 x 4 rows on each device. Dropout, weight decay, clipping, optimizer: the defaults of the sections.
-model_config = ModelConfig(name_or_path=args.model, dtype="float32" if args.float32 else "bfloat16")
-lora_config = LoraConfig(rank=args.rank, alpha=2 * args.rank)
-train_config = TrainConfig(
-    per_device_train_batch_size=2,
-    gradient_accumulation_steps=4,
-    num_train_epochs=args.epochs,
-    learning_rate=args.learning_rate,
-    warmup_ratio=0.1,
-    bf16=not args.float32,
-    seed=args.seed,
+# A step takes 2 x 4 rows on each device. Dropout, weight decay, clipping: the defaults of the sections.
+config = RunConfig(
+    model=ModelConfig(name_or_path=args.model),
+    lora=LoraConfig(rank=args.rank, alpha=2 * args.rank),
+    train=TrainConfig(
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        num_train_epochs=args.epochs,
+        learning_rate=args.learning_rate,
+        optim="adamw_torch",
+        bf16="auto",
+        seed=args.seed,
+    ),
 )
+config, _ = with_precision(config)  # bfloat16, or float32 on a CPU that would emulate it
+train_config = config.train
 # Accelerate's, with all cores on a CPU, and with accumulation left to `train_step`.
-accelerator = build_accelerator(RunConfig(train=train_config))
+accelerator = build_accelerator(config)
 ranks, rank = accelerator.num_processes, accelerator.process_index
 
 # Rows -> token ids, and a mask of the loss tokens: what the assistant says, and the end of its turn. The result is kept
 # in a cache, so that the main process encodes and the others find it.
-tokenizer = load_tokenizer(model_config)
+tokenizer = load_tokenizer(config.model)
 # In this process: on macOS, more processes would each start by running this script.
 encode = partial(encode_file, max_seq_length=args.max_seq_length, cache_dir=args.cache_dir, num_proc=1)
 with accelerator.main_process_first():
@@ -81,8 +88,8 @@ plan = plan_schedule(
 accelerator.print(f"plan:  {plan.total_optimizer_steps} optimizer steps, {plan.warmup_steps} of them warmup")
 
 # The frozen model with an adapter on it, and the loss as a sum over loss tokens, so that micro-batches add up.
-base = load_base_model(model_config, accelerator.device, packing=True)
-adapted = add_adapter(base, lora_config, train_config.seed)
+base = load_base_model(config.model, accelerator.device, packing=True)
+adapted = add_adapter(base, config.lora, train_config.seed)
 optimizer = build_optimizer(adapted, train_config, accelerator.device)
 scheduler = build_scheduler(optimizer, plan)  # not prepared: a prepared one steps once per rank
 model, optimizer = accelerator.prepare(CausalLMLoss(adapted), optimizer)

@@ -45,9 +45,9 @@ def test_it_ends_with_the_losses_and_the_adapter_of_train(
     losses = [event["loss"] for event in map(json.loads, lines) if event["event"] == "train"]
     assert len(losses) == 6
     assert own["losses"] == losses
-    assert own["before"].loss == summary["eval_loss_before"]
-    assert own["after"].loss == summary["eval_loss_after"]
-    assert (adapter / ADAPTER).read_bytes() == (Path(summary["adapter_dir"]) / ADAPTER).read_bytes()
+    assert own["before"].loss == summary.eval_loss_before
+    assert own["after"].loss == summary.eval_loss_after
+    assert (adapter / ADAPTER).read_bytes() == (Path(summary.adapter_dir) / ADAPTER).read_bytes()
 
 
 def test_it_fits_on_two_screens() -> None:
