@@ -1,6 +1,6 @@
 """What lora_core raises when the user, the data or the run is at fault.
 
-Each message stands on its own: it names the value, the limit and the fix. The commands in `launch/` print the
+Each message stands on its own: it names the value, the limit and the fix. The commands print the
 message without a traceback and exit with `exit_code`; anything else that escapes is a fault in lora_core itself.
 Messages quote values that nobody has looked at, so secrets are left out of them and control characters escaped.
 """

@@ -143,7 +143,7 @@ def resolve_name(config: ModelConfig) -> str:
     path = Path(name).expanduser()
     if not path.is_dir():
         hint = (
-            "; fix: make demo"
+            "; fix: lora-core demo"
             if path.name == "SmolLM2-135M-Instruct"
             else "; fix: model.name_or_path=FOLDER or a hub id"
         )

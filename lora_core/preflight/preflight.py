@@ -1,7 +1,7 @@
 """Would this run learn anything, and would it run? Facts -> checks -> findings, all at once.
 
 `train` runs the checks before the first step and refuses on an error, unless the error's id is in
-`preflight.allow`; `launch/preflight.py` runs them alone, with the tokenizer and the model's config and no weights.
+`preflight.allow`; `lora-core preflight` runs them alone, with the tokenizer and the model's config and no weights.
 """
 
 from __future__ import annotations

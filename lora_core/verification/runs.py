@@ -111,8 +111,7 @@ def run_interrupted(short: ShortRun, folder: Path) -> Interrupted:
     config = with_overrides(short.config, [f"output_dir={json.dumps(str(folder))}"])
     config_file = folder.with_suffix(".yaml")
     config_file.write_text(config.to_yaml(), encoding="utf-8")
-    script = Path(__file__).resolve().parents[2] / "launch/train.py"
-    command = [sys.executable, str(script), "--cfg", str(config_file)]
+    command = [sys.executable, "-m", "lora_core", "train", "--cfg", str(config_file)]
     log = folder.with_suffix(".log")
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
