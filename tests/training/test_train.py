@@ -15,6 +15,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from markupsafe import escape
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
@@ -84,7 +85,7 @@ def test_every_shipped_config_runs_as_planned(tiny_run: Any, config_name: str, s
     assert set(summary.to_dict()) >= SUMMARY_KEYS
     assert summary.to_dict() == json.loads((folder / "summary.json").read_text())
     assert summary.verdict.startswith(("learned", "this run "))
-    assert f">{summary.verdict.replace('>', '&gt;')}</p>" in (folder / "report.html").read_text(encoding="utf-8")
+    assert f">{escape(summary.verdict)}</p>" in (folder / "report.html").read_text(encoding="utf-8")
     assert (summary.total_optimizer_steps, summary.num_train_conversations) == (steps, 78)
     config = load_config(folder / "config.yaml")
     plan = plan_schedule(
