@@ -91,6 +91,7 @@ def write_rows(folder: Path) -> None:
 
 def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any key: train.max_steps=2")
+    parser.add_argument("--resume", action="store_true", help="continue a demo that was stopped")
 
 
 def _run(arguments: Namespace) -> None:
@@ -103,7 +104,7 @@ def _run(arguments: Namespace) -> None:
         quiet_libraries()
         from lora_core.training.setup import train
 
-    train(config)
+    train(config, "newest" if arguments.resume else None)
 
 
 COMMAND = Command("fetch a 135M chat model and example rows, and train on them", _add_arguments, _run)

@@ -31,6 +31,7 @@ from lora_core.training.setup import train
 from lora_core.training.step import StepResult, train_step
 from lora_core.training.summary import Summary
 from tests.conftest import ROOT, chat, make_model
+from tests.tiny import write_jsonl
 
 SUMMARY_KEYS = {
     "total_optimizer_steps",
@@ -206,7 +207,8 @@ def test_without_an_eval_set_the_run_replies_to_training_prompts_and_says_what_i
 def test_a_run_that_would_not_learn_is_refused_before_it_starts_unless_told_to(
     tiny_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    old = ("train.num_train_epochs=1", "train.warmup_steps=100", "train.per_device_train_batch_size=8")
+    old = ["train.num_train_epochs=1", "train.warmup_steps=100", "train.per_device_train_batch_size=8"]
+    old.append("train.learning_rate=1e-4")
     with pytest.raises(PreflightError, match=r"9\.0% of the configured 0\.0001 .*fix: train\.warmup_steps=1"):
         tiny_run("demo", *old, "train.gradient_accumulation_steps=1")
     assert not (tmp_path / "run").exists()
@@ -253,7 +255,7 @@ def test_steps_that_are_not_finite_are_left_out_and_stop_the_run_when_they_do_no
 
 def test_a_step_that_is_not_finite_costs_that_step_and_no_other(tiny_run: Any, spoil: Any) -> None:
     spoil(lambda step: step == 3)
-    summary, folder = tiny_run("demo", "train.num_train_epochs=1")
+    summary, folder = tiny_run("demo", "train.num_train_epochs=1", "train.learning_rate=1e-4")
     assert (summary.num_skipped_steps, summary.total_optimizer_steps) == (1, 10)
     assert [event["step"] for event in events(folder, "skipped")] == [3]
     trained = events(folder, "train")
@@ -369,14 +371,19 @@ def test_nf4_learns_on_the_demo_model_and_its_adapter_gives_the_same_loss_again(
     demo_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
+    eval_lines = (ROOT / "examples/eval.jsonl").read_text(encoding="utf-8").splitlines()
     overrides = [
         "model.quantization=nf4",
         "train.optim=paged_adamw_8bit",
         f"output_dir={tmp_path / 'run'}",
         f"data.cache_dir={tmp_path / 'cache'}",
-        "train.max_steps=8",
-        "train.learning_rate=5e-4",
+        # Few and small steps: NF4 is multiplied in bfloat16, of which many CPUs emulate a few tokens a second.
+        "train.max_steps=6",
+        "train.per_device_train_batch_size=1",
+        "train.gradient_accumulation_steps=2",
+        "train.learning_rate=1e-3",
         "train.num_sample_replies=0",
+        f"data.eval_file={write_jsonl(tmp_path / 'eval.jsonl', map(json.loads, eval_lines[:4]))}",
     ]
     config = load_config("demo", overrides)
     summary = train(config)
