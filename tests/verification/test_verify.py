@@ -257,7 +257,7 @@ def test_without_packing_it_is_said_so(config: RunConfig) -> None:
     data, _ = load_data(config, tokenizer)
     checks = check_gradients(with_overrides(config, ["data.packing=false"]), data, tokenizer)
     assert outcomes(checks, "gradient") == ["passed", "passed", "not applicable"]
-    assert checks[-1].reason == "data.packing=false: the run never packs"
+    assert checks[-1].reason == "data.packing=false: the run does not pack"
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
@@ -307,7 +307,7 @@ def test_another_schedule_than_the_planned_one_is_seen(
     check = check_plan(short, tmp_path / "run", problem)
     assert check.outcome == "failed"
     assert check.reason is not None
-    assert ("the schedule stands at 10" if how == "stepped twice" else "taken [0.0, 0.0033") in check.reason
+    assert ("the schedule is at 10" if how == "stepped twice" else "taken [0.0, 0.0033") in check.reason
 
 
 def test_a_resume_without_the_optimizers_state_is_another_run(
