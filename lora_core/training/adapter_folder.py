@@ -16,6 +16,7 @@ from lora_core._version import __version__
 from lora_core.config.schema import RunConfig
 from lora_core.model.base import load_base_model
 from lora_core.model.lora_linear import use_lean_lora
+from lora_core.runtime.devices import with_precision
 from lora_core.runtime.run_folder import whole_folder, write_json, write_text
 from lora_core.untrusted.text import values_without_secrets
 
@@ -33,6 +34,7 @@ def load_adapter(config: RunConfig, adapter_dir: str | Path, device: torch.devic
     """
     import peft
 
+    config, _ = with_precision(config)  # the weights as they were trained on
     base = load_base_model(config.model, device, config.data.packing)
     model: PeftModel = peft.PeftModel.from_pretrained(base, str(adapter_dir))
     use_lean_lora(model)
