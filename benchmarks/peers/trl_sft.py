@@ -58,7 +58,7 @@ def main() -> None:
             logging_steps=1,
             save_strategy="no",
             report_to="none",
-            use_cpu=True,  # without it, bf16 is refused where there is no GPU
+            use_cpu=not torch.cuda.is_available(),  # without it, bf16 is refused where there is no GPU
             disable_tqdm=True,
             **settings["sft_config"],
         ),
@@ -69,6 +69,7 @@ def main() -> None:
     trainer.save_model(settings["sft_config"]["output_dir"])
     result = {
         **clock.measured,
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("trl", "transformers", "peft", "accelerate", "torch")},
     }

@@ -83,7 +83,7 @@ def _simulate(
             for value in state.values():
                 if isinstance(value, Tensor):
                     live.count(value, "optimizer")
-        loss = CausalLMLoss(model).train()
+        loss = CausalLMLoss(model, device_kind).train()
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.train.bf16 is not False)
         with live:
             live.num_loss_tokens = micro_batch.num_loss_tokens

@@ -61,6 +61,9 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         bound_shape_caches()
         if platform.system() == "Linux":
             reuse_freed_memory()
+    if torch.cuda.is_available():
+        # It makes a plan for each new length, and packed examples are all of another: 0.1 s an example on an H100.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     # A second run in one process may ask for another precision; the process group stays.
     AcceleratorState._reset_state()
     # Accumulation is ours: a value above 1 here would make Accelerate divide the loss once more.

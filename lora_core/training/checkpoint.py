@@ -327,9 +327,8 @@ def _restore_optimizer(
             buffer.copy_(tensor)
             inner.state[parameter][key] = buffer
         else:
-            # torch keeps its step counters on the CPU whatever the device.
-            on_device = tensor if key == "step" else tensor.to(parameter.device)
-            inner.state[parameter][key] = on_device
+            # The counter of steps too: torch's fused AdamW, which is the one we build, wants it beside its parameter.
+            inner.state[parameter][key] = tensor.to(parameter.device)
 
 
 def _random_state() -> dict[str, Tensor]:

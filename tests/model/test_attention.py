@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, Lfm2Config, Lfm2ForCausalLM
 
 from lora_core.data.packing import collate, collate_packed
 from lora_core.errors import ConfigError
@@ -75,6 +75,34 @@ def test_a_model_whose_packed_examples_see_each_other_is_refused() -> None:
     model.set_attn_implementation("ignores_segments")
     with pytest.raises(ConfigError, match=r"Qwen2ForCausalLM lets packed examples see each other.*data\.packing=false"):
         check_packing(model)
+
+
+def test_a_convolution_that_reaches_into_the_example_before_is_refused() -> None:
+    """LFM2's short convolutions do, by so little on a tiny model that only equal shapes show it."""
+    torch.manual_seed(0)
+    model = Lfm2ForCausalLM(
+        Lfm2Config(
+            vocab_size=300,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            layer_types=["conv", "full_attention"],
+        )
+    )
+    use_segment_attention(model)
+    with pytest.raises(ConfigError, match=r"Lfm2ForCausalLM lets packed examples see each other"):
+        check_packing(model)
+
+
+def test_roundings_that_depend_on_the_shape_are_no_leak() -> None:
+    """7B in 4 bits and bfloat16 gives 7 tokens alone other states than among 12, by 5.2%, on an H100."""
+    torch.manual_seed(0)
+    model = make_model(300)
+    use_segment_attention(model)
+    model.model.norm.register_forward_hook(lambda _, __, states: states * (1 + 0.06 * (states.shape[1] % 2)))
+    check_packing(model)
 
 
 def test_padded_rows_are_refused() -> None:
