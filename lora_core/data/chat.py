@@ -5,12 +5,13 @@ The loss tokens: each assistant turn as the template shows it, and the token tha
     text    <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n
     mask    ........................................................11111111111111..
 
-How it is found, for any template, with or without `{% generation %}`: the row is rendered a second time
-with a marker in place of each turn. What is between the markers is the template's own frame, and the real text
-must be exactly frame, turn, frame, turn, ..., frame. Where it is not (some templates move a system turn, or indent a
-tool's answer), markers take the place of the assistant's turns alone. Where a template treats turns too differently for
-that, the turn is what follows the generation prompt; and where none of these works, the row is refused. The mask is
-never guessed.
+How it is found, for any template, with or without `{% generation %}`: each letter of the row is given a stand-in that
+says which text of which turn it belongs to, and the row is rendered a second time (`provenance`). A reply starts right
+after the generation prompt that stands before its first letter, so that what the template writes there by itself, such
+as a think block, is learned as the model will have to write it; it ends with the first token after its last letter that
+generation stops at. A row without tools, whose text is exactly what the template writes around turns of these roles
+with the turns between, needs no second rendering. The mask is never guessed, and a row of which something is not shown
+is refused.
 
 Text that looks like a control token (`<|im_end|>` typed by a user) is encoded as the characters it is.
 """
@@ -21,11 +22,14 @@ import itertools
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lora_core.data.messages import Conversation, Message, parse_row
-from lora_core.data.template import apply_template, strings, template_limits
+from lora_core.data.forms import Span, TemplateForms
+from lora_core.data.json_values import strings
+from lora_core.data.messages import Conversation, Message, TrainOn, parse_row, trained_messages
+from lora_core.data.spans import Reading, read_spans
+from lora_core.data.template import template_limits
 from lora_core.errors import ChatTemplateError, RowError
 from lora_core.untrusted.text import printable
 
@@ -50,14 +54,8 @@ class EncodedChat:
     """The row's own text contains what looks like a special token; it was encoded as plain characters."""
     cut_at_border: bool = False
     """A token would have reached across the start of an assistant turn; the text was cut there."""
-
-
-@dataclass(frozen=True)
-class _Span:
-    """Characters [start, end) of the rendered text: an assistant turn with the token that ends it."""
-
-    start: int
-    end: int
+    not_shown: tuple[str, ...] = ()
+    """What the template leaves out and the row can do without: `reasoning of earlier turns`, `name`, ..."""
 
 
 def encode_chat(
@@ -95,26 +93,25 @@ def show_chat(tokenizer: PreTrainedTokenizerBase, encoded: EncodedChat) -> str:
 class ChatEncoder:
     """`encode_chat` for many rows with one tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = "all_assistant") -> None:
+        """
+        Args:
+            train_on: all_assistant turns; the last_assistant turn; the completion: what follows the prompt in rows that
+                say so, else what follows the last user turn; or everything that the template writes.
+        """
         if not tokenizer.is_fast:
             raise ChatTemplateError(
                 f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed"
             )
-        if not tokenizer.chat_template:
-            raise ChatTemplateError(
-                f"the tokenizer of {tokenizer.name_or_path} has no chat template; fix: data.chat_template=FILE.jinja, "
-                "or a model that was trained to chat (its name often ends in -Instruct)"
-            )
         self.tokenizer = tokenizer
+        self.train_on = train_on
         specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         specials |= set(tokenizer.all_special_tokens)
         # Longest first, so that no token hides another that it begins.
         alternatives = "|".join(re.escape(token) for token in sorted(specials, key=len, reverse=True))
         self._special = re.compile(alternatives or r"(?!)")
-        eos = re.escape(str(tokenizer.eos_token)) if tokenizer.eos_token else r"(?!)"
-        self._turn_end = re.compile(rf"\s*(?:{alternatives or eos})(?:{eos})?")
+        self.forms = TemplateForms(tokenizer, self._special)
         self._adds_prefix_space = tokenizer.decode([*self._ids("a"), *self._ids("a")]) != "aa"
-        self._generation_prompt: str | None = None
         self._frames_by_roles: dict[tuple[str, ...], list[str] | None] = {}
 
     def encode_batch(self, conversations: Sequence[Conversation]) -> list[EncodedChat | RowError]:
@@ -124,54 +121,64 @@ class ChatEncoder:
             ConfigError: the template takes too much time or memory, or writes too much. No row can be trusted to it.
         """
         results: list[EncodedChat | RowError | None] = [None] * len(conversations)
-        plans: list[tuple[int, str, list[_Span], dict[str, str]]] = []
+        plans: list[tuple[int, Reading, dict[str, str]]] = []
         with template_limits(self.tokenizer, conversations) as next_one:
             for index, conversation in enumerate(conversations):
                 next_one()
                 try:
+                    if conversation.text is not None:
+                        results[index] = self._encode_text(conversation.text)
+                        continue
                     safe, hidden = self._hide_specials(conversation)
-                    text, spans = self._render(safe)
-                    plans.append((index, text, spans, hidden))
+                    plans.append((index, self._read(safe), hidden))
                 except RowError as error:
                     results[index] = error
-        whole = [plan for plan in plans if not plan[3]]
-        encodings = self._encode([text for _, text, _, _ in whole])
-        for (index, text, spans, _), (ids, offsets) in zip(whole, encodings, strict=True):
-            mask = _mask_tokens(offsets, spans)
-            results[index] = self._encode_cut(text, spans, {}, True) if mask is None else EncodedChat(ids, mask)
-        for index, text, spans, hidden in plans:
+        whole = [plan for plan in plans if not plan[2]]
+        encodings = self._encode([reading.text for _, reading, _ in whole])
+        for (index, reading, _), (ids, offsets) in zip(whole, encodings, strict=True):
+            mask = _mask_tokens(offsets, reading.spans)
+            results[index] = (
+                self._encode_cut(reading, {}, True)
+                if mask is None
+                else EncodedChat(ids, mask, not_shown=reading.not_shown)
+            )
+        for index, reading, hidden in plans:
             if hidden:
-                results[index] = self._encode_cut(text, spans, hidden)
+                results[index] = self._encode_cut(reading, hidden)
         return [result for result in results if result is not None]
 
     # ----- text
 
-    def _render(self, conversation: Conversation) -> tuple[str, list[_Span]]:
-        """The rendered text and its assistant turns."""
-        text = self.apply_template(conversation.messages, conversation.tools)
-        contents = self._spans_between_frames(text, conversation)
-        if contents is None:
-            contents = self._spans_after_prompt(text, conversation)
-        if contents is None:
+    def _read(self, conversation: Conversation) -> Reading:
+        """The rendered text and what of it is trained."""
+        if not self.tokenizer.chat_template:
             raise ChatTemplateError(
-                "the chat template shows an assistant turn differently once later turns follow it (some remove "
-                "reasoning from earlier turns), so no exact mask exists; fix: split the row so that it ends there, or "
-                "write the earlier turns as the template would show them"
+                f"the tokenizer of {self.tokenizer.name_or_path} has no chat template; fix: data.chat_template="
+                "FILE.jinja, or a model that was trained to chat (its name often ends in -Instruct)"
             )
-        return text, [_Span(self._start_of_reply(text, start), self._end_of_turn(text, end)) for start, end in contents]
+        text = self.forms.render(conversation)
+        reading = self._spans_between_frames(text, conversation) or read_spans(self.forms, conversation, text)
+        if self.train_on == "everything":
+            return replace(reading, spans=[Span(0, len(reading.text))])
+        trained = trained_messages(conversation, self.train_on)
+        return replace(reading, spans=[span for span in reading.spans if span.message in trained])
 
-    def apply_template(self, messages: list[Message], tools: Any, add_generation_prompt: bool = False) -> str:
-        return apply_template(self.tokenizer, messages, tools, add_generation_prompt)
-
-    def _spans_between_frames(self, text: str, conversation: Conversation) -> list[tuple[int, int]] | None:
-        """Assistant turns as what is between the template's frames; None if the text is not built that way."""
-        messages, tools = conversation.messages, conversation.tools
-        if not tools and all(message.keys() == {"role", "content"} for message in messages):
-            spans = _turns_between(text, self._frames_of_all(messages), messages)
-            if spans is not None:
-                return [span for span, turn in zip(spans, messages, strict=True) if turn["role"] == "assistant"]
-        turns = [message for message in messages if message["role"] == "assistant"]
-        return _turns_between(text, self._frames(text, messages, tools, {"assistant"}), turns)
+    def _spans_between_frames(self, text: str, conversation: Conversation) -> Reading | None:
+        """Turns as what is between the template's frames; None if the text is not built that way."""
+        messages = conversation.messages
+        if conversation.tools or any(message.keys() != {"role", "content"} for message in messages):
+            return None
+        spans = _turns_between(text, self._frames_of_all(messages), messages)
+        if spans is None:
+            return None
+        floor, replies = 0, []
+        for index, ((start, end), message) in enumerate(zip(spans, messages, strict=True)):
+            if message["role"] == "assistant":
+                limit = spans[index + 1][0] if index + 1 < len(spans) else None
+                text, span = self.forms.reply_span(conversation, text, index, floor, start, end, limit)
+                replies.append(span)
+            floor = end
+        return Reading(text, replies)
 
     def _frames_of_all(self, messages: list[Message]) -> list[str] | None:
         """What the template writes around every turn: the same for all rows of the same roles, so rendered once."""
@@ -179,79 +186,31 @@ class ChatEncoder:
         if roles not in self._frames_by_roles:
             if len(self._frames_by_roles) == _ROLES_REMEMBERED:
                 self._frames_by_roles.clear()
-            frames = self._frames("", messages, None, set(roles))
+            frames = self._frames(messages)
             # Over a blank frame, a turn's own white space could be taken for the next turn's.
             is_certain = frames is not None and all(frame.strip() for frame in frames[1:-1])
             self._frames_by_roles[roles] = frames if is_certain else None
         return self._frames_by_roles[roles]
 
-    def _frames(self, text: str, messages: list[Message], tools: Any, roles: set[str]) -> list[str] | None:
-        """What the template writes around the turns of these roles; None if that cannot be determined."""
-        # Doubled, not counted up: a text that holds them all would have no end.
-        word = "TurnMarker"
-        while word in text:
-            word += word
-        markers: list[str] = []
-        marked: list[Message] = []
-        for message in messages:
-            if message["role"] in roles:
-                markers.append(f"{word}{len(markers)}x")
-                marked.append({"role": message["role"], "content": markers[-1]})
-            else:
-                marked.append(message)
+    def _frames(self, messages: list[Message]) -> list[str] | None:
+        """What the template writes around turns of these roles; None if that cannot be determined."""
+        markers = [f"TurnMarker{number}x" for number in range(len(messages))]
+        marked = [{"role": turn["role"], "content": marker} for turn, marker in zip(messages, markers, strict=True)]
         try:
-            rest = self.apply_template(marked, tools)
+            rest = self.forms.render(Conversation(marked))
         except ChatTemplateError:  # for example one that requires a tool's answer to follow a call
             return None
-        if re.findall(rf"{word}\d+x", rest) != markers:
+        if re.findall(r"TurnMarker\d+x", rest) != markers:
             return None
-        return re.split(rf"{word}\d+x", rest)
+        return re.split(r"TurnMarker\d+x", rest)
 
-    def _spans_after_prompt(self, text: str, conversation: Conversation) -> list[tuple[int, int]] | None:
-        """Assistant turns as what follows the generation prompt; None if earlier turns change when later ones come."""
-        spans = []
-        for index, message in enumerate(conversation.messages):
-            if message["role"] != "assistant":
-                continue
-            before = self.apply_template(conversation.messages[:index], conversation.tools, add_generation_prompt=True)
-            if before == self.apply_template(conversation.messages[:index], conversation.tools):
-                return None  # the template has no generation prompt, so this would take the turn's header for content
-            after = self.apply_template(conversation.messages[: index + 1], conversation.tools)
-            if not (text.startswith(after) and after.startswith(before)):
-                return None
-            if message["content"].strip() not in after[len(before) :]:
-                return None
-            ends = list(self._special.finditer(after, len(before)))
-            spans.append((len(before), ends[-1].start() if ends else len(after)))
-        return spans
-
-    def _start_of_reply(self, text: str, start: int) -> int:
-        """Where the model begins to write.
-
-        After the generation prompt; if the template puts a space between that and the content, the model has to
-        write it, and tokenizers make it part of the first word.
-        """
-        if self._generation_prompt is None:
-            question = [{"role": "user", "content": "a"}]
-            with_prompt = self.apply_template(question, None, add_generation_prompt=True)
-            self._generation_prompt = with_prompt.removeprefix(self.apply_template(question, None))
-        before_spaces = start
-        while before_spaces > 0 and text[before_spaces - 1] == " ":
-            before_spaces -= 1
-        prompt = self._generation_prompt.rstrip(" ")
-        if text.endswith(prompt, 0, before_spaces):
-            return min(start, before_spaces + len(self._generation_prompt) - len(prompt))
-        return start
-
-    def _end_of_turn(self, text: str, end: int) -> int:
-        match = self._turn_end.match(text, end)
-        if match is None:
-            raise ChatTemplateError(
-                f"the chat template ends an assistant turn with {text[end : end + 20]!r}, which is not a special "
-                "token: the model would not learn to stop; fix: data.chat_template=FILE.jinja that puts "
-                f"{self.tokenizer.eos_token!r} after each assistant turn"
-            )
-        return match.end()
+    def _encode_text(self, text: str) -> EncodedChat:
+        """A text without turns: all of it is trained, and the token that ends it."""
+        ids = list(self.tokenizer(text)["input_ids"])
+        eos = self.tokenizer.eos_token_id
+        if isinstance(eos, int) and ids[-1:] != [eos]:
+            ids.append(eos)
+        return EncodedChat(ids, [True] * len(ids), self._special.search(text) is not None)
 
     # ----- text that looks like a control token
 
@@ -279,7 +238,7 @@ class ChatEncoder:
             return [hide(item) for item in value] if isinstance(value, list) else value
 
         hidden = {stand_in: special for special, stand_in in stand_ins.items()}
-        return Conversation(hide(conversation.messages), hide(conversation.tools)), hidden
+        return replace(conversation, messages=hide(conversation.messages), tools=hide(conversation.tools)), hidden
 
     # ----- tokens
 
@@ -302,7 +261,7 @@ class ChatEncoder:
             yield from ((encoding.ids, encoding.offsets) for encoding in encodings)
 
     def _encode_cut(
-        self, text: str, spans: list[_Span], hidden: dict[str, str], cut_at_border: bool = False
+        self, reading: Reading, hidden: dict[str, str], cut_at_border: bool = False
     ) -> EncodedChat | RowError:
         """Encode piece by piece: cut where a turn starts, so that no token straddles it, and at hidden specials."""
         if self._adds_prefix_space:
@@ -311,12 +270,13 @@ class ChatEncoder:
                 "tokenizer puts a space before every piece, so it cannot be encoded in pieces; fix: remove white space "
                 "at the turn's start and special tokens from the text"
             )
+        text, spans = reading.text, reading.spans
         cuts = {0, len(text), *(span.start for span in spans), *(span.end for span in spans)}
         for index, character in enumerate(text):
             if character in hidden:
                 cuts |= {index, index + 1}
         borders = sorted(cuts)
-        turns = iter([*spans, _Span(len(text) + 1, len(text) + 1)])
+        turns = iter([*spans, Span(len(text) + 1, len(text) + 1)])
         span = next(turns)
         ids: list[int] = []
         mask: list[bool] = []
@@ -328,7 +288,7 @@ class ChatEncoder:
             is_in_turn = span.start <= start
             ids += piece_ids
             mask += [is_in_turn] * len(piece_ids)
-        return EncodedChat(ids, mask, bool(hidden), cut_at_border)
+        return EncodedChat(ids, mask, bool(hidden), cut_at_border, reading.not_shown)
 
 
 def _last_flags(items: Sequence[Any]) -> list[bool]:
@@ -352,22 +312,15 @@ def _turns_between(text: str, frames: list[str] | None, turns: Sequence[Message]
 
 def _turn_end_before_frame(text: str, start: int, message: Message, frame: str, is_last: bool) -> int | None:
     """Where the turn that starts at `start` ends, with `frame` right after it; None if not certain."""
-    if "tool_calls" not in message:
-        content = message["content"]
-        for shown in (content, content.strip(), content.rstrip(), content.lstrip()):
-            end = start + len(shown)
-            if text.startswith(shown + frame, start) and (not is_last or end + len(frame) == len(text)):
-                return end
-        return None
-    # The template writes the call in a form of its own: it is everything before the next frame.
-    if is_last:
-        end = len(text) - len(frame)
-        return end if end >= start and text.endswith(frame) else None
-    end = text.find(frame, start)
-    return end if end >= 0 and text.find(frame, end + 1) < 0 else None
+    content = message["content"]
+    for shown in (content, content.strip(), content.rstrip(), content.lstrip()):
+        end = start + len(shown)
+        if text.startswith(shown + frame, start) and (not is_last or end + len(frame) == len(text)):
+            return end
+    return None
 
 
-def _mask_tokens(offsets: Sequence[tuple[int, int]], spans: Sequence[_Span]) -> list[bool] | None:
+def _mask_tokens(offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> list[bool] | None:
     """Which tokens are in a span; None if a token reaches across a span's start.
 
     Tokens tile the text. Some tokenizers leave a token's leading space out of its offsets, so a token starts where

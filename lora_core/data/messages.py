@@ -1,45 +1,65 @@
 """One row of a chat file, in any accepted shape, -> `Conversation`.
 
-Accepted rows (JSON objects; keys that are not named here are ignored):
+Accepted rows (JSON objects; docs/data.md has an example of each):
 
     {"messages": [{"role": "user", "content": "..."}, ...]}              roles system, user, assistant, tool
     {"conversations": [{"from": "human", "value": "..."}, ...]}          ShareGPT; role/content too
-    {"prompt": "...", "completion": "..."}                               one question, one answer
-    {"instruction": "...", "input": "...", "output": "..."}              Alpaca
+    {"prompt": "...", "completion": "..."}                               one question, one answer, or lists of messages
+    {"instruction": "...", "input": "...", "output": "..."}              Alpaca, with history
+    {"text": "..."}                                                      no chat: every token is trained
 
-Each may carry `"system": "..."` and `"tools": [...]` (or the list as a JSON string). Tool use is written either as
-OpenAI does (`tool_calls` on an assistant message, role `tool` for the answer) or as ShareGPT does (`function_call`
-and `observation` turns).
+and pairs under other names, such as question and answer. Each may carry `"system": "..."` and `"tools": [...]` (or the
+list as a JSON string). A column that is null is as good as absent. Keys that nothing is made of are listed in
+`Conversation.unused_keys`, and keys that would change what is learned are refused.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+from lora_core.data.json_values import checked_text, is_empty, kind, read_json
+from lora_core.data.tool_use import parse_tools
+from lora_core.data.turns import Message, Turn, parse_turn
 from lora_core.errors import RowError
 from lora_core.untrusted.text import quoted
 
-Message = dict[str, Any]
-"""What chat templates take: role, content, and for an assistant possibly tool_calls."""
+__all__ = ["Conversation", "Message", "RowShape", "TrainOn", "parse_json_row", "parse_row", "trained_messages"]
 
-_ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-}
+_TURNS = ("messages", "conversations", "conversation", "dialog", "dialogue")
+_PAIRS = (
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("query", "response"),
+    ("question", "answer"),
+    ("question", "response"),
+    ("input", "output"),
+)
+_SYSTEM = ("system", "system_prompt")
+_TOOLS = ("tools", "functions")
+_INPUT = ("input", "context")
+"""What belongs to an instruction."""
+_ROW_WEIGHTS = ("weight", "loss_weight")
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+COLUMNS = tuple(
+    dict.fromkeys(
+        ["messages", "prompt", "completion", "instruction", "input", "output", "text", "system", "tools", "history"]
+    )
+)
+"""What `data.columns` may map: our name of a column to the file's."""
 
-# Tools and arguments may be nested this deep. Schemas need ten levels; templates and Arrow walk them by recursion.
-_MAX_DEPTH = 50
+
+@dataclass(frozen=True)
+class RowShape:
+    """What a file calls its columns and roles, where that is not what everybody calls them."""
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """One of `COLUMNS` -> the file's name for it."""
+    roles: Mapping[str, str] = field(default_factory=dict)
+    """The file's name of a role -> system, user, assistant or tool."""
 
 
 @dataclass(frozen=True)
@@ -48,214 +68,221 @@ class Conversation:
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
+    weights: tuple[float, ...] | None = None
+    """(num_messages,) of the loss on each assistant message, 0 leaves it out; None is 1 for all."""
+    num_prompt_messages: int = 0
+    """Of a row that says what its prompt is and what its completion; else 0."""
+    text: str | None = None
+    """In place of messages: a text without turns, of which every token is trained."""
+    unused_keys: tuple[str, ...] = ()
+    """Keys of the row that are in nothing of the above, sorted."""
 
 
-def parse_json_row(line: str) -> Conversation:
+TrainOn = Literal["all_assistant", "last_assistant", "completion", "everything"]
+
+
+def trained_messages(conversation: Conversation, train_on: TrainOn) -> list[int]:
+    """Indices of the messages that are trained, by `data.train_on` and the row's own weights.
+
+    Raises:
+        RowError: a weight other than 0 and 1.
+    """
+    messages, weights = conversation.messages, conversation.weights or (1.0,) * len(conversation.messages)
+    assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if train_on == "last_assistant":
+        assistant = assistant[-1:]
+    if train_on == "completion":
+        asked = [i + 1 for i, message in enumerate(messages) if message["role"] == "user"]
+        start = conversation.num_prompt_messages or (asked[-1] if asked else 0)
+        assistant = [i for i in assistant if i >= start]
+    for i in assistant:
+        if weights[i] not in (0, 1):
+            raise RowError(
+                f"turn {i + 1} has the weight {weights[i]:g}; a turn is trained (1) or not (0); fix: weight 0 or 1"
+            )
+    return [i for i in assistant if weights[i]]
+
+
+def parse_json_row(line: str, shape: RowShape | None = None) -> Conversation:
     """`parse_row` of one JSONL line.
 
     Raises:
         RowError: not strict JSON (NaN and duplicate keys are refused too), or not an accepted row.
     """
     try:
-        row = _read_json(line)
+        row = read_json(line)
     except RecursionError as error:
         raise RowError("JSON nested too deeply to read") from error
     except ValueError as error:
         raise RowError(f"not valid JSON: {error}") from error
-    return parse_row(row)
+    return parse_row(row, shape)
 
 
-def _read_json(text: str) -> Any:
-    return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_number, object_pairs_hook=_unique_keys)
-
-
-def parse_row(row: Any) -> Conversation:
+def parse_row(row: Any, shape: RowShape | None = None) -> Conversation:
     """Turn an accepted row into a `Conversation`.
 
     Raises:
         RowError: names the key or the turn that is wrong, and what is accepted.
     """
     if not isinstance(row, Mapping):
-        raise RowError(f"must be a JSON object, not {_kind(row)}")
-    turns = _turns(row)
-    if not turns:
-        raise RowError("has no turns; it needs an assistant turn to train on")
-    messages = [_message(turn, number) for number, turn in enumerate(turns, start=1)]
-    system = row.get("system")
-    if system is not None and system != "":
-        if messages[0]["role"] == "system":
-            raise RowError("has both a system key and a system turn; keep one")
-        messages.insert(0, {"role": "system", "content": _text(system, "system")})
+        raise RowError(f"must be a JSON object, not {kind(row)}")
+    shape = shape or RowShape()
+    columns = _columns(row, shape)
+    _refuse_what_is_not_sft(columns, shape)
+    unused: set[str] = set()
+    used, prompt, completion = _turns(columns)
+    if used == {"text"}:
+        text = checked_text(columns["text"], "text")
+        return Conversation([], text=text, unused_keys=_sorted(columns.keys() - used, columns, unused))
+    numbered = [*prompt, *completion]
+    turns = [parse_turn(turn, f"turn {i}", shape.roles, unused) for i, turn in enumerate(numbered, start=1)]
+    system = _first(columns, _SYSTEM)
+    if system is not None:
+        if turns and turns[0].messages and turns[0].messages[0]["role"] == "system":
+            raise RowError(f"has both a {system} key and a system turn; keep one")
+        turns.insert(0, Turn([{"role": "system", "content": checked_text(columns[system], system)}]))
+        prompt = [None, *prompt] if prompt else prompt
+        used.add(system)
+    messages = [message for turn in turns for message in turn.messages]
     if not any(message["role"] == "assistant" for message in messages):
         raise RowError("has no assistant turn; it needs one to train on")
-    return Conversation(messages, _tools(row.get("tools")))
-
-
-def _turns(row: Mapping[str, Any]) -> Sequence[Any]:
-    for key in ("messages", "conversations"):
-        if key in row:
-            turns = row[key]
-            if not isinstance(turns, list):
-                raise RowError(f"{key} must be a list of turns, not {_kind(turns)}")
-            return turns
-    if "prompt" in row and "completion" in row:
-        return [_turn("user", row["prompt"]), _turn("assistant", row["completion"])]
-    if "instruction" in row and "output" in row:
-        extra = row.get("input") or ""
-        question = (
-            f"{_text(row['instruction'], 'instruction')}\n\n{_text(extra, 'input')}" if extra else row["instruction"]
-        )
-        return [_turn("user", question), _turn("assistant", row["output"])]
-    raise RowError(
-        f"has the keys {_names(row)}; needs 'messages', 'conversations', "
-        "'prompt' and 'completion', or 'instruction' and 'output'"
+    weight = _row_weight(columns)
+    weights = tuple(turn.weight * weight for turn in turns for _ in turn.messages)
+    tools_key = _first(columns, _TOOLS)
+    used |= {key for key in (tools_key, *_ROW_WEIGHTS) if key is not None}
+    return Conversation(
+        messages,
+        _tools(columns, tools_key, turns),
+        None if all(weight == 1 for weight in weights) else weights,
+        sum(len(turn.messages) for turn in turns[: len(prompt)]),
+        unused_keys=_sorted(columns.keys() - used, columns, unused),
     )
+
+
+def _columns(row: Mapping[str, Any], shape: RowShape) -> dict[str, Any]:
+    """The row under our names, without its null columns."""
+    missing = [theirs for theirs in shape.columns.values() if theirs not in row]
+    if missing:
+        raise RowError(f"has no {quoted(missing[0])}, which data.columns names; it has the keys {_names(row)}")
+    taken = set(shape.columns.values()) | set(shape.columns)
+    columns = {key: item for key, item in row.items() if key not in taken}
+    columns |= {ours: row[theirs] for ours, theirs in shape.columns.items()}
+    return {str(key): item for key, item in columns.items() if item is not None}
+
+
+def _refuse_what_is_not_sft(columns: Mapping[str, Any], shape: RowShape) -> None:
+    """Keys that change what must be learned, and that nothing here is made of."""
+    for key in ("chosen", "rejected"):
+        if not is_empty(columns.get(key)) and "chosen" not in shape.columns.values():
+            whole = "messages" if isinstance(columns.get("chosen"), list) and "prompt" not in columns else "completion"
+            raise RowError(
+                f"holds {quoted(key)}: a preference pair, and one reply is trained here; fix: "
+                f"data.columns={{{whole}: chosen}} to train the chosen ones"
+            )
+    if columns.get("label") is False:
+        raise RowError("has label=false: a reply that must not be learned; fix: leave such rows out")
+    for key in _MEDIA:
+        if not is_empty(columns.get(key)):
+            raise RowError(f"holds {quoted(key)}; only text is trained; fix: leave such rows out")
+
+
+def _turns(columns: Mapping[str, Any]) -> tuple[set[str], Sequence[Any], Sequence[Any]]:
+    """(the columns used, the prompt's turns, the others)."""
+    key = _first(columns, _TURNS) or next((key for key in _TURNS if key in columns), None)
+    pair = next(((q, a) for q, a in _PAIRS if q in columns and a in columns), None)
+    if key is not None and not (is_empty(columns[key]) and pair):
+        turns = columns[key]
+        if not isinstance(turns, list):
+            raise RowError(f"{key} must be a list of turns, not {kind(turns)}")
+        if not turns:
+            raise RowError("has no turns; it needs an assistant turn to train on")
+        return {key}, [], turns
+    if pair is not None:
+        return _question_and_answer(columns, *pair)
+    if "text" in columns:
+        return {"text"}, [], []
+    raise RowError(
+        f"has the keys {_names(columns)}; needs 'messages', 'conversations', 'text', or a pair such as 'prompt' and "
+        "'completion', 'instruction' and 'output', 'question' and 'answer'; fix: data.columns={messages: NAME} (or "
+        "prompt, completion)"
+    )
+
+
+def _question_and_answer(
+    columns: Mapping[str, Any], question: str, answer: str
+) -> tuple[set[str], Sequence[Any], Sequence[Any]]:
+    used = {question, answer}
+    asked = columns[question]
+    extra = _first(columns, _INPUT) if question == "instruction" else None
+    if extra is not None and isinstance(asked, str):
+        asked = f"{asked}\n\n{checked_text(columns[extra], extra)}"
+    used |= {key for key in _INPUT if question == "instruction" and key in columns and is_empty(columns[key])}
+    used |= {extra} if extra is not None else set()
+    rounds = _history(columns.get("history"))
+    used |= {"history"} if "history" in columns else set()
+    prompt = [*rounds, *_as_turns("user", asked, question)]
+    return used, prompt, _as_turns("assistant", columns[answer], answer)
+
+
+def _as_turns(role: str, said: Any, column: str) -> Sequence[Any]:
+    """A text as one turn; a list of messages, or one message, as it is."""
+    if isinstance(said, Mapping) and ("role" in said or "from" in said):
+        return [said]
+    if (
+        isinstance(said, list)
+        and said
+        and all(isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in said)
+    ):
+        return said
+    if not isinstance(said, str):
+        raise RowError(f"{column} must be a string or a list of messages, not {kind(said)}")
+    return [{"role": role, "content": said}]
+
+
+def _history(value: Any) -> list[Any]:
+    """Alpaca's earlier rounds: `[[question, answer], ...]`, or messages."""
+    if is_empty(value):
+        return []
+    if not isinstance(value, list):
+        raise RowError(f"history must be a list of rounds, not {kind(value)}")
+    turns: list[Any] = []
+    for number, item in enumerate(value, start=1):
+        if isinstance(item, list) and len(item) == 2:
+            turns += [{"role": "user", "content": item[0]}, {"role": "assistant", "content": item[1]}]
+        elif isinstance(item, Mapping):
+            turns.append(item)
+        else:
+            raise RowError(f"history: round {number} must be [question, answer], not {kind(item)}")
+    return turns
+
+
+def _tools(columns: Mapping[str, Any], key: str | None, turns: Sequence[Turn]) -> list[dict[str, Any]] | None:
+    given = [parse_tools(columns[key])] if key is not None else []
+    given += [parse_tools(turn.tools) for turn in turns]
+    tools = [schemas for schemas in given if schemas]
+    if any(schemas != tools[0] for schemas in tools[1:]):
+        raise RowError("has several lists of tools, and they differ; a chat template takes one")
+    return tools[0] if tools else None
+
+
+def _row_weight(columns: Mapping[str, Any]) -> float:
+    key = _first(columns, _ROW_WEIGHTS)
+    if key is None:
+        return 1.0
+    weight = columns[key]
+    if not isinstance(weight, (bool, int, float)) or not 0 <= weight < float("inf"):
+        raise RowError(f"{key} must be a float of 0 or more, not {quoted(weight)}")
+    return float(weight)
+
+
+def _first(columns: Mapping[str, Any], keys: Sequence[str]) -> str | None:
+    return next((key for key in keys if not is_empty(columns.get(key))), None)
+
+
+def _sorted(left: set[str], columns: Mapping[str, Any], unused: set[str]) -> tuple[str, ...]:
+    return tuple(sorted(unused | {key for key in left if not is_empty(columns[key])}))
 
 
 def _names(row: Mapping[str, Any]) -> str:
     more = f" and {len(row) - 10:,} more" if len(row) > 10 else ""
     return (", ".join(quoted(key) for key in list(row)[:10]) or "(none)") + more
-
-
-def _turn(role: str, content: Any) -> Message:
-    return {"role": role, "content": content}
-
-
-def _message(turn: Any, number: int) -> Message:
-    where = f"turn {number}"
-    if not isinstance(turn, Mapping):
-        raise RowError(f"{where} must be an object with role and content, not {_kind(turn)}")
-    said_role = turn.get("role", turn.get("from"))
-    if not isinstance(said_role, str) or said_role not in _ROLES:
-        raise RowError(f"{where} has the role {quoted(said_role)}; known roles: {', '.join(_ROLES)}")
-    role = _ROLES[said_role]
-    content = turn.get("content", turn.get("value"))
-    calls = turn.get("tool_calls")
-    if said_role == "function_call":
-        return {"role": role, "content": "", "tool_calls": _share_gpt_calls(content, where)}
-    if calls:
-        if role != "assistant":
-            raise RowError(f"{where} has tool_calls, but the role {said_role!r}; only an assistant calls tools")
-        text = "" if content is None else _text(content, f"{where}: content")
-        return {"role": role, "content": text, "tool_calls": _open_ai_calls(calls, where)}
-    message = {"role": role, "content": _text(content, f"{where}: content")}
-    # Some templates show which tool or call an answer belongs to.
-    message.update({key: _text(turn[key], f"{where}: {key}") for key in ("name", "tool_call_id") if turn.get(key)})
-    return message
-
-
-def _text(value: Any, what: str) -> str:
-    if isinstance(value, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in value):
-        parts = [part.get("text") for part in value]
-        wrong = [part for part in parts if not isinstance(part, str)]
-        value = wrong[0] if wrong else "".join(parts)
-    if not isinstance(value, str):
-        raise RowError(f"{what} must be a string, not {_kind(value)}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowError(
-            f"{what} holds half of a surrogate pair at character {error.start}: not valid Unicode"
-        ) from error
-    return value
-
-
-def _share_gpt_calls(value: Any, where: str) -> list[dict[str, Any]]:
-    """`{"name": ..., "arguments": {...}}`, or a list of them, usually as a JSON string."""
-    calls = _from_json(value, f"{where}: function_call")
-    if calls == []:
-        raise RowError(f"{where}: function_call must hold a call, not an empty list")
-    return [_call(call, where) for call in (calls if isinstance(calls, list) else [calls])]
-
-
-def _open_ai_calls(value: Any, where: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list):
-        raise RowError(f"{where}: tool_calls must be a list, not {_kind(value)}")
-    calls = []
-    for item in value:
-        call = _call(item.get("function", item) if isinstance(item, Mapping) else item, where)
-        if item.get("id"):
-            call["id"] = _text(item["id"], f"{where}: tool call id")
-        calls.append(call)
-    return calls
-
-
-def _call(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, Mapping) or "name" not in value:
-        raise RowError(f"{where}: a tool call must be an object with name and arguments, not {_kind(value)}")
-    arguments = _from_json(value.get("arguments", {}), f"{where}: arguments of the tool call")
-    if not isinstance(arguments, Mapping):
-        raise RowError(f"{where}: arguments of the tool call must be an object, not {_kind(arguments)}")
-    name = _text(value["name"], f"{where}: name of the tool call")
-    _check_plain(arguments, f"{where}: arguments of the tool call")
-    return {"type": "function", "function": {"name": name, "arguments": dict(arguments)}}
-
-
-def _tools(value: Any) -> list[dict[str, Any]] | None:
-    if value is None or value == "" or value == []:
-        return None
-    tools = _from_json(value, "tools")
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RowError("tools must be a list of objects, or that list as a JSON string")
-    _check_plain(tools, "tools")
-    return tools or None
-
-
-def _from_json(value: Any, what: str) -> Any:
-    """The value; read from JSON first if it is a string."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return _read_json(value)
-    except (ValueError, RecursionError) as error:
-        raise RowError(f"{what} is not valid JSON: {error}") from error
-
-
-def _check_plain(value: Any, what: str, depth: int = 1) -> None:
-    """Refuse what templates, tokenizers and JSON cannot take, at any depth of a nested value."""
-    if depth > _MAX_DEPTH:
-        raise RowError(f"{what}: nested deeper than {_MAX_DEPTH} levels")
-    if isinstance(value, str):
-        _text(value, what)
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            _text(key, f"{what}: a key")
-            _check_plain(item, what, depth + 1)
-    elif isinstance(value, list):
-        for item in value:
-            _check_plain(item, what, depth + 1)
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise RowError(f"{what}: {value} is not a number in JSON")
-    elif not (value is None or isinstance(value, (bool, int, float))):
-        raise RowError(f"{what} must hold JSON values only, not {_kind(value)}")
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _finite_number(text: str) -> float:
-    number = float(text)
-    if math.isinf(number):
-        raise ValueError(f"{quoted(text)} is too large for a float")
-    return number
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"duplicate key {quoted(twice)} in one object")
-    return row
-
-
-def _kind(value: Any) -> str:
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "a string",
-        bool: "a bool",
-        int: "a number",
-        float: "a number",
-    }
-    return "null" if value is None else names.get(type(value), type(value).__name__)

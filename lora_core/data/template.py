@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from lora_core.data.json_values import strings
 from lora_core.data.messages import Conversation, Message
 from lora_core.errors import ChatTemplateError, ConfigError, counted
 from lora_core.untrusted.limits import OutOfTime, limited
@@ -114,15 +115,3 @@ def _num_characters(conversation: Conversation) -> int:
         if "tool_calls" in message:
             total += sum(map(len, strings(message["tool_calls"])))
     return total
-
-
-def strings(value: Any) -> Iterable[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from strings(key)
-            yield from strings(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from strings(item)

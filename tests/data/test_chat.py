@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lora_core.data.chat import ChatEncoder, EncodedChat, _mask_tokens, _Span, encode_chat, show_chat
+from lora_core.data.chat import ChatEncoder, EncodedChat, _mask_tokens, encode_chat, show_chat
+from lora_core.data.forms import Span
 from lora_core.data.mask_reader import MaskReader
 from lora_core.data.messages import parse_row
 from lora_core.errors import ChatTemplateError, RowError
@@ -186,12 +187,13 @@ def test_special_tokens_in_tools_and_calls_stay_text() -> None:
     assert "<|im_start|>" in supervised(tokenizer, encoded)
 
 
-def test_a_last_turn_with_reasoning_is_exact_and_a_rewritten_earlier_turn_is_not_guessed() -> None:
+def test_what_is_shown_is_trained_and_hidden_reasoning_of_an_earlier_turn_is_counted() -> None:
     tokenizer = make_tokenizer(DROPS_REASONING)
     last = chat("q", "a", "q", "<think>r</think>b")["messages"]
     assert supervised(tokenizer, encode_chat(tokenizer, last)) == "a<|im_end|><think>r</think>b<|im_end|>"
-    with pytest.raises(ChatTemplateError, match=r"earlier turns.*fix: split the row"):
-        encode_chat(tokenizer, chat("q", "<think>r</think>a", "q", "b")["messages"])
+    earlier = encode_chat(tokenizer, chat("q", "<think>r</think>a", "q", "b")["messages"])
+    assert supervised(tokenizer, earlier) == "a<|im_end|>b<|im_end|>"
+    assert earlier.not_shown == ("reasoning of earlier turns",)
 
 
 def test_a_frame_that_depends_on_the_turn_falls_back_to_the_generation_prompt() -> None:
@@ -210,8 +212,8 @@ def test_a_frame_that_depends_on_the_turn_falls_back_to_the_generation_prompt() 
     [
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "would not learn to stop"),
         ("{{ raise_exception('roles must alternate') }}", "refuses it: TemplateError: roles must alternate"),
-        ("{{ messages[0].content }}<|im_end|>", "no exact mask"),
-        ("{% for m in messages %}{{ m.content }}{{ m.content }}<|im_end|>{% endfor %}", "no exact mask"),
+        ("{{ messages[0].content }}<|im_end|>", r"does not show all of the row \(turn 2: content"),
+        ("{% for m in messages %}{{ m.content }}{{ m.content }}<|im_end|>{% endfor %}", "writes turn 2 twice"),
         ("{{ ''.__class__.__mro__ }}", "refuses it: SecurityError"),
         ("{% for m in messages %}", "refuses it: TemplateSyntaxError"),
     ],
@@ -250,5 +252,5 @@ def test_a_tokenizer_saved_with_truncation_and_padding_neither_cuts_nor_pads() -
 
 
 def test_a_token_across_two_turns_has_no_exact_mask() -> None:
-    assert _mask_tokens([(0, 2), (2, 5), (5, 6)], [_Span(2, 3), _Span(4, 6)]) is None
-    assert _mask_tokens([(0, 2), (2, 4), (4, 6)], [_Span(2, 3), _Span(4, 6)]) == [False, True, True]
+    assert _mask_tokens([(0, 2), (2, 5), (5, 6)], [Span(2, 3), Span(4, 6)]) is None
+    assert _mask_tokens([(0, 2), (2, 4), (4, 6)], [Span(2, 3), Span(4, 6)]) == [False, True, True]

@@ -1,0 +1,252 @@
+"""What a chat template wants to be given, and what it writes around a reply: found by asking it, once."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from lora_core.data.messages import Conversation, Message
+from lora_core.data.template import apply_template
+from lora_core.errors import ChatTemplateError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_QUESTION: Message = {"role": "user", "content": "Qq"}
+_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters [start, end) of the rendered text: a reply with the token that ends it."""
+
+    start: int
+    end: int
+    message: int = 0
+    """Index of the reply among the row's messages."""
+
+
+class TemplateForms:
+    """Answers about one tokenizer's template. Use it inside `template_limits`."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, special: re.Pattern[str]) -> None:
+        """
+        Args:
+            special: any special token of the tokenizer.
+        """
+        self._tokenizer, self._special = tokenizer, special
+        eos = [str(tokenizer.eos_token)] if tokenizer.eos_token else []
+        self.stop_tokens: list[str] = [*dict.fromkeys([*eos, *getattr(tokenizer, "stop_tokens", ())])]
+        """At which generation stops: the tokenizer's end, and those of the model's generation config if it was read."""
+
+    def render(self, conversation: Conversation, add_generation_prompt: bool = False) -> str:
+        """The row, in the forms that the template wants.
+
+        Raises:
+            ChatTemplateError: it refuses the row in each of them.
+        """
+        forms = [self._adapted(conversation, self._wants_text_arguments)]
+        if any("tool_calls" in message for message in conversation.messages):
+            forms += [_with_call_ids(forms[0]), self._adapted(conversation, not self._wants_text_arguments)]
+        refusals = []
+        for messages in forms:
+            try:
+                return apply_template(self._tokenizer, messages, conversation.tools, add_generation_prompt)
+            except ChatTemplateError as error:
+                refusals.append(error)
+        raise refusals[0]
+
+    @cached_property
+    def generation_prompt(self) -> str:
+        """What generation starts after, the end of a question's turn left out; empty if the template adds nothing."""
+        prompted, plain = self._ask([_QUESTION], True), self._ask([_QUESTION], False)
+        return prompted[len(plain) :] if prompted.startswith(plain) else ""
+
+    @cached_property
+    def _ends(self) -> re.Pattern[str]:
+        """The special tokens that follow replies, the last one and an earlier one; none if none follows the last."""
+        turns = [_QUESTION, {"role": "assistant", "content": "Yy"}, _QUESTION, {"role": "assistant", "content": "Zz"}]
+        text = self._ask(turns)
+        last = self._special.search(text, text.rfind("Zz") + 2)
+        earlier = self._special.search(text, text.find("Yy") + 2)
+        return _any_of(match.group() for match in (last, earlier) if match is not None and last is not None)
+
+    def reply_span(
+        self, conversation: Conversation, text: str, index: int, floor: int, first: int, last: int, limit: int | None
+    ) -> tuple[str, Span]:
+        """One reply, from what generation starts after to what it stops at.
+
+        Args:
+            index: of the reply among the messages.
+            floor: where what others wrote before it ends; first and last: where its own text starts and ends;
+                limit: where what others wrote next starts; None at the end of the row.
+
+        Returns:
+            (the rendered text, with the end of the turn added if the template leaves it to the next one; the span)
+
+        Raises:
+            ChatTemplateError: nothing ends it.
+        """
+        start = self._start(text, floor, first)
+        region = slice(last, len(text) if limit is None else limit)
+        stop = self._stop.search(text, region.start, region.stop) or self._ends.search(text, region.start, region.stop)
+        if stop is not None:
+            return text, Span(start, stop.end(), index)
+        is_last = limit is None and index == len(conversation.messages) - 1
+        header = self._next_header("tool_calls" in conversation.messages[index]) if is_last else ""
+        if header:
+            return text + header, Span(start, len(text) + len(header), index)
+        raise ChatTemplateError(
+            f"the chat template ends an assistant turn with {text[last : last + 20]!r}, which is not a special "
+            "token: the model would not learn to stop; fix: data.chat_template=FILE.jinja that puts "
+            f"{self._tokenizer.eos_token!r} after each assistant turn"
+        )
+
+    def _start(self, text: str, floor: int, first: int) -> int:
+        """Where the model begins to write: right after the generation prompt, or after as much of it as is there.
+
+        If the template puts a space between that and the content, the model has to write it, and tokenizers make it
+        part of the first word.
+        """
+        prompt = self.generation_prompt.rstrip(" ")
+        gap = text[floor:first]
+        for length in range(len(prompt), 0, -1):
+            if length < len(prompt) and not self._special.search(prompt[:length]):
+                break
+            place = gap.rfind(prompt[:length])
+            if place >= 0:
+                start = floor + place + length
+                spaces = len(self.generation_prompt) - len(prompt) if length == len(prompt) else 0
+                while spaces and start < first and text[start] == " ":
+                    start, spaces = start + 1, spaces - 1
+                return start
+        while first > floor and text[first - 1] == " ":
+            first -= 1
+        return first
+
+    @cached_property
+    def _stop(self) -> re.Pattern[str]:
+        return _any_of(self.stop_tokens)
+
+    @cached_property
+    def kept_words(self) -> re.Pattern[str]:
+        """What the template may look for in contents, such as `</think>`."""
+        from jinja2 import Environment, TemplateSyntaxError
+
+        try:
+            tokens = list(Environment().lex(str(self._tokenizer.chat_template)))
+        except TemplateSyntaxError:  # rendering says so
+            return re.compile(r"(?!)")
+        literals = {value[1:-1].strip() for _, kind, value in tokens if kind == "string"}
+        words = [w for w in literals if len(w) <= 40 and re.search(r"[^\W_]", w) and re.search(r"[^\w\s]", w)]
+        return _any_of(words)
+
+    def _next_header(self, after_a_call: bool) -> str:
+        """What generation stops at where the next turn would start; empty if the template ends turns by itself.
+
+        Some templates have no end of a turn of their own, and the next one's header is what generation stops at.
+        """
+        reply: Message = {"role": "assistant", "content": "" if after_a_call else "Zz"}
+        if after_a_call:
+            function = {"name": "Ff", "arguments": {"Kk": "Zz"}}
+            reply["tool_calls"] = [{"type": "function", "function": function}]
+        text = self._ask([_QUESTION, reply, {"role": "tool" if after_a_call else "user", "content": "Ww"}])
+        found = self._stop.search(text, text.rfind("Zz") + 2, max(text.rfind("Ww"), 0))
+        return found.group() if found else ""
+
+    @cached_property
+    def _reasoning_key(self) -> str:
+        """What a message's reasoning is called in this template."""
+        for key in _REASONING_KEYS:
+            if "Zz" in self._ask([_QUESTION, {"role": "assistant", "content": "Aa", key: "Zz"}]):
+                return key
+        return _REASONING_KEYS[0]
+
+    @cached_property
+    def _wants_parts(self) -> bool:
+        """Whether a content must be a list of parts, as some templates of vision models want it."""
+        parts = {"role": "user", "content": [{"type": "text", "text": "Qq"}]}
+        return "Qq" not in self._ask([_QUESTION]) and "Qq" in self._ask([parts])
+
+    @cached_property
+    def _wants_text_arguments(self) -> bool:
+        """Whether a call's arguments must be JSON text: of an object, some templates write Python's own form."""
+        function = {"name": "Ff", "arguments": {"Kk": "Zz"}}
+        call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+        return "'Kk'" in self._ask([_QUESTION, call])
+
+    @cached_property
+    def _shows_ids_for_names(self) -> bool:
+        """Whether a call is shown by its id alone, which then holds the name, as Kimi's templates do."""
+        call = {"id": "functions.Ff:0", "type": "function", "function": {"name": "Ff", "arguments": {}}}
+        ask = [_QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        without_id = [ask[0], {**ask[1], "tool_calls": [{k: v for k, v in call.items() if k != "id"}]}]
+        return "functions.Ff:0" in self._ask(ask) and "Ff" not in self._ask(without_id)
+
+    def _ask(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """What the template says to it; nothing if it refuses."""
+        try:
+            return apply_template(self._tokenizer, messages, None, add_generation_prompt)
+        except ChatTemplateError:  # one that wants ids of calls, or a system turn
+            return ""
+
+    def _adapted(self, conversation: Conversation, as_text: bool) -> list[Message]:
+        messages = []
+        for message in conversation.messages:
+            adapted = dict(message)
+            if "reasoning_content" in message:
+                adapted[self._reasoning_key] = adapted.pop("reasoning_content")
+            if as_text and "tool_calls" in message:
+                adapted["tool_calls"] = [_with_text_arguments(call) for call in message["tool_calls"]]
+            if self._wants_parts:
+                adapted["content"] = [{"type": "text", "text": message["content"]}]
+            messages.append(adapted)
+        return _with_names_as_ids(messages) if self._shows_ids_for_names else messages
+
+
+def _any_of(words: Iterable[str]) -> re.Pattern[str]:
+    """Matches each of these words, the longest first; nothing if there are none."""
+    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or r"(?!)")
+
+
+def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+
+def _with_names_as_ids(messages: Sequence[Message]) -> list[Message]:
+    """Calls whose id does not hold the function's name get one that does: `functions.NAME:NUMBER`."""
+    number, result = 0, []
+    for message in messages:
+        calls = []
+        for call in message.get("tool_calls", []):
+            name = call["function"]["name"]
+            calls.append(call if name in call.get("id", "") else {**call, "id": f"functions.{name}:{number}"})
+            number += 1
+        result.append({**message, "tool_calls": calls} if calls else message)
+    return result
+
+
+def _with_call_ids(messages: Sequence[Message]) -> list[Message]:
+    """Calls without an id get one of nine characters, as Mistral's templates want, and so do their answers."""
+    number, waiting, result = 0, [], []
+    for message in messages:
+        changed = dict(message)
+        if "tool_calls" in message:
+            waiting, calls = [], []
+            for call in message["tool_calls"]:
+                number += 1
+                made = f"call{number:05d}"
+                calls.append({**call, "id": call["id"] if len(call.get("id", "")) == 9 else made})
+                waiting.append((call.get("id"), calls[-1]["id"]))
+            changed["tool_calls"] = calls
+        elif message["role"] == "tool" and waiting:
+            said = message.get("tool_call_id")
+            place = next((i for i, (old, _) in enumerate(waiting) if said is not None and old == said), 0)
+            changed["tool_call_id"] = waiting.pop(place)[1]
+        result.append(changed)
+    return result

@@ -1,0 +1,129 @@
+"""JSON from outside, read strictly, and the few checks that every text of a row goes through."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lora_core.errors import RowError
+from lora_core.untrusted.text import quoted
+
+# Tools and arguments may be nested this deep. Schemas need ten levels; templates and Arrow walk them by recursion.
+_MAX_DEPTH = 50
+
+
+def read_json(text: str) -> Any:
+    """Strict JSON: NaN, infinities and duplicate keys are refused.
+
+    Raises:
+        ValueError: says what is wrong.
+        RecursionError: nested too deeply.
+    """
+    return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_number, object_pairs_hook=_unique_keys)
+
+
+def from_json(value: Any, what: str) -> Any:
+    """The value; read from JSON first if it is a string.
+
+    Raises:
+        RowError: a string that is not JSON; `what` says what it should have been.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return read_json(value)
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"{what} is not valid JSON: {error}") from error
+
+
+def checked_text(value: Any, what: str) -> str:
+    """The value, if it is a string of valid Unicode.
+
+    Raises:
+        RowError: it is not.
+    """
+    if not isinstance(value, str):
+        raise RowError(f"{what} must be a string, not {kind(value)}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError(
+            f"{what} holds half of a surrogate pair at character {error.start}: not valid Unicode"
+        ) from error
+    return value
+
+
+def check_plain(value: Any, what: str, depth: int = 1) -> None:
+    """Refuse what templates, tokenizers and JSON cannot take, at any depth of a nested value.
+
+    Raises:
+        RowError: names what it is.
+    """
+    if depth > _MAX_DEPTH:
+        raise RowError(f"{what}: nested deeper than {_MAX_DEPTH} levels")
+    if isinstance(value, str):
+        checked_text(value, what)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            checked_text(key, f"{what}: a key")
+            check_plain(item, what, depth + 1)
+    elif isinstance(value, list):
+        for item in value:
+            check_plain(item, what, depth + 1)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise RowError(f"{what}: {value} is not a number in JSON")
+    elif not (value is None or isinstance(value, (bool, int, float))):
+        raise RowError(f"{what} must hold JSON values only, not {kind(value)}")
+
+
+def is_empty(value: Any) -> bool:
+    """Nothing is said by it: null, an empty string, list or object."""
+    return value is None or value == "" or value == [] or value == {}
+
+
+def strings(value: Any) -> Iterable[str]:
+    """Every string in a nested value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from strings(key)
+            yield from strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from strings(item)
+
+
+def kind(value: Any) -> str:
+    """`a list`, `null`: what a value is, for a message."""
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "a bool",
+        int: "a number",
+        float: "a number",
+    }
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite_number(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{quoted(text)} is too large for a float")
+    return number
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"duplicate key {quoted(twice)} in one object")
+    return row

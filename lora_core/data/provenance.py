@@ -1,0 +1,200 @@
+"""Who wrote each character of a rendered row: the row's letters, each replaced by a stand-in of its own.
+
+Every text of a row (a content, a reasoning, the name and the arguments of a call, each text of a tool's schema) gets
+private characters of Unicode in place of its letters and digits, other ones than every other text gets. What the chat
+template makes of that row, turned back, must be what it makes of the row itself. Then each stand-in says whose letter
+stands there, and one that is missing says what the template does not show.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_core.data.json_values import strings
+from lora_core.data.messages import Conversation, Message
+
+TOOLS = -1
+"""In place of a message's index: the schemas of tools."""
+
+_STAND_IN = re.compile("[\U000f0000-\U0010efff]")
+_FIRST, _LAST = 0xF0000, 0x10EFFF
+# Reasoning inside a content, as reasoning models write it.
+_REASONING = re.compile(
+    r"\A\s*(?:<((?:seed:)?(?:think|thinking|thought|reasoning))>.*?</\1>|\[THINK\].*?\[/THINK\])", re.S
+)
+# What templates look up in a schema, and compare; their own words and not the row's.
+_SCHEMA_WORDS = frozenset(
+    {"type", "function", "name", "description", "parameters", "properties", "required", "items", "enum", "default"}
+    | {"anyOf", "allOf", "oneOf", "format", "title", "return", "returns", "strict", "additionalProperties", "$ref"}
+    | {"minimum", "maximum", "pattern", "const", "nullable", "$defs", "definitions", "examples", "response"}
+)
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text of a row."""
+
+    message: int
+    """Index of its message, or `TOOLS`."""
+    key: str
+    """Where it stands: content, reasoning, name, tool_calls.name, tool_calls.arguments, tools.description, ..."""
+    letters: Counter[str]
+    """Its stand-ins."""
+
+
+@dataclass
+class MarkedRow:
+    """A row with stand-ins in place of its letters."""
+
+    conversation: Conversation
+    texts: list[Text]
+    _real: dict[int, str] = field(repr=False)
+    _text_of: dict[str, int] = field(repr=False)
+
+    def turn_back(self, rendered: str) -> str:
+        """The rendered text with the row's own letters."""
+        return rendered.translate(self._real)
+
+    def width(self, letter: str) -> int:
+        """Characters that a stand-in is turned back to: 1, or 0 for that of an empty text."""
+        return len(self._real[ord(letter)])
+
+    def letters(self, rendered: str) -> Iterator[tuple[int, str, int]]:
+        """(position in the text that was turned back, stand-in, index of its text), in order."""
+        removed = 0
+        for match in _STAND_IN.finditer(rendered):
+            letter = match.group()
+            if letter in self._text_of:
+                yield match.start() - removed, letter, self._text_of[letter]
+                removed += 1 - self.width(letter)
+
+
+class TooManyLettersError(ValueError):
+    """Unicode has not enough private characters for this row."""
+
+
+def mark(conversation: Conversation, keep: re.Pattern[str], with_tools: bool = True) -> MarkedRow:
+    """Replace the letters of a row.
+
+    Args:
+        keep: what stays as it is: words that the template looks for in contents, such as `</think>`.
+        with_tools: mark schemas and the arguments of calls too.
+
+    Raises:
+        TooManyLettersError: more than 126,000 letters would be needed, counted once in each text.
+    """
+    return _Marker(keep, with_tools).mark(conversation)
+
+
+class _Marker:
+    def __init__(self, keep: re.Pattern[str], with_tools: bool) -> None:
+        self._keep, self._with_tools = keep, with_tools
+        self._next = _FIRST
+        self._texts: list[Text] = []
+        self._real: dict[int, str] = {}
+        self._text_of: dict[str, int] = {}
+        self._shared: dict[str, str] = {}
+        """Marked names of properties, which stand among the required ones too."""
+        self._taken: set[str] = set()
+
+    def mark(self, conversation: Conversation) -> MarkedRow:
+        everything = "".join(strings([conversation.messages, conversation.tools]))
+        self._taken = set(_STAND_IN.findall(everything))  # private characters of the row's own
+        messages = [self._message(index, message) for index, message in enumerate(conversation.messages)]
+        tools = conversation.tools
+        if tools is not None and self._with_tools:
+            tools = [self._schema(tool, "tools") for tool in tools]
+        return MarkedRow(Conversation(messages, tools), self._texts, self._real, self._text_of)
+
+    def _message(self, index: int, message: Message) -> Message:
+        marked = dict(message)
+        content = message["content"]
+        says_nothing = not content.strip() and not message.get("tool_calls") and not message.get("reasoning_content")
+        reasoning = _REASONING.match(content) if message["role"] == "assistant" else None
+        at = reasoning.end() if reasoning else 0
+        if reasoning:
+            marked["content"] = self._text(content[:at], index, "reasoning")
+            marked["content"] += self._text(content[at:], index, "content")
+        elif content.strip() or says_nothing:
+            marked["content"] = self._text(content, index, "content")
+        for key, name in (("reasoning_content", "reasoning"), ("name", "name"), ("tool_call_id", "tool_call_id")):
+            if message.get(key):
+                marked[key] = self._text(message[key], index, name)
+        if message.get("tool_calls"):
+            marked["tool_calls"] = [self._call(call, index) for call in message["tool_calls"]]
+        return marked
+
+    def _call(self, call: dict[str, Any], index: int) -> dict[str, Any]:
+        function = call["function"]
+        arguments = function["arguments"]
+        if self._with_tools:
+            arguments = self._nested(arguments, index, "tool_calls.arguments")
+        name = self._text(function["name"], index, "tool_calls.name")
+        marked = {**call, "function": {"name": name, "arguments": arguments}}
+        return {**marked, "id": self._text(call["id"], index, "tool_calls.id")} if "id" in call else marked
+
+    def _nested(self, value: Any, index: int, key: str) -> Any:
+        if isinstance(value, str):
+            return self._text(value, index, key) if value else value
+        if isinstance(value, dict):
+            return {self._text(name, index, key): self._nested(item, index, key) for name, item in value.items()}
+        return [self._nested(item, index, key) for item in value] if isinstance(value, list) else value
+
+    def _schema(self, value: Any, path: str, names_are_ours: bool = False) -> Any:
+        """A schema's names and descriptions; what templates look up stays."""
+        if isinstance(value, dict):
+            marked = {}
+            for key, item in value.items():
+                is_word = key in _SCHEMA_WORDS and not names_are_ours
+                if is_word and key in ("type", "format", "$ref"):
+                    marked[key] = item
+                elif is_word:
+                    marked[key] = self._schema(item, f"tools.{key}", key in ("properties", "$defs", "definitions"))
+                else:
+                    name = self._text(key, TOOLS, "tools.properties") if names_are_ours else key
+                    marked[name] = self._schema(item, path if names_are_ours else f"tools.{key}")
+            return marked
+        if isinstance(value, list):
+            # Templates ask whether a property is among the required: the same letters as its name has.
+            return [self._schema(item, path) for item in value]
+        return self._text(value, TOOLS, path) if isinstance(value, str) and value else value
+
+    def _text(self, text: str, message: int, key: str) -> str:
+        """The text in stand-ins; an empty one gets a letter that is turned back to nothing."""
+        is_property = key in ("tools.properties", "tools.required")
+        if is_property and text in self._shared:
+            return self._shared[text]
+        kept = [match.span() for match in self._keep.finditer(text)]
+        places = [i for i, character in enumerate(text) if character.isalnum() and not _inside(i, kept)]
+        if not places:  # signs, or nothing but kept words: every character counts
+            places = [i for i, character in enumerate(text) if not character.isspace()]
+        # In order, for templates that sort.
+        stand_ins = {character: self._allocate(character) for character in sorted({text[i] for i in places} or {""})}
+        characters = list(text)
+        for i in places:
+            characters[i] = stand_ins[text[i]]
+        marked = "".join(characters) if places else stand_ins[""]
+        self._text_of.update(dict.fromkeys(stand_ins.values(), len(self._texts)))
+        letters = Counter(characters[i] for i in places) if places else Counter([marked])
+        self._texts.append(Text(message, key, letters))
+        if is_property:
+            self._shared[text] = marked
+        return marked
+
+    def _allocate(self, character: str) -> str:
+        while chr(self._next) in self._taken:
+            self._next += 1
+        if self._next > _LAST:
+            raise TooManyLettersError
+        letter = chr(self._next)
+        self._next += 1
+        self._real[ord(letter)] = character
+        return letter
+
+
+def _inside(place: int, spans: list[tuple[int, int]]) -> bool:
+    return any(start <= place < end for start, end in spans)

@@ -1,0 +1,164 @@
+"""Where the replies are in a rendered row, by the letters of each text, and what of the row is not there."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lora_core.data.forms import Span, TemplateForms
+from lora_core.data.json_values import strings
+from lora_core.data.messages import Conversation
+from lora_core.data.provenance import TOOLS, MarkedRow, Text, TooManyLettersError, mark
+from lora_core.errors import ChatTemplateError
+
+# What a row can do without; it is counted.
+_CAN_BE_LEFT_OUT = ("name", "tool_call_id", "tool_calls.id")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A row as the template writes it."""
+
+    text: str
+    spans: list[Span]
+    """Of the replies, in order."""
+    not_shown: tuple[str, ...] = ()
+    """What the template leaves out and the row can do without."""
+
+
+def read_spans(forms: TemplateForms, conversation: Conversation, text: str) -> Reading:
+    """Find the replies in the rendered text.
+
+    Raises:
+        ChatTemplateError: something of the row is not shown, or no exact mask exists; says which and why.
+    """
+    marked, rendered = _rendered_with_stand_ins(forms, conversation, text)
+    letters = list(marked.letters(rendered))
+    shown = Counter(letter for _, letter, _ in letters)
+    missing = [t for t in marked.texts if any(shown[letter] < number for letter, number in t.letters.items())]
+    not_shown = _what_is_not_shown(conversation, marked, missing, text)
+    spans: list[Span] = []
+    for index, message in enumerate(conversation.messages):
+        if message["role"] != "assistant":
+            continue
+        floor, first, last, limit = _place(index, marked, letters, shown)
+        first = _with_leading_signs(text, first, message["content"][:1_000])
+        text, span = forms.reply_span(conversation, text, index, floor, first, last, limit)
+        inside = Counter(letter for position, letter, _ in letters if position < span.end)
+        contents = [one for one in marked.texts if one.message == index and one.key in ("content", "reasoning")]
+        if any(inside[letter] > number for one in contents for letter, number in one.letters.items()):
+            raise ChatTemplateError(f"the chat template writes turn {index + 1} twice, so no exact mask exists")
+        if spans and span.start < spans[-1].end:
+            raise ChatTemplateError(f"the chat template writes turn {index + 1} into the reply before it")
+        spans.append(span)
+    return Reading(text, spans, not_shown)
+
+
+def _rendered_with_stand_ins(forms: TemplateForms, conversation: Conversation, text: str) -> tuple[MarkedRow, str]:
+    for with_tools in (True, False):
+        try:
+            marked = mark(conversation, forms.kept_words, with_tools)
+            rendered = forms.render(marked.conversation)
+        except (ChatTemplateError, TooManyLettersError):  # it looks at what the letters are; or they are too many
+            continue
+        if marked.turn_back(rendered) == text:
+            return marked, rendered
+    raise ChatTemplateError(
+        "the chat template writes other text for other letters (an empty turn, or a word that it looks for), so no "
+        "exact mask exists; fix: leave the row out, or data.chat_template=FILE.jinja that writes turns as they are"
+    )
+
+
+def _what_is_not_shown(
+    conversation: Conversation, marked: MarkedRow, missing: Sequence[Text], text: str
+) -> tuple[str, ...]:
+    """What of the row may be left out and is.
+
+    Raises:
+        ChatTemplateError: something that may not be left out is not there.
+    """
+    messages = conversation.messages
+    last_question = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    left_out: set[str] = set()
+    lost: list[str] = []
+    for one in missing:
+        is_reply = one.message != TOOLS and messages[one.message]["role"] == "assistant"
+        if one.key == "reasoning" and one.message < last_question:
+            left_out.add("reasoning of earlier turns")
+        elif one.key in _CAN_BE_LEFT_OUT:
+            left_out.add(f"messages.{one.key}")
+        elif one.message == TOOLS and one.key != "tools.name":
+            left_out.add(one.key)
+        elif one.key == "tool_calls.name" and _is_named_by_id(one, marked, missing):
+            continue
+        else:
+            where = "the tools" if one.message == TOOLS else f"turn {one.message + 1}"
+            lost.append(f"{where}: {one.key}" + (" of a reply" if is_reply and one.key == "content" else ""))
+    if not any(one.key.startswith("tool_calls.arguments") for one in marked.texts):
+        written = [*strings(conversation.tools), *_arguments(conversation)]
+        if any(value not in text and json.dumps(value, ensure_ascii=False)[1:-1] not in text for value in written):
+            lost.append("arguments or schemas of tools")
+    if lost:
+        listed = ", ".join(dict.fromkeys(lost))
+        raise ChatTemplateError(
+            f"the chat template does not show all of the row ({listed}), so the model would learn something else; fix: "
+            "data.chat_template=FILE.jinja that shows it, another model, or rows without it [content_not_shown]"
+        )
+    return tuple(sorted(left_out))
+
+
+def _is_named_by_id(name: Text, marked: MarkedRow, missing: Sequence[Text]) -> bool:
+    """Whether the calls of this message are shown by ids, which hold the names."""
+    ids = [one for one in marked.texts if one.message == name.message and one.key == "tool_calls.id"]
+    return bool(ids) and not any(one is other for one in ids for other in missing)
+
+
+def _arguments(conversation: Conversation) -> list[str]:
+    calls = [call for message in conversation.messages for call in message.get("tool_calls", [])]
+    return [value for call in calls for value in strings(call["function"]["arguments"])]
+
+
+def _place(
+    index: int, marked: MarkedRow, letters: Sequence[tuple[int, str, int]], shown: Counter[str]
+) -> tuple[int, int, int, int | None]:
+    """(end of what others wrote before, first letter, end of the last letter, first letter of what others write next).
+
+    Raises:
+        ChatTemplateError: the turn is not there, or not in one piece.
+    """
+    texts = marked.texts
+    own = {i for i, one in enumerate(texts) if one.message == index and one.key not in _CAN_BE_LEFT_OUT}
+    if not any(shown[letter] for i in own for letter in texts[i].letters):  # calls shown by their ids alone
+        own = {i for i, one in enumerate(texts) if one.message == index}
+    wanted = sum((texts[i].letters for i in own), Counter[str]())
+    left = Counter({letter: min(number, shown[letter]) for letter, number in wanted.items()})
+    remaining = left.total()
+    floor, first = 0, None
+    for at, (position, letter, of) in enumerate(letters):
+        if texts[of].message != index and first is not None:
+            raise ChatTemplateError(
+                f"the chat template writes text of other turns into turn {index + 1}, so no exact mask exists"
+            )
+        if texts[of].message != index:
+            floor = position + 1
+        if of not in own:
+            continue
+        first = position if first is None else first
+        if left[letter] > 0:
+            left[letter] -= 1
+            remaining -= 1
+        if remaining == 0:
+            later = (place for place, _, other in letters[at + 1 :] if texts[other].message != index)
+            return floor, first, position + marked.width(letter), next(later, None)
+    raise ChatTemplateError(f"the chat template does not show turn {index + 1}, so no exact mask exists")
+
+
+def _with_leading_signs(text: str, first: int, content: str) -> int:
+    """Where a content starts whose first letter is known: signs and kept words may stand before that."""
+    for shown in (content, content.strip()):
+        for length in range(min(len(shown) - 1, first), 0, -1):
+            if text.startswith(shown[: length + 1], first - length):
+                return first - length
+    return first

@@ -1,0 +1,135 @@
+"""Tool calls and tool schemas, as any of the usual tools writes them, -> as chat templates take them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lora_core.data.json_values import check_plain, checked_text, from_json, is_empty, kind
+from lora_core.errors import RowError
+from lora_core.untrusted.text import quoted
+
+_ARGUMENTS = ("arguments", "parameters", "args", "input")
+"""What the arguments of a call are called: by OpenAI, by Llama, and by others."""
+
+
+def parse_call(value: Any, where: str, unused: set[str]) -> dict[str, Any]:
+    """One call -> `{"type": "function", "function": {"name": ..., "arguments": {...}}}`, with its id if it has one.
+
+    Args:
+        value: OpenAI's `{"id", "type", "function": {"name", "arguments"}}`, the function alone, or Anthropic's
+            `tool_use`; arguments as an object, or as JSON text.
+        unused: keys that say nothing here are added to it.
+
+    Raises:
+        RowError: it is no call.
+    """
+    if not isinstance(value, Mapping):
+        raise RowError(f"{where}: a tool call must be an object with name and arguments, not {kind(value)}")
+    function = value.get("function")
+    if isinstance(function, str):  # {"function": "name", "arguments": {...}}
+        inner: Mapping[str, Any] = {**{k: v for k, v in value.items() if k != "function"}, "name": function}
+    else:
+        inner = function if isinstance(function, Mapping) else value
+    if is_empty(inner.get("name")):
+        raise RowError(f"{where}: a tool call must be an object with name and arguments; it has no name")
+    name = checked_text(inner["name"], f"{where}: name of the tool call")
+    call: dict[str, Any] = {
+        "type": "function",
+        "function": {"name": name, "arguments": _arguments(inner, name, where, unused)},
+    }
+    call_id = value.get("id", inner.get("id"))
+    if not is_empty(call_id):
+        call["id"] = checked_text(call_id, f"{where}: tool call id")
+    known = {"id", "type", "index", "function", "name", *_ARGUMENTS}
+    for part in (value, inner):
+        unused |= {f"tool_calls.{key}" for key, item in part.items() if key not in known and not is_empty(item)}
+    return call
+
+
+def parse_calls(value: Any, where: str, unused: set[str]) -> list[dict[str, Any]]:
+    """A list of calls, or one call, possibly as JSON text.
+
+    Raises:
+        RowError: there is none in it, or one is malformed.
+    """
+    calls = from_json(value, f"{where}: tool_calls")
+    if isinstance(calls, Mapping):
+        calls = [calls]
+    if not isinstance(calls, list):
+        raise RowError(f"{where}: tool_calls must be a list, not {kind(calls)}")
+    if not calls:
+        raise RowError(f"{where}: tool_calls must hold a call, not an empty list")
+    return [parse_call(call, where, unused) for call in calls]
+
+
+def _arguments(function: Mapping[str, Any], name: str, where: str, unused: set[str]) -> dict[str, Any]:
+    given = [key for key in _ARGUMENTS if not is_empty(function.get(key))]
+    if len(given) > 1:
+        raise RowError(f"{where}: the call of {quoted(name)} has both {given[0]} and {given[1]}; keep one")
+    if not given:
+        return {}
+    what = f"{where}: arguments of the tool call"
+    raw = function[given[0]]
+    arguments = from_json(raw, what)
+    if not isinstance(arguments, Mapping):
+        raise RowError(f"{what} must be an object, not {kind(arguments)}")
+    check_plain(arguments, what)
+    if isinstance(raw, str):
+        return dict(arguments)
+    # Arrow gives each call the arguments of all others, as null.
+    unused |= {f"arguments.{key}=null" for key, item in arguments.items() if item is None}
+    return {key: item for key, item in arguments.items() if item is not None}
+
+
+def parse_tools(value: Any) -> list[dict[str, Any]] | None:
+    """Schemas, possibly as JSON text -> `[{"type": "function", "function": {...}}, ...]`; None if there are none.
+
+    A schema that stands for itself (`{"name": ..., "parameters": ...}`) is wrapped: templates look inside. Nulls go:
+    Arrow fills them in wherever another schema has a key.
+
+    Raises:
+        RowError: it is no list of objects.
+    """
+    if is_empty(value):
+        return None
+    tools = from_json(value, "tools")
+    if isinstance(tools, Mapping):
+        tools = [tools]
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping | str) for tool in tools):
+        raise RowError("tools must be a list of objects, or that list as a JSON string")
+    check_plain(tools, "tools")
+    schemas = [_without_nulls(from_json(tool, "tools")) for tool in tools]
+    return [_wrapped(schema) for schema in schemas] or None
+
+
+def _wrapped(schema: Any) -> dict[str, Any]:
+    if not isinstance(schema, Mapping):
+        raise RowError("tools must be a list of objects, or that list as a JSON string")
+    if isinstance(schema.get("function"), Mapping):
+        return {"type": "function", **schema}
+    if "name" not in schema:
+        raise RowError("a tool must be an object with a name, or with a function that has one")
+    inner = {key: item for key, item in schema.items() if not (key == "type" and item == "function")}
+    if "input_schema" in inner and "parameters" not in inner:  # Anthropic's name
+        inner["parameters"] = inner.pop("input_schema")
+    return {"type": "function", "function": inner}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def tool_answer(value: Any, where: str) -> str:
+    """What a tool answered, as text: JSON for anything that is not text.
+
+    Raises:
+        RowError: JSON has no form for it.
+    """
+    if isinstance(value, str):
+        return checked_text(value, where)
+    check_plain(value, where)
+    return json.dumps(value, ensure_ascii=False)
