@@ -102,8 +102,8 @@ class ChatEncoder:
             )
         if not tokenizer.chat_template:
             raise ChatTemplateError(
-                f"the tokenizer of {tokenizer.name_or_path} has no chat template; fix: data.chat_template=FILE.jinja, "
-                "or a model that was trained to chat (its name often ends in -Instruct)"
+                f"the tokenizer of {tokenizer.name_or_path} has no chat template; fix: data.chat_template=chatml "
+                "(or another name or file), or a model that was trained to chat (its name often ends in -Instruct)"
             )
         self.tokenizer = tokenizer
         specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
