@@ -29,7 +29,7 @@ def count_exact(config: RunConfig, adapter_dir: str | Path) -> str:
         raise ConfigError("no eval set; fix: data.eval_file=PATH")
     config, _ = with_precision(config)
     accelerator = build_accelerator(config)
-    tokenizer = load_tokenizer(config.model, config.data.chat_template)
+    tokenizer = load_tokenizer(config.model, config.data)
     model = load_adapter(config, adapter_dir, accelerator.device)
     with Path(config.data.eval_file).open(encoding="utf-8") as file:
         rows = [parse_json_row(line) for line in file if line.strip()]

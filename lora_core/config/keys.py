@@ -46,6 +46,12 @@ def config_keys() -> dict[str, str]:
     return keys
 
 
+@lru_cache(maxsize=1)
+def dict_keys() -> frozenset[str]:
+    """The keys whose value is a dict; every other mapping in a file is a section."""
+    return frozenset(key for key, text in config_keys().items() if text.startswith("a dict,"))
+
+
 _KINDS = {"integer": "int", "number": "float", "boolean": "bool", "string": "str", "null": "null"}
 
 
@@ -57,6 +63,8 @@ def _allowed(schema: Mapping[str, Any]) -> str:
         return f"one of {'|'.join(schema['enum'])}"
     if "const" in schema:
         return str(schema["const"])
+    if schema["type"] == "object":
+        return "a dict"
     if schema["type"] == "array":
         return f"a list of {_KINDS[schema['items']['type']]}"
     kind = _KINDS[schema["type"]]

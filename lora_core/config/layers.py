@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from lora_core.config.keys import dict_keys
 from lora_core.errors import ConfigError
 from lora_core.untrusted.text import quoted
 
@@ -74,9 +75,12 @@ def _flatten(
             problems.append(f"{place}  {key}: set twice in this file; keep one")
         seen.add(key)
         if isinstance(value_node, yaml.MappingNode):
-            yield from _flatten(value_node, file, loader, f"{key}.", problems)
-        else:
-            yield key, Setting(loader.construct_object(value_node, deep=True), place)
+            inside = _flatten(value_node, file, loader, f"{key}.", problems)
+            if key not in dict_keys():
+                yield from inside
+                continue
+            list(inside)  # for its problems
+        yield key, Setting(loader.construct_object(value_node, deep=True), place)
 
 
 def _read_yaml(path: Path, problems: list[str]) -> dict[str, Setting]:
@@ -153,7 +157,7 @@ def parse_overrides(overrides: Sequence[str], problems: list[str]) -> dict[str, 
         except _YAML_ERRORS:
             problems.append(f"command line  {quoted(override)}: the value is not valid YAML; quote it")
             continue
-        if isinstance(value, dict):
+        if isinstance(value, dict) and key not in dict_keys():
             problems.append(f"command line  {quoted(override)}: set one key at a time, such as {key}.NAME=VALUE")
             continue
         layer[key] = Setting(value, "command line")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from lora_core.untrusted.text import values_without_secrets
+from lora_core.untrusted.text import quoted, values_without_secrets
 
 ALL_SEVEN_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -72,12 +73,35 @@ class DataConfig(Section):
         default=True, description="put examples end to end instead of padding; same gradient, no wasted tokens"
     )
     chat_template: str | None = Field(
-        default=None, description="a Jinja file to use instead of the tokenizer's own template"
+        default=None,
+        description="a Jinja file, or the name of a shipped template such as chatml; null is the tokenizer's own",
+    )
+    chat_template_kwargs: dict[str, JsonValue] = Field(
+        default={}, description="values for variables of the chat template, such as enable_thinking: false"
+    )
+    fold_system: bool = Field(
+        default=False,
+        description="where the chat template has no system turn, put that text in front of the first user turn",
     )
     num_proc: PositiveInt | None = Field(
         default=None, description="processes that encode rows; null is one per core for large files"
     )
     cache_dir: str = Field(default="~/.cache/lora_core/encoded", description="where encoded rows are kept between runs")
+
+    @model_validator(mode="after")
+    def _arguments_of_the_template(self) -> DataConfig:
+        taken = ("messages", "tools", "add_generation_prompt")
+        for name in self.chat_template_kwargs:
+            if name in taken or not (name.isascii() and name.isidentifier()):
+                raise ValueError(
+                    f"chat_template_kwargs cannot set {quoted(name)}; fix: names of variables in the chat template, "
+                    f"and none of {', '.join(taken)}"
+                )
+        try:
+            json.dumps(self.chat_template_kwargs, allow_nan=False, ensure_ascii=False).encode()
+        except ValueError as error:
+            raise ValueError(f"chat_template_kwargs must hold JSON values: {error}") from error
+        return self
 
     @model_validator(mode="after")
     def _one_eval_set(self) -> DataConfig:

@@ -153,8 +153,8 @@ class ChatEncoder:
         """The rendered text and what of it is trained."""
         if not self.tokenizer.chat_template:
             raise ChatTemplateError(
-                f"the tokenizer of {self.tokenizer.name_or_path} has no chat template; fix: data.chat_template="
-                "FILE.jinja, or a model that was trained to chat (its name often ends in -Instruct)"
+                f"the tokenizer of {self.tokenizer.name_or_path} has no chat template; fix: data.chat_template=chatml "
+                "(or another name or file), or a model that was trained to chat (its name often ends in -Instruct)"
             )
         text = self.forms.render(conversation)
         reading = self._spans_between_frames(text, conversation) or read_spans(self.forms, conversation, text)

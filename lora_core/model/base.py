@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lora_core.config.schema import LoraConfig, ModelConfig
+from lora_core.config.schema import DataConfig, LoraConfig, ModelConfig
+from lora_core.data.named_templates import set_template
 from lora_core.errors import ConfigError, counted
 from lora_core.model.attention import (
     SEGMENT_ATTENTION,
@@ -26,15 +27,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-# The longest templates of real models have some ten thousand.
-_MAX_TEMPLATE_CHARACTERS = 1_000_000
-
-
-def load_tokenizer(config: ModelConfig, chat_template: str | None = None) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with another chat template if a file is named.
+def load_tokenizer(config: ModelConfig, data: DataConfig | None = None) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with the chat template that `data` asks for, or its own.
 
     Raises:
-        ConfigError: the model or the template file cannot be read.
+        ConfigError: the model or the template cannot be read, or the template does not fit.
     """
     from transformers import AutoTokenizer
 
@@ -45,28 +42,22 @@ def load_tokenizer(config: ModelConfig, chat_template: str | None = None) -> Pre
         )
     except Exception as error:  # the files are somebody else's, and transformers raises many kinds of errors for them
         raise cannot_load("tokenizer", name, error) from error
-    if chat_template is not None:
-        tokenizer.chat_template = _read_template(chat_template)
+    if data is not None:
+        set_template(tokenizer, data)
+    tokenizer.stop_tokens = _stop_tokens(tokenizer, name, config.revision)
     return tokenizer
 
 
-def _read_template(name: str) -> str:
-    path = Path(name).expanduser()
+def _stop_tokens(tokenizer: PreTrainedTokenizerBase, name: str, revision: str | None) -> list[str]:
+    """What generation stops at by the model's own generation config; empty if it has none."""
+    from transformers import GenerationConfig
+
     try:
-        if path.exists() and not path.is_file():  # a pipe or a device may have no end
-            raise OSError("not a file")
-        with path.open(encoding="utf-8") as file:
-            text = file.read(_MAX_TEMPLATE_CHARACTERS + 1)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"data.chat_template={name}: cannot be read as a text file ({error})", "template_unreadable"
-        ) from error
-    if len(text) > _MAX_TEMPLATE_CHARACTERS:
-        raise ConfigError(
-            f"data.chat_template={name}: longer than {_MAX_TEMPLATE_CHARACTERS:,} characters; is it another file?",
-            "template_unreadable",
-        )
-    return text
+        ids = GenerationConfig.from_pretrained(name, revision=revision).eos_token_id
+    except (OSError, ValueError):  # there is none, or an old one that transformers does not take
+        return []
+    tokens = tokenizer.convert_ids_to_tokens([ids] if isinstance(ids, int) else list(ids or []))
+    return [str(token) for token in tokens if token is not None]
 
 
 def load_model_config(config: ModelConfig) -> Any:

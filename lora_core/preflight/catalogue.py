@@ -49,6 +49,7 @@ from lora_core.preflight.schedule import (
     check_warmup_long,
     check_warmup_past_end,
 )
+from lora_core.preflight.template import check_folded_system, check_template_end_token
 
 Check = Callable[[Facts], Iterator[Finding]]
 
@@ -75,6 +76,8 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_doubled_bos, {"bos_doubled": "warning"}),
     (check_borders, {"tokens_cut_at_border": "note"}),
     (check_template_system, {"template_adds_system": "note"}),
+    (check_template_end_token, {"template_end_token": "note"}),
+    (check_folded_system, {"system_folded": "note"}),
     (check_held_out, {"no_held_out_rows": "note"}),
     (check_overlap, {"eval_overlap": "warning"}),
     (check_targets_exist, {"targets_missing": "error"}),

@@ -75,7 +75,7 @@ def look_at_run(config: RunConfig, num_processes: int, gpu_memory_gib: float | N
     if gpu_memory_gib is not None and config.train.bf16 == "auto":
         config = with_overrides(config, ["train.bf16=true"])  # GPUs of the last years have it
     config, _ = with_precision(config)
-    tokenizer = load_tokenizer(config.model, config.data.chat_template)
+    tokenizer = load_tokenizer(config.model, config.data)
     train_data, eval_data = load_data(config, tokenizer)
     environment = look_around(config, num_processes, gpu_memory_gib)
     return gather_facts(config, environment, tokenizer, train_data, eval_data)

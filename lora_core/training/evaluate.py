@@ -143,7 +143,7 @@ def evaluate_adapter(config: RunConfig, adapter_dir: str | Path) -> EvalResult:
         )
     config, _ = with_precision(config)
     accelerator = build_accelerator(config)
-    tokenizer = load_tokenizer(config.model, config.data.chat_template)
+    tokenizer = load_tokenizer(config.model, config.data)
     with accelerator.main_process_first():
         _, eval_data = load_data(config, tokenizer)
     if eval_data is None:

@@ -99,7 +99,7 @@ def _set_up(
         accelerator.print(showable(line))
 
     # Data first: it is cheap, and most mistakes are in it.
-    tokenizer = load_tokenizer(config.model, config.data.chat_template)
+    tokenizer = load_tokenizer(config.model, config.data)
     with accelerator.main_process_first():
         train_data, eval_data = load_data(config, tokenizer)
     say(f"train: {config.data.train_file}: {train_data.counts}")

@@ -48,7 +48,7 @@ def verify(config: RunConfig, say: Callable[[str], None] = print) -> Verificatio
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}: verify runs in one process; fix: lora-core verify --cfg NAME"
         )
     config, _ = with_precision(config)
-    tokenizer = load_tokenizer(config.model, config.data.chat_template)
+    tokenizer = load_tokenizer(config.model, config.data)
     train_data, eval_data = load_data(config, tokenizer)
 
     say("mask: every row")

@@ -36,7 +36,7 @@ def check_reload(config: RunConfig, folder: Path) -> Check:
     """The adapter as PEFT loads it onto a fresh base model, against the loss that the run logged."""
     logged = [event["loss"] for event in events(folder) if event["event"] == "eval"][-1]
     accelerator = build_accelerator(config)
-    tokenizer = load_tokenizer(config.model, config.data.chat_template)
+    tokenizer = load_tokenizer(config.model, config.data)
     _, eval_data = load_data(config, tokenizer)
     assert eval_data is not None
     adapted = load_adapter(config, folder / "adapter", accelerator.device)

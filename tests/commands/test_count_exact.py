@@ -31,7 +31,7 @@ def test_replies_are_counted_for_the_base_model_and_for_the_adapter(
     template.write_text(CHATML.replace("assistant\n", "assistant:"), encoding="utf-8")
     settings.append(f"data.chat_template={template}")
     config = load_config("demo", settings)
-    tokenizer = load_tokenizer(config.model, config.data.chat_template)
+    tokenizer = load_tokenizer(config.model, config.data)
     base = load_base_model(config.model, torch.device("cpu"), config.data.packing)
     questions = ["When?", "Where to?", "Who said so?", "Why not?"]
     asked = [(tokenizer, chat(question)["messages"], None, 8) for question in questions]

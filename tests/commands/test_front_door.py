@@ -67,6 +67,11 @@ def test_shipped_configurations_are_the_ones_at_the_top_of_the_checkout(installe
     assert done.stdout.split() == [str(installed / "lora_core/__init__.py"), "Qwen/Qwen2.5-7B-Instruct"]
 
 
+def test_the_named_templates_are_in_the_wheel(installed: Path) -> None:
+    names = {path.name for path in (ROOT / "lora_core/data/templates").iterdir()}
+    assert {path.name for path in (installed / "lora_core/data/templates").iterdir()} == names
+
+
 def test_python_m_is_the_command(empty: Path) -> None:
     done = run([sys.executable, "-m", "lora_core", "--version"], empty, PYTHONPATH=str(ROOT))
     assert done.stdout.startswith("lora-core ")

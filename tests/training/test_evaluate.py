@@ -23,7 +23,7 @@ from tests.conftest import chat
 
 def losses_one_by_one(config: RunConfig) -> list[tuple[float, int]]:
     """(mean loss, loss tokens) of each eval example alone, as transformers computes it from labels."""
-    _, data = load_data(config, load_tokenizer(config.model, config.data.chat_template))
+    _, data = load_data(config, load_tokenizer(config.model, config.data))
     assert data is not None
     model = load_base_model(config.model, torch.device("cpu")).eval()
     losses = []
@@ -56,7 +56,7 @@ def test_each_example_has_its_own_loss_in_packed_and_in_padded_batches(
     )
     wanted = losses_one_by_one(config)
     accelerator = build_accelerator(config)
-    tokenizer = load_tokenizer(config.model, config.data.chat_template)
+    tokenizer = load_tokenizer(config.model, config.data)
     _, data = load_data(config, tokenizer)
     assert data is not None
     model = CausalLMLoss(load_base_model(config.model, accelerator.device, config.data.packing))

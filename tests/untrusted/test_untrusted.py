@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerFast
 import lora_core.data.template
 from lora_core.config.keys import config_keys
 from lora_core.config.load import load_config
-from lora_core.config.schema import ModelConfig, RunConfig
+from lora_core.config.schema import DataConfig, ModelConfig, RunConfig
 from lora_core.data.chat import encode_chat
 from lora_core.data.counts import EncodedFile
 from lora_core.data.encoded import encode_file
@@ -274,7 +274,7 @@ def test_folders_pipes_and_devices_are_not_files(tmp_path: Path, tokenizer: PreT
         with pytest.raises(DataError, match="no such file"):
             encode_file(path, tokenizer, max_seq_length=8, cache_dir=tmp_path)
         with pytest.raises(ConfigError, match=r"data\.chat_template=.*not a file"):
-            load_tokenizer(ModelConfig(name_or_path=str(_model_folder(tmp_path))), str(path))
+            load_tokenizer(ModelConfig(name_or_path=str(_model_folder(tmp_path))), DataConfig(chat_template=str(path)))
 
 
 def _model_folder(tmp_path: Path) -> Path:

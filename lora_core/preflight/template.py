@@ -1,0 +1,52 @@
+"""Checks of how the chat template fits the tokenizer and the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lora_core.data.named_templates import folds_system, missing_end_token
+from lora_core.errors import counted
+from lora_core.preflight.findings import Facts, Finding
+
+
+def check_template_end_token(facts: Facts) -> Iterator[Finding]:
+    """The tokenizer lacks the token that the named chat template ends turns with; its EOS ends them instead.
+
+    A model learns to stop only at a single token, and generation stops at EOS. The template's other marks, such as
+    `<|im_start|>`, are plain text to this tokenizer, of several tokens each.
+
+    No action is needed: the tokenizer that is saved with the adapter has the same template.
+    """
+    name = facts.config.data.chat_template
+    missing = missing_end_token(facts.tokenizer, name)
+    if missing is not None:
+        yield Finding(
+            "template_end_token",
+            "note",
+            f"the tokenizer has no {missing!r}, which data.chat_template={name} ends turns with; its EOS "
+            f"{facts.tokenizer.eos_token!r} ends them instead",
+            missing,
+            facts.tokenizer.eos_token,
+            None,
+        )
+
+
+def check_folded_system(facts: Facts) -> Iterator[Finding]:
+    """The chat template has no system turn, and `data.fold_system` puts that text in front of the first user turn.
+
+    The model is trained on system texts as part of questions, and needs them there in use.
+
+    No action is needed: the tokenizer that is saved with the adapter does the same.
+    """
+    rows = facts.train_data.rows
+    folded = int((~rows.is_bad & rows.has_system_turn).sum())
+    if folded and folds_system(facts.tokenizer):
+        yield Finding(
+            "system_folded",
+            "note",
+            f"the chat template has no system turn: in {folded:,} of {counted(facts.train_data.counts.read, 'row')} "
+            "its text is put in front of the first user turn (data.fold_system)",
+            folded,
+            0,
+            None,
+        )
