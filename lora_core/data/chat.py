@@ -175,7 +175,8 @@ class ChatEncoder:
         for index, ((start, end), message) in enumerate(zip(spans, messages, strict=True)):
             if message["role"] == "assistant":
                 limit = spans[index + 1][0] if index + 1 < len(spans) else None
-                text, span = self.forms.reply_span(conversation, text, index, floor, start, end, limit)
+                letter = start + self.forms.leading_signs(text[start:end])
+                text, span = self.forms.reply_span(conversation, text, index, floor, start, letter, end, limit)
                 replies.append(span)
             floor = end
         return Reading(text, replies)

@@ -64,7 +64,19 @@ class TemplateForms:
     def generation_prompt(self) -> str:
         """What generation starts after, the end of a question's turn left out; empty if the template adds nothing."""
         prompted, plain = self._ask([_QUESTION], True), self._ask([_QUESTION], False)
-        return prompted[len(plain) :] if prompted.startswith(plain) else ""
+        # Some templates end a row with EOS where the prompt would be.
+        same = next((i for i, (a, b) in enumerate(zip(prompted, plain, strict=False)) if a != b), len(plain))
+        inside = next((m.start() for m in self._special.finditer(prompted) if m.start() < same < m.end()), same)
+        return prompted[inside:]
+
+    @cached_property
+    def prompt_beginnings(self) -> list[str]:
+        """The generation prompt without the spaces at its end, then as much of it as stands before replies that the
+        template shows in another form: up to a line or a special token, the longest first."""
+        prompt = self.generation_prompt.rstrip(" ")
+        ends = {match.end() for match in self._special.finditer(prompt)}
+        lines = {at + 1 for at, character in enumerate(prompt) if character == "\n" and any(end <= at for end in ends)}
+        return [prompt[:end] for end in sorted({*ends, *lines, len(prompt)} - {0}, reverse=True)]
 
     @cached_property
     def _ends(self) -> re.Pattern[str]:
@@ -76,14 +88,25 @@ class TemplateForms:
         return _any_of(match.group() for match in (last, earlier) if match is not None and last is not None)
 
     def reply_span(
-        self, conversation: Conversation, text: str, index: int, floor: int, first: int, last: int, limit: int | None
+        self,
+        conversation: Conversation,
+        text: str,
+        index: int,
+        floor: int,
+        first: int,
+        letter: int,
+        last: int,
+        limit: int | None,
     ) -> tuple[str, Span]:
         """One reply, from what generation starts after to what it stops at.
 
         Args:
             index: of the reply among the messages.
-            floor: where what others wrote before it ends; first and last: where its own text starts and ends;
-                limit: where what others wrote next starts; None at the end of the row.
+            floor: where what others wrote before it ends.
+            first: where its own text starts; letter: its first letter, after what the template may write as well, such
+                as `<think>`.
+            last: where its own text ends.
+            limit: where what others wrote next starts; None at the end of the row.
 
         Returns:
             (the rendered text, with the end of the turn added if the template leaves it to the next one; the span)
@@ -91,7 +114,7 @@ class TemplateForms:
         Raises:
             ChatTemplateError: nothing ends it.
         """
-        start = self._start(text, floor, first)
+        start = self._start(text, floor, first, letter)
         region = slice(last, len(text) if limit is None else limit)
         stop = self._stop.search(text, region.start, region.stop) or self._ends.search(text, region.start, region.stop)
         if stop is not None:
@@ -106,22 +129,19 @@ class TemplateForms:
             f"{self._tokenizer.eos_token!r} after each assistant turn"
         )
 
-    def _start(self, text: str, floor: int, first: int) -> int:
+    def _start(self, text: str, floor: int, first: int, letter: int) -> int:
         """Where the model begins to write: right after the generation prompt, or after as much of it as is there.
 
         If the template puts a space between that and the content, the model has to write it, and tokenizers make it
         part of the first word.
         """
-        prompt = self.generation_prompt.rstrip(" ")
-        gap = text[floor:first]
-        for length in range(len(prompt), 0, -1):
-            if length < len(prompt) and not self._special.search(prompt[:length]):
-                break
-            place = gap.rfind(prompt[:length])
+        gap = text[floor:letter]
+        for number, prompt in enumerate(self.prompt_beginnings):
+            place = gap.rfind(prompt)
             if place >= 0:
-                start = floor + place + length
-                spaces = len(self.generation_prompt) - len(prompt) if length == len(prompt) else 0
-                while spaces and start < first and text[start] == " ":
+                start = floor + place + len(prompt)
+                spaces = len(self.generation_prompt) - len(prompt) if number == 0 else 0
+                while spaces and start < letter and text[start] == " ":
                     start, spaces = start + 1, spaces - 1
                 return start
         while first > floor and text[first - 1] == " ":
@@ -144,6 +164,16 @@ class TemplateForms:
         literals = {value[1:-1].strip() for _, kind, value in tokens if kind == "string"}
         words = [w for w in literals if len(w) <= 40 and re.search(r"[^\W_]", w) and re.search(r"[^\w\s]", w)]
         return _any_of(words)
+
+    def leading_signs(self, content: str) -> int:
+        """How many characters stand before a content's first letter: signs, spaces, and words that templates write."""
+        at = 0
+        while at < len(content):
+            kept = self.kept_words.match(content, at)
+            if kept is None and content[at].isalnum():
+                break
+            at = kept.end() if kept is not None else at + 1
+        return at
 
     def _next_header(self, after_a_call: bool) -> str:
         """What generation stops at where the next turn would start; empty if the template ends turns by itself.

@@ -48,7 +48,7 @@ class MaskReader:
 
     def read(self, conversation: Conversation, encoded: EncodedChat) -> MaskReading:
         """Read one row that was not truncated."""
-        ids, mask = encoded.input_ids, encoded.loss_mask
+        ids, mask, messages = encoded.input_ids, encoded.loss_mask, conversation.messages
         text = self._decode(ids)
         if conversation.text is not None:
             whole = all(mask[1:]) and _loose(conversation.text) in _loose(text)
@@ -57,7 +57,7 @@ class MaskReader:
             with template_limits(self._tokenizer, [conversation]) as next_one:
                 next_one()
                 shown = self._forms.render(conversation)
-                prompt = self._forms.generation_prompt
+                self._forms.prompt_beginnings  # noqa: B018  # asks the template, inside its limits
         except ChatTemplateError:
             return MaskReading("the chat template refuses it now")
         # Some tokenizers do not give back every space, or compose characters: then both sides go without.
@@ -75,7 +75,7 @@ class MaskReader:
         for index, run, (start, _) in zip(trained, runs, _runs(mask), strict=True):
             problem = self._problem(conversation, [index], run, same)
             before = same(self._decode(ids[:start]))
-            if problem is None and not self._starts_well(before, run, conversation.messages[index], same, prompt):
+            if problem is None and not self._starts_well(before, run, messages[index], messages[:index][-1:], same):
                 problem = (
                     f"the loss tokens of turn {index + 1} begin early, after {_shortened(before, from_end=True)!r}"
                 )
@@ -117,20 +117,20 @@ class MaskReader:
         return run.endswith(tuple(same(token) for token in self._specials))
 
     def _starts_well(
-        self, before: str, run: str, message: Message, same: Callable[[str], str], generation_prompt: str
+        self, before: str, run: str, message: Message, earlier: Sequence[Message], same: Callable[[str], str]
     ) -> bool:
         """Whether it starts right after the generation prompt, or as much of that as the row has."""
-        starts = [run.find(same(forms[-1])) for forms in _texts(message, True)]
+        starts = [run.find(same(forms[-1])) for forms in _texts(message, False)]
         own = run[: min((start for start in starts if start >= 0), default=0)]
-        prompt = same(generation_prompt).rstrip(" ")
-        holds_special = [same(token) for token in self._specials]
-        for length in range(len(prompt), 0, -1):
-            if length < len(prompt) and not any(token in prompt[:length] for token in holds_special):
-                break
-            place = (before + own).rfind(prompt[:length])
+        said = [same(forms[-1]) for m in earlier for forms in _texts(m, is_earlier=False)]
+        floor = max((before.rfind(text) + len(text) for text in said if text in before), default=0)
+        gap = before[floor:] + own
+        for prompt in map(same, self._forms.prompt_beginnings):
+            place = gap.rfind(prompt)
             if place >= 0:
-                return (before + own)[place + length : len(before)].strip(" ") == "" and place + length <= len(before)
-        return not own.strip()
+                end = place + len(prompt)
+                return end <= len(before) - floor and not gap[end : len(before) - floor].strip(" ")
+        return same(message["content"]).strip().startswith(own.strip())
 
     def _gives_back(self, text: str) -> bool:
         """Whether this text comes out of the tokenizer as it went in."""

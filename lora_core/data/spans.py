@@ -44,8 +44,8 @@ def read_spans(forms: TemplateForms, conversation: Conversation, text: str) -> R
         if message["role"] != "assistant":
             continue
         floor, first, last, limit = _place(index, marked, letters, shown)
-        first = _with_leading_signs(text, first, message["content"][:1_000])
-        text, span = forms.reply_span(conversation, text, index, floor, first, last, limit)
+        start = _with_leading_signs(text, first, message["content"][:1_000])
+        text, span = forms.reply_span(conversation, text, index, floor, start, first, last, limit)
         inside = Counter(letter for position, letter, _ in letters if position < span.end)
         contents = [one for one in marked.texts if one.message == index and one.key in ("content", "reasoning")]
         if any(inside[letter] > number for one in contents for letter, number in one.letters.items()):

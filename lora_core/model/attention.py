@@ -324,7 +324,8 @@ def check_packing(model: nn.Module) -> None:
         output = decoder(
             input_ids=torch.cat(examples, 1), position_ids=positions, segment_lengths=lengths, use_cache=False
         )
-        return output.last_hidden_state[0].float().split(lengths)
+        states: tuple[Tensor, ...] = output.last_hidden_state[0].float().split(lengths)
+        return states
 
     (first_alone,), (second_alone,) = hidden(first), hidden(second)
     try:

@@ -40,7 +40,7 @@ def test_several_processes_give_the_same_rows_in_order(write_rows: Any, tokenize
 
 
 def test_every_row_is_counted(write_rows: Any, tokenizer: PreTrainedTokenizerFast) -> None:
-    rows = [chat("q", "a"), chat("q", "long " * 30), chat("a very long question " * 30, "a"), {"text": "no chat"}]
+    rows = [chat("q", "a"), chat("q", "long " * 30), chat("a very long question " * 30, "a"), {"nothing": "known"}]
     encoded = encode(write_rows(rows), tokenizer, max_seq_length=40, on_bad_row="skip")
     counts = encoded.counts
     assert (counts.read, counts.kept, counts.dropped_bad, counts.dropped_unsupervised) == (4, 2, 1, 1)

@@ -172,8 +172,10 @@ def test_the_loss_tokens_are_the_answers_and_the_end_of_the_turn(name: str) -> N
     row = [*CHAT, {"role": "assistant", "content": "Ciao, été 😀"}]
     space = " " if name in ("mistral", "vicuna") else ""  # after [/INST] and ASSISTANT: it is the model's to write
     end = NAMED_TEMPLATES[name] or FAMILIES[name][2]
-    assert trained_text(of_family(name), row) == f"{space}Hello!{end}{space}Ciao, été 😀{end}"
-    assert trained_text(of_other_family(name), row) == f"{space}Hello!<|stop|>{space}Ciao, été 😀<|stop|>"
+    # The prompt ends before it, so the model has to write that it does not think.
+    think = "<think>\n\n</think>\n\n" if name == "qwen3" else ""
+    assert trained_text(of_family(name), row) == f"{space}Hello!{end}{space}{think}Ciao, été 😀{end}"
+    assert trained_text(of_other_family(name), row) == f"{space}Hello!<|stop|>{space}{think}Ciao, été 😀<|stop|>"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -217,7 +219,7 @@ def test_tools_in_chatml(name: str) -> None:
         f"<|im_start|>assistant\n{think}Noon.<|im_end|>\n"
     )
     assert render_chat(of_family(name), TOOL_USE, TOOLS) == expected
-    assert trained_text(of_family(name), TOOL_USE, TOOLS) == f"{CALL_OF_QWEN}<|im_end|>Noon.<|im_end|>"
+    assert trained_text(of_family(name), TOOL_USE, TOOLS) == f"{CALL_OF_QWEN}<|im_end|>{think}Noon.<|im_end|>"
     with_system = render_chat(of_family(name), [CHAT[0], *TOOL_USE], TOOLS)
     assert with_system == expected.replace("system\n", "system\nBe brief.\n\n", 1)
     twice = [TOOL_USE[0], {"role": "assistant", "content": "Two.", "tool_calls": [CALL, CALL]}, *[TOOL_USE[2]] * 2]
