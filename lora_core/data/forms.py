@@ -263,7 +263,8 @@ def _with_names_as_ids(messages: Sequence[Message]) -> list[Message]:
 
 def _with_call_ids(messages: Sequence[Message]) -> list[Message]:
     """Calls without an id get one of nine characters, as Mistral's templates want, and so do their answers."""
-    number, waiting, result = 0, [], []
+    number, result = 0, []
+    waiting: list[tuple[str | None, str]] = []  # the ids of calls without an answer yet, as said and as made
     for message in messages:
         changed = dict(message)
         if "tool_calls" in message:

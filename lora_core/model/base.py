@@ -53,7 +53,7 @@ def _stop_tokens(tokenizer: PreTrainedTokenizerBase, name: str, revision: str | 
     from transformers import GenerationConfig
 
     try:
-        ids = GenerationConfig.from_pretrained(name, revision=revision).eos_token_id
+        ids = GenerationConfig.from_pretrained(name, revision=revision or "main").eos_token_id
     except (OSError, ValueError):  # there is none, or an old one that transformers does not take
         return []
     tokens = tokenizer.convert_ids_to_tokens([ids] if isinstance(ids, int) else list(ids or []))
