@@ -60,7 +60,8 @@ class DataConfig(Section):
     train_file: str = Field(default="data/train.jsonl", description="chat JSONL, one row per line")
     eval_file: str | None = Field(default=None, description="the eval set, chat JSONL; not together with eval_fraction")
     eval_fraction: Fraction = Field(
-        default=0.0, description="share of the rows of train_file that becomes the eval set; 0 is none"
+        default=0.0,
+        description="share of the rows of train_file that becomes the eval set, duplicates kept together; 0 is none",
     )
     max_seq_length: PositiveInt = Field(
         default=1024, description="a longer row is truncated to so many tokens, and counted"

@@ -23,8 +23,9 @@ import numpy.typing as npt
 from lora_core.config.schema import RunConfig
 from lora_core.data import chat, messages, template
 from lora_core.data.chat import ChatEncoder, EncodedChat
-from lora_core.data.counts import EncodedFile, RowCounts, account
+from lora_core.data.counts import EncodedFile, account
 from lora_core.data.messages import Conversation, parse_json_row
+from lora_core.data.split import hold_out
 from lora_core.errors import ConfigError, DataError, RowError
 from lora_core.untrusted.limits import allowed_cores
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 _ROWS_WORTH_A_PROCESS = 2_500
 # A row this long has some million tokens, of which max_seq_length are kept; tokenizing it takes 100 bytes each.
 _MAX_ROW_BYTES = 10_000_000
+_WORD = re.compile(r"\w+")
 
 
 def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[EncodedFile, EncodedFile | None]:
@@ -305,9 +307,16 @@ def _has_system_turn(conversation: Conversation) -> bool:
 
 
 def _words(conversation: Conversation) -> str:
-    """A row's text without case, white space and punctuation: what near duplicates have in common."""
-    turns = (f"{message['role']} {message['content']}" for message in conversation.messages)
-    return " ".join(re.findall(r"\w+", " ".join(turns).casefold()))
+    """A row's text without case, white space and punctuation: what near duplicates have in common.
+
+    A turn without a word, such as one of emoji or a call alone, counts with all that it holds.
+    """
+    turns = []
+    for message in conversation.messages:
+        calls = " ".join(template.strings(message["tool_calls"])) if "tool_calls" in message else ""
+        text = f"{message['content']} {calls}".casefold()
+        turns.append(f"{message['role']} {' '.join(_WORD.findall(text)) or text.strip()}")
+    return "\n".join(turns)
 
 
 def _key(content: bytes) -> int:
@@ -322,42 +331,3 @@ def _parse_line(raw: bytes) -> Conversation | RowError:
         return RowError(f"not UTF-8 at byte {error.start} of the line; fix: save the file as UTF-8")
     except RowError as error:
         return error
-
-
-def hold_out(encoded: EncodedFile, fraction: float, seed: int) -> tuple[EncodedFile, EncodedFile]:
-    """Split off a seeded share of the rows: (training set, eval set). At least one row goes to each side.
-
-    Raises:
-        DataError: there are fewer than two rows.
-    """
-    num_rows = len(encoded.lengths)
-    if num_rows < 2:
-        raise DataError(
-            f"data.eval_fraction={fraction} needs at least 2 rows, and {num_rows} was kept; fix: data.eval_fraction=0"
-        )
-    num_held_out = min(num_rows - 1, max(1, round(num_rows * fraction)))
-    order = np.random.default_rng([seed, 0xE7A1]).permutation(num_rows)
-    held_out, train = np.sort(order[:num_held_out]), np.sort(order[num_held_out:])
-    return _subset(encoded, train), _subset(encoded, held_out)
-
-
-def _subset(encoded: EncodedFile, rows: npt.NDArray[np.int64]) -> EncodedFile:
-    dataset = encoded.dataset.select(rows)
-    lengths = encoded.lengths[rows]
-    supervised = sum(sum(mask) for mask in dataset["loss_mask"])
-    kept = np.flatnonzero(~encoded.rows.is_bad & ~encoded.rows.is_unsupervised)
-    facts = encoded.rows.select(kept[rows])
-    # The whole file's reading is accounted for by its own counts; these are the part's.
-    counts = RowCounts(
-        read=len(rows),
-        kept=len(rows),
-        dropped_bad=0,
-        dropped_unsupervised=0,
-        truncated=int((facts.length > lengths).sum()),
-        truncated_tokens=int((facts.length - lengths).sum()),
-        truncated_supervised_tokens=int(facts.lost_supervised.sum()),
-        tokens=int(lengths.sum()),
-        supervised_tokens=supervised,
-        longest=int(facts.length.max()),
-    )
-    return EncodedFile(dataset, lengths, counts, facts)
