@@ -79,6 +79,10 @@ class DataConfig(Section):
         default=None, description="processes that encode rows; null is one per core for large files"
     )
     cache_dir: str = Field(default="~/.cache/lora_core/encoded", description="where encoded rows are kept between runs")
+    cache_limit_gib: Annotated[float, Field(gt=0)] = Field(
+        default=20.0,
+        description="size of cache_dir above which encoded rows that were not used for longest are removed, in GiB",
+    )
 
     @model_validator(mode="after")
     def _one_eval_set(self) -> DataConfig:

@@ -123,6 +123,8 @@ class EncodedFile:
     """Of all rows that were read from the file, whichever became of them."""
     indices: npt.NDArray[np.int64]
     """(num_rows,) where in `rows` each row of `dataset` is."""
+    encoded_on: str = ""
+    """The date on which the rows were encoded, as 2025-07-31."""
 
     @property
     def num_supervised(self) -> int:

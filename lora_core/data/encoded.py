@@ -1,8 +1,8 @@
 """A chat JSONL -> an encoded dataset on disk, memory-mapped, with every row accounted for.
 
 Only byte offsets of the lines are kept in memory (16 bytes a row). Rows are read, encoded in batches over several
-processes, and written to an Arrow file whose name is a hash of all that decides its content: the file's bytes, the
-tokenizer, the template, the length limit and this code. A second start reads that file.
+processes, and written to Arrow files in a folder whose name is a hash of all that decides their content: the file's
+bytes, the tokenizer, the template, the length limit and this code. A second start reads those (cache.py).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ import numpy.typing as npt
 
 from lora_core.config.schema import RunConfig
 from lora_core.data import chat, messages, template
+from lora_core.data.cache import cache_folder, make_entry, naming_cache_folder, take_entry
 from lora_core.data.chat import ChatEncoder, EncodedChat
 from lora_core.data.counts import EncodedFile, account
 from lora_core.data.messages import Conversation, parse_json_row
@@ -30,7 +32,6 @@ from lora_core.errors import ConfigError, DataError, RowError
 from lora_core.untrusted.limits import allowed_cores
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 # Forking and joining worker processes costs more than encoding a few thousand rows, which one process does with the
@@ -52,6 +53,7 @@ def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[En
             cache_dir=config.data.cache_dir,
             on_bad_row=config.data.on_bad_row,
             num_proc=config.data.num_proc,
+            cache_limit_gib=config.data.cache_limit_gib,
         )
 
     train_data = encode(config.data.train_file)
@@ -78,6 +80,7 @@ def encode_file(
     cache_dir: str | Path,
     on_bad_row: str = "error",
     num_proc: int | None = None,
+    cache_limit_gib: float = 20.0,
 ) -> EncodedFile:
     """Encode a chat JSONL, or take the result of an earlier call from `cache_dir`.
 
@@ -85,8 +88,11 @@ def encode_file(
         max_seq_length: longer rows are truncated to so many tokens.
         on_bad_row: "error" or "skip".
         num_proc: worker processes; None is one per core when there are enough rows to pay for them.
+        cache_limit_gib: once rows are encoded, those of earlier calls that were not used for longest are removed from
+            `cache_dir` until it is below this size, with a line on standard error.
 
     Raises:
+        ConfigError: `cache_dir` cannot be written to, or the disk is full.
         DataError: the file is missing, empty or not JSONL; a row is bad (up to 20 problems are listed, as
             file:line, unless on_bad_row is "skip"); or no row is left to train on.
     """
@@ -99,19 +105,18 @@ def encode_file(
         num_proc = min(allowed_cores(), max(1, len(starts) // _ROWS_WORTH_A_PROCESS))
     encoder = ChatEncoder(tokenizer)
     fingerprint = _fingerprint(path, tokenizer, max_seq_length)
-    encoded = _encode_lines(
-        path,
-        starts,
-        sizes,
-        lines,
-        encoder,
-        max_seq_length,
-        Path(cache_dir).expanduser(),
-        fingerprint,
-        num_proc,
-    )
+    folder = cache_folder(cache_dir)
+
+    def fill(new: Path) -> None:
+        table = {"start": starts, "size": sizes, "line": lines}
+        _encode_lines(path, table, encoder, max_seq_length, new, fingerprint, num_proc)
+
+    with naming_cache_folder(folder):
+        entry = take_entry(folder, fingerprint) or make_entry(folder, fingerprint, fill, cache_limit_gib)
+        encoded = entry.open()
     problems = encoded.with_format("numpy")["problem"]
-    return account(path, encoded, np.asarray(problems[:]), on_bad_row, max_seq_length)
+    counted_rows = account(path, encoded, np.asarray(problems[:]), on_bad_row, max_seq_length)
+    return replace(counted_rows, encoded_on=entry.encoded_on)
 
 
 def _line_table(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -167,20 +172,17 @@ def _fingerprint(path: Path, tokenizer: PreTrainedTokenizerBase, max_seq_length:
 
 def _encode_lines(
     path: Path,
-    starts: npt.NDArray[np.int64],
-    sizes: npt.NDArray[np.int64],
-    lines: npt.NDArray[np.int64],
+    table: dict[str, npt.NDArray[np.int64]],
     encoder: ChatEncoder,
     max_seq_length: int,
-    cache_dir: Path,
+    folder: Path,
     fingerprint: str,
     num_proc: int,
-) -> Dataset:
+) -> None:
+    """Write `rows*.arrow` to the folder."""
     from datasets import Dataset, Features, Value
     from datasets import List as ListOf
 
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    table = Dataset.from_dict({"start": starts, "size": sizes, "line": lines})
     features = Features(
         {
             "input_ids": ListOf(Value("int32")),
@@ -201,7 +203,7 @@ def _encode_lines(
     )
     try:
         with nullcontext() if num_proc == 1 else _no_tokenizer_threads():
-            return table.map(
+            Dataset.from_dict(table).map(
                 _encode_batch,
                 batched=True,
                 batch_size=500,
@@ -209,8 +211,8 @@ def _encode_lines(
                 remove_columns=["start", "size"],
                 features=features,
                 fn_kwargs={"path": str(path), "encoder": encoder, "max_seq_length": max_seq_length},
-                cache_file_name=str(cache_dir / f"{fingerprint}-{num_proc}.arrow"),
-                new_fingerprint=f"{fingerprint}-{num_proc}",
+                cache_file_name=str(folder / "rows.arrow"),
+                new_fingerprint=fingerprint,
                 desc="Encoding rows",
             )
     except RuntimeError as error:
@@ -244,15 +246,18 @@ def _encode_batch(
     batch: dict[str, list[int]], path: str, encoder: ChatEncoder, max_seq_length: int
 ) -> dict[str, list[Any]]:
     parsed: list[Conversation | RowError] = []
-    with Path(path).open("rb") as file:
-        for start, size in zip(batch["start"], batch["size"], strict=True):
-            if size > _MAX_ROW_BYTES:
-                parsed.append(
-                    RowError(f"the line has {size:,} bytes, more than {_MAX_ROW_BYTES:,}; fix: split the row")
-                )
-                continue
-            file.seek(start)
-            parsed.append(_parse_line(file.read(size)))
+    try:
+        with Path(path).open("rb") as file:
+            for start, size in zip(batch["start"], batch["size"], strict=True):
+                if size > _MAX_ROW_BYTES:
+                    parsed.append(
+                        RowError(f"the line has {size:,} bytes, more than {_MAX_ROW_BYTES:,}; fix: split the row")
+                    )
+                    continue
+                file.seek(start)
+                parsed.append(_parse_line(file.read(size)))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read any more: {error}", "data_file_missing") from error
     try:
         encoded = iter(encoder.encode_batch([item for item in parsed if isinstance(item, Conversation)]))
     except ConfigError as error:

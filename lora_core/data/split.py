@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_core.data.counts import EncodedFile, RowFacts
-from lora_core.errors import DataError, counted
+from lora_core.errors import DataError
 
 
 def hold_out(encoded: EncodedFile, fraction: float, seed: int) -> tuple[EncodedFile, EncodedFile]:

@@ -256,6 +256,29 @@ def check_template_system(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def check_template_date(facts: Facts) -> Iterator[Finding]:
+    """The chat template writes a date into each row.
+
+    The rows have the date of the day on which they were encoded, and keep it for as long as they come from
+    `data.cache_dir`; in use the template writes the date of that day.
+
+    No action is needed. To encode the rows with today's date, use another `data.cache_dir`; for a template without a
+    date, `data.chat_template=FILE.jinja`.
+    """
+    template = str(facts.tokenizer.chat_template)
+    dates = sorted({data.encoded_on for data in (facts.train_data, facts.eval_data) if data is not None})
+    if "strftime_now" in template:
+        said = f"writes the date of the day: the encoded rows have {' and '.join(dates)}, the day they were encoded on"
+    elif "date_string" in template:
+        said = (
+            f"writes a date (date_string): the rows, encoded on {' and '.join(dates)}, have the one that the template "
+            "falls back to, because none is passed"
+        )
+    else:
+        return
+    yield Finding("template_uses_date", "note", f"the chat template {said}", dates[-1], None, None)
+
+
 def check_held_out(facts: Facts) -> Iterator[Finding]:
     """There is no eval set.
 

@@ -67,7 +67,10 @@ def save_adapter(
 
 
 def model_card(config: RunConfig, counts: RowCounts) -> str:
-    """What someone who finds the adapter needs to know, the rows of its training file included. Names are escaped: Markdown may hold HTML."""
+    """What someone who finds the adapter needs to know, and what became of the rows that it was to be trained on.
+
+    Names are escaped: Markdown may hold HTML.
+    """
     targets = config.lora.target_modules
     modules = html.escape(targets if isinstance(targets, str) else ", ".join(targets))
     front_matter = {

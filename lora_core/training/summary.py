@@ -55,7 +55,7 @@ class Summary:
     num_train_conversations: int
     """Training examples."""
     num_dropped_conversations: int
-    """Rows of the training file that are neither trained on nor in the eval set, whatever share of it is the eval set."""
+    """Of the whole training file, whatever share of it is the eval set."""
     train_rows: dict[str, int]
     """`RowCounts` of the whole training file: read = trained + eval + dropped."""
     eval_rows: dict[str, int] | None

@@ -34,7 +34,8 @@ def test_rows_come_back_as_encode_chat_gives_them(write_rows: Any, tokenizer: Pr
 def test_several_processes_give_the_same_rows_in_order(write_rows: Any, tokenizer: PreTrainedTokenizerFast) -> None:
     path = write_rows([chat(f"question {i}", f"answer {i}") for i in range(1200)])
     one = encode(path, tokenizer, num_proc=1)
-    two = encode(path, tokenizer, num_proc=2)
+    two = encode(path, tokenizer, num_proc=2, cache_dir=path.parent / "another")
+    assert len(list((path.parent / "another").glob("*/*.arrow"))) == 2
     assert one.dataset.to_dict() == two.dataset.to_dict()
     assert one.counts == two.counts
 

@@ -44,7 +44,7 @@ def file_of(rows: list[tuple[str, int, int]]) -> EncodedFile:
         "num_supervised": supervised,
         "truncated_tokens": [n % 2 for n in num_tokens],
         "truncated_supervised": [n % 2 for n in num_tokens],
-        **{key: no for key in ("has_empty_reply", "holds_special_text", "cut_at_border", "has_doubled_bos")},
+        **dict.fromkeys(("has_empty_reply", "holds_special_text", "cut_at_border", "has_doubled_bos"), no),
         "has_system_turn": no,
         "exact_key": [exact for _, exact, _ in rows],
         "text_key": [text for _, _, text in rows],
