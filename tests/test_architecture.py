@@ -32,6 +32,8 @@ ORDER: dict[str, list[str]] = {
         "mask_reader",
         "counts",
         "packing",
+        "split",
+        "cache",
         "encoded",
         "in_memory",
     ],

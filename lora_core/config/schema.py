@@ -61,7 +61,8 @@ class DataConfig(Section):
     train_file: str = Field(default="data/train.jsonl", description="chat JSONL, one row per line")
     eval_file: str | None = Field(default=None, description="the eval set, chat JSONL; not together with eval_fraction")
     eval_fraction: Fraction = Field(
-        default=0.0, description="share of the rows of train_file that becomes the eval set; 0 is none"
+        default=0.0,
+        description="share of the rows of train_file that becomes the eval set, duplicates kept together; 0 is none",
     )
     max_seq_length: PositiveInt = Field(
         default=1024, description="a longer row is truncated to so many tokens, and counted"
@@ -87,6 +88,10 @@ class DataConfig(Section):
         default=None, description="processes that encode rows; null is one per core for large files"
     )
     cache_dir: str = Field(default="~/.cache/lora_core/encoded", description="where encoded rows are kept between runs")
+    cache_limit_gib: Annotated[float, Field(gt=0)] = Field(
+        default=20.0,
+        description="size of cache_dir above which encoded rows that were not used for longest are removed, in GiB",
+    )
 
     @model_validator(mode="after")
     def _arguments_of_the_template(self) -> DataConfig:

@@ -1,4 +1,4 @@
-"""What became of every row of a file: read = kept + dropped, by reason."""
+"""What became of every row of a file: read = trained + eval + dropped, by reason."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RowCounts:
-    """What became of the rows of one file: read = kept + dropped_bad + dropped_unsupervised."""
+    """What became of the rows of one file: read = kept + dropped_bad + dropped_unsupervised.
+
+    Of the whole file, also where a share of it is the eval set: kept = trained + eval.
+    """
 
     read: int
     kept: int
@@ -35,27 +38,44 @@ class RowCounts:
     supervised_tokens: int
     longest: int
     """Tokens of the longest row before truncation."""
+    eval: int = 0
+    """Kept rows that were split off as the eval set (data.eval_fraction)."""
+    eval_tokens: int = 0
+    """Of `tokens`, those in the eval set."""
+    eval_supervised_tokens: int = 0
 
     @property
     def dropped(self) -> int:
         return self.dropped_bad + self.dropped_unsupervised
 
     def to_dict(self) -> dict[str, int]:
-        return asdict(self)
+        """With `trained`, where a share of the file is the eval set."""
+        return asdict(self) | ({"trained": self.kept - self.eval} if self.eval else {})
 
     def __str__(self) -> str:
-        text = f"{counted(self.read, 'row')} read, {self.kept:,} kept"
+        """`100 rows read = 45 trained + 5 eval + 50 dropped without loss tokens; 1,900 tokens (1,800 + 100), ...`."""
+        text = f"{counted(self.read, 'row')} read"
+        text += f" = {self.kept - self.eval:,} trained + {self.eval:,} eval" if self.eval else f", {self.kept:,} kept"
+        comma = " + " if self.eval else ", "
         if self.dropped_bad:
-            text += f", {self.dropped_bad:,} dropped as unreadable"
+            text += f"{comma}{self.dropped_bad:,} dropped as unreadable"
         if self.dropped_unsupervised:
-            text += f", {self.dropped_unsupervised:,} dropped without loss tokens"
-        text += f"; {self.tokens:,} tokens, {self.supervised_tokens:,} of them loss tokens"
+            text += f"{comma}{self.dropped_unsupervised:,} dropped without loss tokens"
+        tokens = _and_parts(self.tokens, self.eval_tokens)
+        text += (
+            f"; {tokens} tokens, {_and_parts(self.supervised_tokens, self.eval_supervised_tokens)} of them loss tokens"
+        )
         if self.truncated:
             text += (
                 f"; {counted(self.truncated, 'row')} truncated, losing {counted(self.truncated_tokens, 'token')} "
                 f"({counted(self.truncated_supervised_tokens, 'loss token')})"
             )
         return text
+
+
+def _and_parts(whole: int, in_eval: int) -> str:
+    """`1,900 (1,800 + 100)`: those trained on and those of the eval set."""
+    return f"{whole:,} ({whole - in_eval:,} + {in_eval:,})" if in_eval else f"{whole:,}"
 
 
 @dataclass(frozen=True)
@@ -68,6 +88,8 @@ class RowFacts:
     """Tokens before truncation; 0 for an unreadable row."""
     is_bad: npt.NDArray[np.bool_]
     is_unsupervised: npt.NDArray[np.bool_]
+    num_supervised: npt.NDArray[np.int64]
+    """Loss tokens, after truncation."""
     lost_supervised: npt.NDArray[np.int64]
     """Loss tokens past max_seq_length."""
     has_empty_reply: npt.NDArray[np.bool_]
@@ -86,21 +108,33 @@ class RowFacts:
         """The line numbers of the chosen rows."""
         return [int(line) for line in self.line[chosen]]
 
-    def select(self, rows: npt.NDArray[Any]) -> RowFacts:
-        return RowFacts(**{name: values[rows] for name, values in vars(self).items()})
-
 
 @dataclass(frozen=True)
 class EncodedFile:
-    """The kept rows of a file, encoded."""
+    """The kept rows of a file, encoded, or a part of them (data.eval_fraction)."""
 
     dataset: Dataset
     """Columns input_ids (list of int32), loss_mask (list of bool), line (1-based line in the file)."""
     lengths: npt.NDArray[np.int64]
     """(num_rows,) tokens of each row."""
     counts: RowCounts
+    """Of the whole file."""
     rows: RowFacts
-    """Of all rows that were read."""
+    """Of all rows that were read from the file, whichever became of them."""
+    indices: npt.NDArray[np.int64]
+    """(num_rows,) where in `rows` each row of `dataset` is."""
+    encoded_on: str = ""
+    """The date on which the rows were encoded, as 2025-07-31."""
+
+    @property
+    def num_supervised(self) -> int:
+        """Loss tokens in `dataset`."""
+        return int(self.rows.num_supervised[self.indices].sum())
+
+    @property
+    def is_part(self) -> bool:
+        """Whether some kept rows of the file are not here, but in the other set."""
+        return len(self.indices) < self.counts.kept
 
 
 def account(
@@ -118,6 +152,7 @@ def account(
         length=list_lengths(encoded) + truncated,
         is_bad=bad,
         is_unsupervised=~bad & (supervised == 0),
+        num_supervised=supervised,
         lost_supervised=column("truncated_supervised"),
         has_empty_reply=column("has_empty_reply"),
         holds_special_text=column("holds_special_text"),
@@ -155,7 +190,9 @@ def account(
             + ("; fix: a larger data.max_seq_length" if counts.truncated_supervised_tokens else ""),
             "no_rows_left",
         )
-    return EncodedFile(dataset.select_columns(["input_ids", "loss_mask", "line"]), lengths, counts, rows)
+    return EncodedFile(
+        dataset.select_columns(["input_ids", "loss_mask", "line"]), lengths, counts, rows, np.flatnonzero(kept)
+    )
 
 
 def _one_line_for_each_problem(path: Path, lines: Sequence[int], problems: Sequence[str]) -> list[str]:

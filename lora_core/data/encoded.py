@@ -1,8 +1,8 @@
 """A chat JSONL -> an encoded dataset on disk, memory-mapped, with every row accounted for.
 
 Only byte offsets of the lines are kept in memory (16 bytes a row). Rows are read, encoded in batches over several
-processes, and written to an Arrow file whose name is a hash of all that decides its content: the file's bytes, the
-tokenizer, the template, the length limit and this code. A second start reads that file.
+processes, and written to Arrow files in a folder whose name is a hash of all that decides their content: the file's
+bytes, the tokenizer, the template, the length limit and this code. A second start reads those (cache.py).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +23,15 @@ import numpy.typing as npt
 
 from lora_core.config.schema import RunConfig
 from lora_core.data import chat, messages, template
+from lora_core.data.cache import cache_folder, make_entry, naming_cache_folder, take_entry
 from lora_core.data.chat import ChatEncoder, EncodedChat
-from lora_core.data.counts import EncodedFile, RowCounts, account
+from lora_core.data.counts import EncodedFile, account
 from lora_core.data.messages import Conversation, parse_json_row
+from lora_core.data.split import hold_out
 from lora_core.errors import ConfigError, DataError, RowError
 from lora_core.untrusted.limits import allowed_cores
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 # Forking and joining worker processes costs more than encoding a few thousand rows, which one process does with the
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 _ROWS_WORTH_A_PROCESS = 2_500
 # A row this long has some million tokens, of which max_seq_length are kept; tokenizing it takes 100 bytes each.
 _MAX_ROW_BYTES = 10_000_000
+_WORD = re.compile(r"\w+")
 
 
 def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[EncodedFile, EncodedFile | None]:
@@ -50,6 +53,7 @@ def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[En
             cache_dir=config.data.cache_dir,
             on_bad_row=config.data.on_bad_row,
             num_proc=config.data.num_proc,
+            cache_limit_gib=config.data.cache_limit_gib,
         )
 
     train_data = encode(config.data.train_file)
@@ -76,6 +80,7 @@ def encode_file(
     cache_dir: str | Path,
     on_bad_row: str = "error",
     num_proc: int | None = None,
+    cache_limit_gib: float = 20.0,
 ) -> EncodedFile:
     """Encode a chat JSONL, or take the result of an earlier call from `cache_dir`.
 
@@ -83,8 +88,11 @@ def encode_file(
         max_seq_length: longer rows are truncated to so many tokens.
         on_bad_row: "error" or "skip".
         num_proc: worker processes; None is one per core when there are enough rows to pay for them.
+        cache_limit_gib: once rows are encoded, those of earlier calls that were not used for longest are removed from
+            `cache_dir` until it is below this size, with a line on standard error.
 
     Raises:
+        ConfigError: `cache_dir` cannot be written to, or the disk is full.
         DataError: the file is missing, empty or not JSONL; a row is bad (up to 20 problems are listed, as
             file:line, unless on_bad_row is "skip"); or no row is left to train on.
     """
@@ -97,19 +105,18 @@ def encode_file(
         num_proc = min(allowed_cores(), max(1, len(starts) // _ROWS_WORTH_A_PROCESS))
     encoder = ChatEncoder(tokenizer)
     fingerprint = _fingerprint(path, tokenizer, max_seq_length)
-    encoded = _encode_lines(
-        path,
-        starts,
-        sizes,
-        lines,
-        encoder,
-        max_seq_length,
-        Path(cache_dir).expanduser(),
-        fingerprint,
-        num_proc,
-    )
+    folder = cache_folder(cache_dir)
+
+    def fill(new: Path) -> None:
+        table = {"start": starts, "size": sizes, "line": lines}
+        _encode_lines(path, table, encoder, max_seq_length, new, fingerprint, num_proc)
+
+    with naming_cache_folder(folder):
+        entry = take_entry(folder, fingerprint) or make_entry(folder, fingerprint, fill, cache_limit_gib)
+        encoded = entry.open()
     problems = encoded.with_format("numpy")["problem"]
-    return account(path, encoded, np.asarray(problems[:]), on_bad_row, max_seq_length)
+    counted_rows = account(path, encoded, np.asarray(problems[:]), on_bad_row, max_seq_length)
+    return replace(counted_rows, encoded_on=entry.encoded_on)
 
 
 def _line_table(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -165,20 +172,17 @@ def _fingerprint(path: Path, tokenizer: PreTrainedTokenizerBase, max_seq_length:
 
 def _encode_lines(
     path: Path,
-    starts: npt.NDArray[np.int64],
-    sizes: npt.NDArray[np.int64],
-    lines: npt.NDArray[np.int64],
+    table: dict[str, npt.NDArray[np.int64]],
     encoder: ChatEncoder,
     max_seq_length: int,
-    cache_dir: Path,
+    folder: Path,
     fingerprint: str,
     num_proc: int,
-) -> Dataset:
+) -> None:
+    """Write `rows*.arrow` to the folder."""
     from datasets import Dataset, Features, Value
     from datasets import List as ListOf
 
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    table = Dataset.from_dict({"start": starts, "size": sizes, "line": lines})
     features = Features(
         {
             "input_ids": ListOf(Value("int32")),
@@ -199,7 +203,7 @@ def _encode_lines(
     )
     try:
         with nullcontext() if num_proc == 1 else _no_tokenizer_threads():
-            return table.map(
+            Dataset.from_dict(table).map(
                 _encode_batch,
                 batched=True,
                 batch_size=500,
@@ -207,8 +211,8 @@ def _encode_lines(
                 remove_columns=["start", "size"],
                 features=features,
                 fn_kwargs={"path": str(path), "encoder": encoder, "max_seq_length": max_seq_length},
-                cache_file_name=str(cache_dir / f"{fingerprint}-{num_proc}.arrow"),
-                new_fingerprint=f"{fingerprint}-{num_proc}",
+                cache_file_name=str(folder / "rows.arrow"),
+                new_fingerprint=fingerprint,
                 desc="Encoding rows",
             )
     except RuntimeError as error:
@@ -242,15 +246,18 @@ def _encode_batch(
     batch: dict[str, list[int]], path: str, encoder: ChatEncoder, max_seq_length: int
 ) -> dict[str, list[Any]]:
     parsed: list[Conversation | RowError] = []
-    with Path(path).open("rb") as file:
-        for start, size in zip(batch["start"], batch["size"], strict=True):
-            if size > _MAX_ROW_BYTES:
-                parsed.append(
-                    RowError(f"the line has {size:,} bytes, more than {_MAX_ROW_BYTES:,}; fix: split the row")
-                )
-                continue
-            file.seek(start)
-            parsed.append(_parse_line(file.read(size)))
+    try:
+        with Path(path).open("rb") as file:
+            for start, size in zip(batch["start"], batch["size"], strict=True):
+                if size > _MAX_ROW_BYTES:
+                    parsed.append(
+                        RowError(f"the line has {size:,} bytes, more than {_MAX_ROW_BYTES:,}; fix: split the row")
+                    )
+                    continue
+                file.seek(start)
+                parsed.append(_parse_line(file.read(size)))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read any more: {error}", "data_file_missing") from error
     try:
         encoded = iter(encoder.encode_batch([item for item in parsed if isinstance(item, Conversation)]))
     except ConfigError as error:
@@ -305,9 +312,16 @@ def _has_system_turn(conversation: Conversation) -> bool:
 
 
 def _words(conversation: Conversation) -> str:
-    """A row's text without case, white space and punctuation: what near duplicates have in common."""
-    turns = (f"{message['role']} {message['content']}" for message in conversation.messages)
-    return " ".join(re.findall(r"\w+", " ".join(turns).casefold()))
+    """A row's text without case, white space and punctuation: what near duplicates have in common.
+
+    A turn without a word, such as one of emoji or a call alone, counts with all that it holds.
+    """
+    turns = []
+    for message in conversation.messages:
+        calls = " ".join(template.strings(message["tool_calls"])) if "tool_calls" in message else ""
+        text = f"{message['content']} {calls}".casefold()
+        turns.append(f"{message['role']} {' '.join(_WORD.findall(text)) or text.strip()}")
+    return "\n".join(turns)
 
 
 def _key(content: bytes) -> int:
@@ -322,42 +336,3 @@ def _parse_line(raw: bytes) -> Conversation | RowError:
         return RowError(f"not UTF-8 at byte {error.start} of the line; fix: save the file as UTF-8")
     except RowError as error:
         return error
-
-
-def hold_out(encoded: EncodedFile, fraction: float, seed: int) -> tuple[EncodedFile, EncodedFile]:
-    """Split off a seeded share of the rows: (training set, eval set). At least one row goes to each side.
-
-    Raises:
-        DataError: there are fewer than two rows.
-    """
-    num_rows = len(encoded.lengths)
-    if num_rows < 2:
-        raise DataError(
-            f"data.eval_fraction={fraction} needs at least 2 rows, and {num_rows} was kept; fix: data.eval_fraction=0"
-        )
-    num_held_out = min(num_rows - 1, max(1, round(num_rows * fraction)))
-    order = np.random.default_rng([seed, 0xE7A1]).permutation(num_rows)
-    held_out, train = np.sort(order[:num_held_out]), np.sort(order[num_held_out:])
-    return _subset(encoded, train), _subset(encoded, held_out)
-
-
-def _subset(encoded: EncodedFile, rows: npt.NDArray[np.int64]) -> EncodedFile:
-    dataset = encoded.dataset.select(rows)
-    lengths = encoded.lengths[rows]
-    supervised = sum(sum(mask) for mask in dataset["loss_mask"])
-    kept = np.flatnonzero(~encoded.rows.is_bad & ~encoded.rows.is_unsupervised)
-    facts = encoded.rows.select(kept[rows])
-    # The whole file's reading is accounted for by its own counts; these are the part's.
-    counts = RowCounts(
-        read=len(rows),
-        kept=len(rows),
-        dropped_bad=0,
-        dropped_unsupervised=0,
-        truncated=int((facts.length > lengths).sum()),
-        truncated_tokens=int((facts.length - lengths).sum()),
-        truncated_supervised_tokens=int(facts.lost_supervised.sum()),
-        tokens=int(lengths.sum()),
-        supervised_tokens=supervised,
-        longest=int(facts.length.max()),
-    )
-    return EncodedFile(dataset, lengths, counts, facts)

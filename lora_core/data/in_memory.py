@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_core.config.load import with_overrides
 from lora_core.config.schema import RunConfig
+from lora_core.data.cache import cache_folder, naming_cache_folder
 from lora_core.errors import DataError
 
 
@@ -24,14 +25,18 @@ def with_rows(
 
     Raises:
         DataError: there are no rows, or one holds what JSON cannot.
+        ConfigError: data.cache_dir cannot be written to, or the disk is full.
     """
-    folder = Path(config.data.cache_dir).expanduser() / "rows"
+    if rows is None and eval_rows is None:
+        return config
+    folder = cache_folder(config.data.cache_dir)
     files = {"train_file": (rows, "rows"), "eval_file": (eval_rows, "eval_rows")}
-    overrides = [
-        f"data.{key}={json.dumps(str(_write(given, name, folder)))}"
-        for key, (given, name) in files.items()
-        if given is not None
-    ]
+    with naming_cache_folder(folder):
+        overrides = [
+            f"data.{key}={json.dumps(str(_write(given, name, folder / 'rows')))}"
+            for key, (given, name) in files.items()
+            if given is not None
+        ]
     return with_overrides(config, overrides)
 
 

@@ -54,7 +54,7 @@ def largest_cut(
     lengths = np.minimum(
         data.lengths, max_seq_length
     )  # the limit may be shorter than the one that rows were truncated to
-    loss_share = data.counts.supervised_tokens / data.counts.tokens
+    loss_share = data.num_supervised / int(data.lengths.sum())
     cuts = [c for rank in range(num_processes) for c in batching.cut(rows, lengths, num_processes, rank)]
     made = (
         MicroBatch(

@@ -159,13 +159,21 @@ def report(facts: Facts, findings: Sequence[Finding]) -> dict[str, Any]:
         "plan": plan,
         "data": {
             "train": _describe_file(facts.train_data, config.train_file, config.max_seq_length),
-            "eval": _describe_file(facts.eval_data, eval_source(config), config.max_seq_length)
-            if facts.eval_data
-            else None,
+            "eval": _describe_eval(facts),
         },
         "memory": facts.memory.to_dict() if facts.memory else None,
         "findings": [finding.to_dict() for finding in findings],
     }
+
+
+def _describe_eval(facts: Facts) -> dict[str, Any] | None:
+    """Of an eval set that is a share of the training file only its size: the file's counts say the rest."""
+    config, data = facts.config.data, facts.eval_data
+    if data is None:
+        return None
+    if config.eval_file is None:
+        return {"file": eval_source(config), "examples": len(data.lengths)}
+    return _describe_file(data, config.eval_file, config.max_seq_length)
 
 
 def _describe_file(data: EncodedFile, name: str, max_seq_length: int) -> dict[str, Any]:
@@ -173,6 +181,7 @@ def _describe_file(data: EncodedFile, name: str, max_seq_length: int) -> dict[st
     counts, edges = np.histogram(lengths, bins=min(30, max(1, int(np.ptp(lengths)))))
     return {
         "file": name,
+        "examples": len(data.lengths),
         "counts": data.counts.to_dict(),
         "max_seq_length": max_seq_length,
         "lengths": {
@@ -192,7 +201,7 @@ def describe(facts: Facts) -> str:
         f"train: {config.data.train_file}: {facts.train_data.counts}",
         f"       tokens per row: {_describe_lengths(facts.train_data)}; max_seq_length {config.data.max_seq_length:,}",
     ]
-    if facts.eval_data is not None:
+    if facts.eval_data is not None and config.data.eval_file is not None:
         lines.append(f"eval:  {eval_source(config.data)}: {facts.eval_data.counts}")
     lines.append(_describe_processes(facts))
     lines.append(str(facts.memory or "predicted peak memory: not known"))

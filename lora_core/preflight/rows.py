@@ -119,7 +119,8 @@ def check_turn_end(facts: Facts) -> Iterator[Finding]:
 def check_duplicates(facts: Facts) -> Iterator[Finding]:
     """The file has duplicate rows: the same tokens as an earlier row.
 
-    A duplicate row is trained on twice as often, and one that ends up in the eval set rewards memorising.
+    A duplicate row is trained on twice as often. With `data.eval_fraction`, rows with the same tokens or words stay
+    together, in the training set or in the eval set.
 
     Remove the duplicates, unless they are intended.
     """
@@ -255,6 +256,29 @@ def check_template_system(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def check_template_date(facts: Facts) -> Iterator[Finding]:
+    """The chat template writes a date into each row.
+
+    The rows have the date of the day on which they were encoded, and keep it for as long as they come from
+    `data.cache_dir`; in use the template writes the date of that day.
+
+    No action is needed. To encode the rows with today's date, use another `data.cache_dir`; for a template without a
+    date, `data.chat_template=FILE.jinja`.
+    """
+    template = str(facts.tokenizer.chat_template)
+    dates = sorted({data.encoded_on for data in (facts.train_data, facts.eval_data) if data is not None})
+    if "strftime_now" in template:
+        said = f"writes the date of the day: the encoded rows have {' and '.join(dates)}, the day they were encoded on"
+    elif "date_string" in template:
+        said = (
+            f"writes a date (date_string): the rows, encoded on {' and '.join(dates)}, have the one that the template "
+            "falls back to, because none is passed"
+        )
+    else:
+        return
+    yield Finding("template_uses_date", "note", f"the chat template {said}", dates[-1], None, None)
+
+
 def check_held_out(facts: Facts) -> Iterator[Finding]:
     """There is no eval set.
 
@@ -280,7 +304,7 @@ def check_overlap(facts: Facts) -> Iterator[Finding]:
 
     Remove them from one of the two.
     """
-    if facts.eval_data is None:
+    if facts.eval_data is None or facts.config.data.eval_file is None:  # a share of one file keeps duplicates together
         return
     rows, eval_rows = facts.train_data.rows, facts.eval_data.rows
     exact = ~rows.is_bad & np.isin(rows.exact_key, eval_rows.exact_key[~eval_rows.is_bad])

@@ -225,6 +225,8 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
 _COUNTS = {
     "rows read": ("counts", "read"),
     "examples kept": ("counts", "kept"),
+    "of them trained on": ("counts", "trained"),
+    "of them in the eval set": ("counts", "eval"),
     "rows dropped, unreadable": ("counts", "dropped_bad"),
     "rows dropped, no loss tokens": ("counts", "dropped_unsupervised"),
     "examples truncated to max_seq_length": ("counts", "truncated"),
@@ -238,16 +240,19 @@ _COUNTS = {
     "length p99, tokens": ("lengths", "p99"),
     "length max, tokens": ("lengths", "max"),
 }
+# Only where a share of the training file is the eval set.
+_OF_A_SPLIT = (("counts", "trained"), ("counts", "eval"))
 
 
 def _counts(run: Run) -> dict[str, Any]:
-    """A table with a column for the training rows and one for the eval set, if there is one."""
+    """A table with a column for the training file and one for the eval set, if that is a file of its own."""
     titles = {"train": "training", "eval": "eval set"}
-    files = [name for name in titles if run.get("preflight", "data", name)]
+    files = [name for name in titles if run.get("preflight", "data", name, "counts")]
     heads = [f"{titles[name]}: {setting_text(run.get('preflight', 'data', name, 'file'))}" for name in files]
     rows = [
         (label, [number_text(run.number("preflight", "data", name, *keys)) for name in files])
         for label, keys in _COUNTS.items()
+        if keys not in _OF_A_SPLIT or run.count("preflight", "data", "train", *keys)
     ]
     return {"heads": ["", *heads], "rows": rows if files else []}
 

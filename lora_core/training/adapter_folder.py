@@ -14,6 +14,7 @@ from torch import nn
 
 from lora_core._version import __version__
 from lora_core.config.schema import RunConfig
+from lora_core.data.counts import RowCounts
 from lora_core.model.base import load_base_model
 from lora_core.model.lora_linear import use_lean_lora
 from lora_core.runtime.devices import with_precision
@@ -46,6 +47,7 @@ def save_adapter(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,
+    counts: RowCounts,
     path: Path,
 ) -> None:
     """Write the adapter as PEFT does, with tokenizer and model card; the folder appears whole or not at all."""
@@ -57,15 +59,18 @@ def save_adapter(
         with whole_folder(path) as folder:
             adapted.save_pretrained(folder, state_dict=adapter_state, save_embedding_layers=False)
             tokenizer.save_pretrained(folder)
-            write_text(folder / "README.md", model_card(config))
+            write_text(folder / "README.md", model_card(config, counts))
             # PEFT wrote the model's name into it.
             adapter_config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
             write_json(folder / "adapter_config.json", adapter_config)
     accelerator.wait_for_everyone()
 
 
-def model_card(config: RunConfig) -> str:
-    """What someone who finds the adapter needs to know. Names are escaped: Markdown may hold HTML."""
+def model_card(config: RunConfig, counts: RowCounts) -> str:
+    """What someone who finds the adapter needs to know, and what became of the rows that it was to be trained on.
+
+    Names are escaped: Markdown may hold HTML.
+    """
     targets = config.lora.target_modules
     modules = html.escape(targets if isinstance(targets, str) else ", ".join(targets))
     front_matter = {
@@ -82,7 +87,7 @@ def model_card(config: RunConfig) -> str:
 # LoRA adapter for {html.escape(config.model.name_or_path)}
 
 Rank {config.lora.rank}, alpha {config.lora.alpha}, on {modules}; learning rate {train.learning_rate:g}, {length};
-trained with lora_core {__version__}.
+trained with lora_core {__version__}. Of the training file: {counts}.
 
 ```python
 from peft import AutoPeftModelForCausalLM

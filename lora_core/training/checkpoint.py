@@ -44,6 +44,7 @@ _FREE_KEYS = frozenset(
         "output_dir",
         "overwrite_output_dir",
         "data.cache_dir",
+        "data.cache_limit_gib",
         "data.num_proc",
         "train.logging_steps",
         "train.max_skipped_steps",
@@ -282,7 +283,8 @@ def data_hash(train_data: EncodedFile, eval_data: EncodedFile | None) -> str:
     digest = hashlib.sha256()
     for data in (train_data, eval_data):
         if data is not None:
-            digest.update(data.rows.exact_key.tobytes() + data.lengths.tobytes())
+            keys = data.rows.exact_key[data.indices] if data.is_part else data.rows.exact_key
+            digest.update(keys.tobytes() + data.lengths.tobytes())
     return digest.hexdigest()
 
 

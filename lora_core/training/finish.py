@@ -39,7 +39,7 @@ def finish(run: Run, started: float) -> Summary:
     examples = run.example_losses.get(adapter_step) or run.measure_examples()
     replies = run.reply("after")
     adapter_dir = run.folder / "adapter"
-    save_adapter(run.accelerator, run.model, run.facts.tokenizer, run.config, adapter_dir)
+    save_adapter(run.accelerator, run.model, run.facts.tokenizer, run.config, run.facts.train_data.counts, adapter_dir)
     summary = None
     if run.accelerator.is_main_process:
         comparison = finish_examples(run.folder / EVAL_EXAMPLES, examples) if examples is not None else None
@@ -128,7 +128,7 @@ def _summary(run: Run, adapter_step: int, adapter_dir: Path, comparison: Compari
         num_train_conversations=plan.num_rows,
         num_dropped_conversations=facts.train_data.counts.dropped,
         train_rows=facts.train_data.counts.to_dict(),
-        eval_rows=facts.eval_data.counts.to_dict() if facts.eval_data else None,
+        eval_rows=facts.eval_data.counts.to_dict() if facts.eval_data and run.config.data.eval_file else None,
         num_supervised_tokens=progress.num_supervised_tokens,
         num_skipped_steps=progress.num_skipped_steps,
         stopped_early_at_step=progress.step if progress.step < plan.total_optimizer_steps else None,

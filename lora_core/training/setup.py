@@ -103,7 +103,7 @@ def _set_up(
     with accelerator.main_process_first():
         train_data, eval_data = load_data(config, tokenizer)
     say(f"train: {config.data.train_file}: {train_data.counts}")
-    if eval_data is not None:
+    if eval_data is not None and config.data.eval_file is not None:
         say(f"eval:  {eval_source(config.data)}: {eval_data.counts}")
     # What the main process sees decides for all: free memory and disk differ from moment to moment.
     environment = broadcast_object_list([look_around(config, accelerator.num_processes)])[0]

@@ -55,9 +55,11 @@ class Summary:
     num_train_conversations: int
     """Training examples."""
     num_dropped_conversations: int
+    """Of the whole training file, whatever share of it is the eval set."""
     train_rows: dict[str, int]
-    """`RowCounts` of the training file."""
+    """`RowCounts` of the whole training file: read = trained + eval + dropped."""
     eval_rows: dict[str, int] | None
+    """`RowCounts` of data.eval_file; None without it."""
     num_supervised_tokens: int
     """Loss tokens trained on, over all steps."""
     num_skipped_steps: int

@@ -42,7 +42,7 @@ def check_masks(rows: str, path: str, data: EncodedFile, tokenizer: PreTrainedTo
     if in_part:
         measured += f"; {in_part:,} by text and order only"
     if data.counts.dropped:
-        measured += f"; {counted(data.counts.dropped, 'row')} dropped"
+        measured += f"; {counted(data.counts.dropped, 'row')} of the file dropped"
     problem = None
     if problems:
         more = f"; and {len(problems) - 5:,} more" if len(problems) > 5 else ""

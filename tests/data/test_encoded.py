@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_core.data.chat import encode_chat
 from lora_core.data.counts import EncodedFile
-from lora_core.data.encoded import encode_file, hold_out
+from lora_core.data.encoded import encode_file
 from lora_core.errors import DataError
 from tests.conftest import chat, make_tokenizer
 
@@ -34,7 +34,8 @@ def test_rows_come_back_as_encode_chat_gives_them(write_rows: Any, tokenizer: Pr
 def test_several_processes_give_the_same_rows_in_order(write_rows: Any, tokenizer: PreTrainedTokenizerFast) -> None:
     path = write_rows([chat(f"question {i}", f"answer {i}") for i in range(1200)])
     one = encode(path, tokenizer, num_proc=1)
-    two = encode(path, tokenizer, num_proc=2)
+    two = encode(path, tokenizer, num_proc=2, cache_dir=path.parent / "another")
+    assert len(list((path.parent / "another").glob("*/*.arrow"))) == 2
     assert one.dataset.to_dict() == two.dataset.to_dict()
     assert one.counts == two.counts
 
@@ -123,15 +124,3 @@ def test_a_second_start_reuses_the_encoded_rows_and_any_change_does_not(
     path.write_text(path.read_text() * 2)
     assert encode(path, tokenizer).counts.read == 2
     assert len(list((path.parent / "cache").iterdir())) == cached + 3
-
-
-def test_hold_out_splits_without_overlap_the_same_way_each_time(
-    write_rows: Any, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    encoded = encode(write_rows([chat(f"q{i}", f"a{i}") for i in range(20)]), tokenizer)
-    train, held_out = hold_out(encoded, 0.1, seed=42)
-    assert (train.counts.kept, held_out.counts.kept) == (18, 2)
-    assert sorted([*train.dataset["line"], *held_out.dataset["line"]]) == list(range(1, 21))
-    assert hold_out(encoded, 0.1, seed=42)[1].dataset["line"][:] == held_out.dataset["line"][:]
-    assert train.counts.supervised_tokens + held_out.counts.supervised_tokens == encoded.counts.supervised_tokens
-    assert train.lengths.tolist() == [len(row["input_ids"]) for row in train.dataset]

@@ -185,6 +185,7 @@ def test_rows_truncated_before_their_first_loss_token_are_named(find: Any, write
 
 def test_templates_that_teach_something_odd_are_told(find: Any) -> None:
     assert "<|endoftext|>" in find(template=CHATML.replace("<|im_end|>", "<|endoftext|>"))["turn_end_not_eos"].message
+    assert list(find(template="{{ strftime_now('%d %b %Y') }}" + CHATML)) == ["template_uses_date"]
 
 
 def test_a_system_turn_from_the_template_is_told_where_rows_have_none(find: Any, write_rows: Any) -> None:
@@ -245,6 +246,7 @@ def test_every_finding_that_a_check_may_yield_is_tripped_here() -> None:
         "rows_unsupervised",
         "turn_end_not_eos",
         "template_adds_system",
+        "template_uses_date",
         "bos_doubled",
         "tokens_cut_at_border",
     }

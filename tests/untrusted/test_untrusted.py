@@ -35,7 +35,7 @@ from lora_core.config.keys import config_keys
 from lora_core.config.load import load_config
 from lora_core.config.schema import DataConfig, ModelConfig, RunConfig
 from lora_core.data.chat import encode_chat
-from lora_core.data.counts import EncodedFile
+from lora_core.data.counts import EncodedFile, RowCounts
 from lora_core.data.encoded import encode_file
 from lora_core.data.template import render_chat
 from lora_core.errors import ChatTemplateError, ConfigError, DataError, LoraCoreError
@@ -619,7 +619,7 @@ def test_errors_reach_the_terminal_escaped_and_without_secrets(monkeypatch: pyte
 def test_a_hostile_name_is_text_in_the_model_card() -> None:
     name = '<script>alert(1)</script>: "x" # - [y]'
     config = RunConfig.model_validate({"model": {"name_or_path": name}, "lora": {"target_modules": ["<img src=x>"]}})
-    _, front_matter, body = model_card(config).split("---\n", 2)
+    _, front_matter, body = model_card(config, RowCounts(*[0] * 10)).split("---\n", 2)
     assert yaml.safe_load(front_matter)["base_model"] == name
     assert "<script>" not in body
     assert "<img" not in body
