@@ -1,4 +1,4 @@
-"""A chat JSONL -> an encoded dataset on disk, memory-mapped, with every row accounted for.
+"""Rows of a chat file -> an encoded dataset on disk, memory-mapped, with every row accounted for.
 
 Only byte offsets of the lines are kept in memory (16 bytes a row). Rows are read, encoded in batches over several
 processes, and written to an Arrow file whose name is a hash of all that decides its content: the file's bytes, the
@@ -12,7 +12,7 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from lora_core.config.schema import RunConfig
+from lora_core.config.schema import RunConfig, TrainFile
 from lora_core.data import chat, messages, template
 from lora_core.data.chat import ChatEncoder, EncodedChat
 from lora_core.data.counts import EncodedFile, RowCounts, account
 from lora_core.data.messages import Conversation, parse_json_row
+from lora_core.data.places import Places
+from lora_core.data.sources import as_jsonl
 from lora_core.errors import ConfigError, DataError, RowError
 from lora_core.untrusted.limits import allowed_cores
 
@@ -42,19 +44,20 @@ _MAX_ROW_BYTES = 10_000_000
 def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[EncodedFile, EncodedFile | None]:
     """The training set, and the eval set if there is one."""
 
-    def encode(path: str) -> EncodedFile:
+    def encode(given: str | Sequence[str | TrainFile], key: str) -> EncodedFile:
         return encode_file(
-            path,
+            as_jsonl(given, config.data.cache_dir, seed=config.train.seed, key=key),
             tokenizer,
+            source=given if isinstance(given, str) else config.data.train_source,
             max_seq_length=config.data.max_seq_length,
             cache_dir=config.data.cache_dir,
             on_bad_row=config.data.on_bad_row,
             num_proc=config.data.num_proc,
         )
 
-    train_data = encode(config.data.train_file)
+    train_data = encode(config.data.train_files or config.data.train_file, "data.train_file")
     if config.data.eval_file is not None:
-        return train_data, encode(config.data.eval_file)
+        return train_data, encode(config.data.eval_file, "data.eval_file")
     if config.data.eval_fraction > 0:
         return hold_out(train_data, config.data.eval_fraction, config.train.seed)
     return train_data, None
@@ -69,26 +72,31 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def encode_file(
-    path: str | Path,
+    path: str | Path | Places,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_seq_length: int,
     cache_dir: str | Path,
     on_bad_row: str = "error",
     num_proc: int | None = None,
+    source: str | None = None,
 ) -> EncodedFile:
-    """Encode a chat JSONL, or take the result of an earlier call from `cache_dir`.
+    """Encode the rows of a chat file, or take the result of an earlier call from `cache_dir`.
 
     Args:
+        path: what `data.train_file` may hold, or what `as_jsonl` made of it.
         max_seq_length: longer rows are truncated to so many tokens.
         on_bad_row: "error" or "skip".
         num_proc: worker processes; None is one per core when there are enough rows to pay for them.
+        source: what messages call all of the rows; None is `path`.
 
     Raises:
-        DataError: the file is missing, empty or not JSONL; a row is bad (up to 20 problems are listed, as
-            file:line, unless on_bad_row is "skip"); or no row is left to train on.
+        DataError: the file is missing, empty, or of a kind that is not read; a row is bad (up to 20 problems are
+            listed, as file:line, unless on_bad_row is "skip"); or no row is left to train on.
     """
-    path = Path(path)
+    places = path if isinstance(path, Places) else as_jsonl(path, cache_dir)
+    source = source or (str(path) if not isinstance(path, Places) else places.parts[0].source)
+    path = places.path
     try:
         starts, sizes, lines = _line_table(path)
     except OSError as error:
@@ -98,7 +106,7 @@ def encode_file(
     encoder = ChatEncoder(tokenizer)
     fingerprint = _fingerprint(path, tokenizer, max_seq_length)
     encoded = _encode_lines(
-        path,
+        places,
         starts,
         sizes,
         lines,
@@ -109,7 +117,7 @@ def encode_file(
         num_proc,
     )
     problems = encoded.with_format("numpy")["problem"]
-    return account(path, encoded, np.asarray(problems[:]), on_bad_row, max_seq_length)
+    return account(source, places, encoded, np.asarray(problems[:]), on_bad_row, max_seq_length)
 
 
 def _line_table(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -137,12 +145,6 @@ def _line_table(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64
                 sizes.append(end - start)
                 numbers.append(number)
             start = end + 1
-        if starts and content[starts[0] : starts[0] + 64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-            raise DataError(
-                f'{path}: holds a JSON array, but one JSON object per line is needed; fix: python -c "import json; '
-                f"[print(json.dumps(row)) for row in json.load(open('{path}'))]\" > {path.stem}.jsonl",
-                "data_not_jsonl",
-            )
     if not starts:
         raise DataError(f"{path}: every line is blank; the file must hold one JSON object per line", "data_file_empty")
     return np.array(starts), np.array(sizes), np.array(numbers)
@@ -164,7 +166,7 @@ def _fingerprint(path: Path, tokenizer: PreTrainedTokenizerBase, max_seq_length:
 
 
 def _encode_lines(
-    path: Path,
+    places: Places,
     starts: npt.NDArray[np.int64],
     sizes: npt.NDArray[np.int64],
     lines: npt.NDArray[np.int64],
@@ -206,7 +208,7 @@ def _encode_lines(
                 num_proc=num_proc if num_proc > 1 else None,
                 remove_columns=["start", "size"],
                 features=features,
-                fn_kwargs={"path": str(path), "encoder": encoder, "max_seq_length": max_seq_length},
+                fn_kwargs={"places": places, "encoder": encoder, "max_seq_length": max_seq_length},
                 cache_file_name=str(cache_dir / f"{fingerprint}-{num_proc}.arrow"),
                 new_fingerprint=f"{fingerprint}-{num_proc}",
                 desc="Encoding rows",
@@ -215,8 +217,8 @@ def _encode_lines(
         if "subprocesses has abruptly died" not in str(error):
             raise
         raise DataError(
-            f"{path}: one of {num_proc} processes that encode rows was killed: it ran out of memory, or its chat "
-            "template did not end; fix: data.num_proc=1, or another data.chat_template"
+            f"{places.parts[0].source}: one of {num_proc} processes that encode rows was killed: it ran out of memory, or "
+            "its chat template did not end; fix: data.num_proc=1, or another data.chat_template"
         ) from error
 
 
@@ -239,10 +241,10 @@ def _no_tokenizer_threads() -> Iterator[None]:
 
 
 def _encode_batch(
-    batch: dict[str, list[int]], path: str, encoder: ChatEncoder, max_seq_length: int
+    batch: dict[str, list[int]], places: Places, encoder: ChatEncoder, max_seq_length: int
 ) -> dict[str, list[Any]]:
     parsed: list[Conversation | RowError] = []
-    with Path(path).open("rb") as file:
+    with places.path.open("rb") as file:
         for start, size in zip(batch["start"], batch["size"], strict=True):
             if size > _MAX_ROW_BYTES:
                 parsed.append(
@@ -254,8 +256,8 @@ def _encode_batch(
     try:
         encoded = iter(encoder.encode_batch([item for item in parsed if isinstance(item, Conversation)]))
     except ConfigError as error:
-        lines = f"{batch['line'][0]} to {batch['line'][-1]}"
-        raise ConfigError(f"{path}, in lines {lines}: {error}", error.finding_id) from error
+        lines = places.between(batch["line"][0], batch["line"][-1])
+        raise ConfigError(f"{lines}: {error}", error.finding_id) from error
     rows = [
         _row_columns(item, item if isinstance(item, RowError) else next(encoded), encoder, max_seq_length)
         for item in parsed
@@ -360,4 +362,4 @@ def _subset(encoded: EncodedFile, rows: npt.NDArray[np.int64]) -> EncodedFile:
         supervised_tokens=supervised,
         longest=int(facts.length.max()),
     )
-    return EncodedFile(dataset, lengths, counts, facts)
+    return EncodedFile(dataset, lengths, counts, facts, encoded.places)
