@@ -217,8 +217,8 @@ def _encode_lines(
         if "subprocesses has abruptly died" not in str(error):
             raise
         raise DataError(
-            f"{places.parts[0].source}: one of {num_proc} processes that encode rows was killed: it ran out of memory, or "
-            "its chat template did not end; fix: data.num_proc=1, or another data.chat_template"
+            f"{places.parts[0].source}: one of {num_proc} processes that encode rows was killed: it ran out of memory, "
+            "or its chat template did not end; fix: data.num_proc=1, or another data.chat_template"
         ) from error
 
 

@@ -111,7 +111,7 @@ class Places:
             if path.stat().st_size != values["size"]:
                 return None
             return cls(path, tuple(Part(**part) for part in values["parts"]), tuple(values["notes"]))
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):  # written anew; a folder that cannot be used is named then
             return None
 
     def _find(self, line: int) -> tuple[Part, int]:

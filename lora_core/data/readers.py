@@ -131,14 +131,17 @@ def _table(file: BinaryIO, kind: Kind, shown: str) -> Iterator[Row]:
                 if len(cells) != len(header):
                     raise DataError(
                         f"{shown}:row {number}: has {len(cells)} cells, and the header {len(header)} (line "
-                        f"{rows.line_num}); fix: put cells with {kind.delimiter!r} or line breaks in double quotes"
+                        f"{rows.line_num}); fix: put cells with {kind.delimiter!r} or line breaks in double quotes",
+                        "data_not_table",
                     )
                 yield number, json.dumps(dict(zip(header, cells, strict=True)), ensure_ascii=False).encode()
     except csv.Error as error:
-        raise DataError(f"{shown}:row {number + 1}: not valid {kind.name}: {error} (line {rows.line_num})") from error
+        raise DataError(
+            f"{shown}:row {number + 1}: not valid {kind.name}: {error} (line {rows.line_num})", "data_not_table"
+        ) from error
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{shown}: not UTF-8 after row {number}; fix: save the file as CSV UTF-8 ({error.reason})"
+            f"{shown}: not UTF-8 after row {number}; fix: save the file as CSV UTF-8 ({error.reason})", "data_not_table"
         ) from error
 
 

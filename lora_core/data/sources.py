@@ -208,7 +208,8 @@ def _of_kind(path: Path, shown: str) -> _Source:
     try:
         return _Source(shown, path, kind_of(path, shown))
     except damage_errors() as error:
-        raise DataError(f"{shown}: cannot be read: {error}", "data_file_missing") from error
+        finding_id = "data_file_missing" if getattr(error, "errno", None) else "data_kind_unknown"  # or it is damaged
+        raise DataError(f"{shown}: cannot be read: {error}", finding_id) from error
 
 
 def _files_in(path: Path, key: str) -> list[Path]:
