@@ -100,7 +100,7 @@ def kind_of(path: Path, shown: str) -> Kind:
             target = _new_path(path, "." + binary.split()[0].lower())
             raise DataError(
                 f"{shown}: {binary} inside {compression}, which cannot be read in parts; fix: {tool} -dc "
-                f"{_quoted(path)} > {_quoted(target)}, and that file as data.train_file",
+                f"{_quoted(path)} > {_quoted(target)}, and name that file",
                 "data_kind_unknown",
             )
         return Kind(binary)
@@ -189,7 +189,7 @@ def _json_kind(path: Path, compression: str | None, shown: str) -> Kind:
                 f"{shown}: one JSON object with lists of rows under {len(keys)} keys ({names}), and 1 is read; fix: "
                 f'python -c "import json, sys; [print(json.dumps(row)) for row in json.load(open(sys.argv[1], '
                 f"encoding='utf-8'))[sys.argv[2]]]\" {_quoted(path)} {shlex.quote(keys[0])} > "
-                f"{_quoted(_new_path(path, '.rows.jsonl'))}, and that file as data.train_file",
+                f"{_quoted(_new_path(path, '.rows.jsonl'))}, and name that file",
                 "data_kind_unknown",
             )
         return Kind("a JSON object", compression, key=keys[0])
@@ -290,15 +290,15 @@ def _refusal(head: bytes, path: Path) -> str | None:
         if b"[Content_Types].xml" in head[:4096] or path.suffix.lower() in (".xlsx", ".docx", ".ods"):
             return "an Office file (.xlsx, .docx), not rows; fix: save the sheet as CSV UTF-8 and name that file"
         folder = _quoted(_new_path(path, ".files"))
-        return f"a zip archive; fix: unzip {file} -d {folder}, and data.train_file={folder}"
+        return f"a zip archive; fix: unzip {file} -d {folder}, and name that folder"
     if head[257:262] == b"ustar":
         folder = _quoted(_new_path(path, ".files"))
-        return f"a tar archive; fix: mkdir {folder} && tar -xf {file} -C {folder}, and data.train_file={folder}"
+        return f"a tar archive; fix: mkdir {folder} && tar -xf {file} -C {folder}, and name that folder"
     if start.startswith(b"version https://git-lfs"):
         target = _quoted(_new_path(path, ".lfs"))
         return (
             "a Git LFS pointer, which names the file that Git did not fetch; fix: "
-            f"git lfs smudge < {file} > {target}, and data.train_file={target}"
+            f"git lfs smudge < {file} > {target}, and name that file"
         )
     if re.match(rb"<!doctype html|<html|<head", start):
         return (
@@ -307,14 +307,18 @@ def _refusal(head: bytes, path: Path) -> str | None:
         )
     if start.startswith(b"<?xml"):
         return f"an XML file; {_NEEDED}"
+    if head and not head.strip(b"\0"):
+        return "only zero bytes: a copy or download that did not end; fix: fetch the file anew"
     encoding = _wide_encoding(head)
     if encoding is not None:
         target = _quoted(_new_path(path, f".utf8{path.suffix}"))
         command = f"iconv -f {encoding} -t UTF-8 {file} > {target}"
-        return f"{encoding} text, not UTF-8; fix: {command}, and data.train_file={target}"
+        return f"{encoding} text, not UTF-8; fix: {command}, and name that file"
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return f"a Python pickle, which is never loaded: it can run any code; {_NEEDED}"
-    name = next((name for magic, name in _MAGIC if head.startswith(magic)), None)
+    # Text may begin with ORC too, but none of these formats is without zero bytes, except a PDF.
+    is_text = b"\0" not in head and not head.startswith(b"%PDF")
+    name = None if is_text else next((name for magic, name in _MAGIC if head.startswith(magic)), None)
     return None if name is None else f"{name}; {_NEEDED}"
 
 

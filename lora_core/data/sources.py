@@ -91,7 +91,10 @@ def as_jsonl(
     """
     folder = Path(cache_dir).expanduser() / "rows"
     files = [given] if isinstance(given, (str, Path)) else given
-    sources = [source for file in files for source in _sources(file, folder, key)]
+    try:
+        sources = [source for file in files for source in _sources(file, folder, key)]
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise DataError(f"cannot be read: {error}", "data_file_missing") from error
     if len(sources) == 1 and sources[0].is_taken_as_it_is:
         assert sources[0].path is not None
         return Places.of_file(sources[0].path)
@@ -188,7 +191,7 @@ def _files_of(options: TrainFile, folder: Path, key: str) -> Iterator[_Source]:
     if options.split is not None or options.revision is not None:
         raise DataError(f"{text}: split and revision are of datasets on the hub; fix: leave them out for a file")
     if is_address:
-        yield _of_kind(_download(text, folder), text)
+        yield _of_kind(_download(text, folder), without_secrets(text))
     elif re.match(r"[a-z][a-z0-9+.-]+://", text):
         raise DataError(f"{text}: only https:// is read; fix: download it, and {key}=FILE", "data_file_missing")
     elif path.is_file():

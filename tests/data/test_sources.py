@@ -185,6 +185,7 @@ def test_lines_of_a_compressed_file_pass_as_they_are(tmp_path: Path, tokenizer: 
         '{"messages": [\n{"messages": []}\n{"messages": []}',  # a first line that was cut off
         '{"a": "' + "b" * 100 + '\n{"a": 1}',
         "Hello, world",
+        "ORC is no magic word in a text",
         '"Hi"',
     ],
 )
@@ -379,6 +380,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         gzip.compress(parquet(ROWS)),
         "Parquet inside gz, which cannot be read in parts; fix: gzip ",
     ),
+    "zeros": (bytes(5000), "only zero bytes"),
     "empty": (b"", "the file is empty"),
     "empty gz": (gzip.compress(b""), "holds no rows"),
     "half a gz": (gzip.compress(lines_of(ROWS))[:-20], "cannot be read"),
@@ -409,7 +411,7 @@ def test_a_fix_works_when_pasted_and_writes_to_no_file_that_is_there(
     before = {each: each.read_bytes() for each in Path().iterdir()}
     with pytest.raises(DataError) as caught:
         as_jsonl(path, tmp_path / "cache")
-    command = re.split(r", and (?:data|that)", str(caught.value).split("; fix: ", 1)[1])[0]
+    command = re.split(r", and name that", str(caught.value).split("; fix: ", 1)[1])[0]
     if subprocess.run(["which", shlex.split(command)[0]], capture_output=True, check=False).returncode:
         pytest.skip(f"no {shlex.split(command)[0]} here")
     subprocess.run(command, shell=True, check=True, capture_output=True)
@@ -470,6 +472,7 @@ def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(tmp_path: Path) -
         ("empty", r"no data file in this folder .*; there is: notes\.txt, sub; fix: data\.train_file=empty/\*\*"),
         ("s3://bucket/rows.jsonl", "only https:// is read; fix: download it, and data.train_file=FILE"),
         (os.devnull, "is not a regular file"),
+        ("x" * 5000, "cannot be read: .*name too long"),
     ],
 )
 def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, expected: str) -> None:
