@@ -80,10 +80,10 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def lines_of(lines: Sequence[int]) -> str:
-    """`line 4`, `lines 4, 71`; past 10 only how many more."""
+def lines_of(lines: Sequence[int], unit: str = "line") -> str:
+    """`line 4`, `lines 4, 71`; past 10 only how many more. `unit` is what a place in the file is called."""
     shown = ", ".join(map(str, lines[:10])) + (f", ... and {len(lines) - 10:,} more" if len(lines) > 10 else "")
-    return f"line{'' if len(lines) == 1 else 's'} {shown}"
+    return f"{unit}{'' if len(lines) == 1 else 's'} {shown}"
 
 
 def problem_list(title: str, problems: Sequence[str], limit: int = 20) -> str:

@@ -66,7 +66,8 @@ def _allowed(schema: Mapping[str, Any]) -> str:
     if schema["type"] == "object":
         return "a dict"
     if schema["type"] == "array":
-        return f"a list of {_KINDS[schema['items']['type']]}"
+        items = schema["items"].get("anyOf", [schema["items"]])
+        return f"a list of {' or '.join(_KINDS[item['type']] if 'type' in item else 'mapping' for item in items)}"
     kind = _KINDS[schema["type"]]
     with_article = kind if kind == "null" else f"{'an' if kind == 'int' else 'a'} {kind}"
     return f"{with_article} {_interval(schema)}".strip()

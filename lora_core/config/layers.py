@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from lora_core.config.keys import dict_keys
+from lora_core.config.schema import DEFAULT_TRAIN_FILE
 from lora_core.errors import ConfigError
 from lora_core.untrusted.text import quoted
 
@@ -164,15 +165,21 @@ def parse_overrides(overrides: Sequence[str], problems: list[str]) -> dict[str, 
     return layer
 
 
-_EITHER_OR = {"train.warmup_steps": "train.warmup_ratio", "train.warmup_ratio": "train.warmup_steps"}
+# A key that is set -> the one that it replaces, and what that becomes.
+_EITHER_OR: dict[str, tuple[str, Any]] = {
+    "train.warmup_steps": ("train.warmup_ratio", None),
+    "train.warmup_ratio": ("train.warmup_steps", None),
+    "data.train_files": ("data.train_file", DEFAULT_TRAIN_FILE),
+    "data.train_file": ("data.train_files", []),
+}
 
 
 def merge(layers: Sequence[Mapping[str, Setting]]) -> dict[str, Setting]:
-    """Later layers win. Setting either kind of warmup replaces the other kind from earlier layers."""
+    """Later layers win. Setting either kind of warmup, or of training files, replaces the other from earlier layers."""
     merged: dict[str, Setting] = {"train.warmup_ratio": Setting(0.1, "default")}
     for layer in layers:
-        for key, other in _EITHER_OR.items():
-            if key in layer and layer[key].value is not None and other not in layer:
-                merged[other] = Setting(None, layer[key].source)
+        for key, (other, unset) in _EITHER_OR.items():
+            if key in layer and layer[key].value not in (None, []) and other not in layer:
+                merged[other] = Setting(unset, layer[key].source)
         merged.update(layer)
     return merged

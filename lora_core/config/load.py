@@ -55,9 +55,9 @@ def _check(settings: Mapping[str, Setting], problems: list[str]) -> RunConfig | 
 
 
 def _holds_control_characters(value: Any) -> bool:
-    """In a str or a list of str; half a surrogate pair counts too. No path, name or word has any."""
-    if isinstance(value, list):
-        return any(_holds_control_characters(item) for item in value if isinstance(item, str))
+    """In a str, also in lists and mappings; half a surrogate pair counts too. No path, name or word has any."""
+    if isinstance(value, (list, dict)):
+        return any(map(_holds_control_characters, value.values() if isinstance(value, dict) else value))
     return isinstance(value, str) and any(unicodedata.category(character) in ("Cc", "Cs") for character in value)
 
 

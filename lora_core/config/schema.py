@@ -55,11 +55,35 @@ class LoraConfig(Section):
     use_dora: bool = Field(default=False, description="weight-decomposed update, https://arxiv.org/abs/2402.09353")
 
 
+DEFAULT_TRAIN_FILE = "data/train.jsonl"
+
+
+class TrainFile(Section):
+    """One of `data.train_files`, with how much is taken of it."""
+
+    path: str = Field(description="as data.train_file")
+    weight: Annotated[float, Field(gt=0, le=1000)] = Field(
+        default=1.0,
+        description="its rows are taken so many times; for the part after the point, a seeded choice of them",
+    )
+    split: str | None = Field(default=None, description="of a dataset on the hub; null is train")
+    revision: str | None = Field(default=None, description="of a dataset on the hub: branch, tag or commit")
+    max_rows: PositiveInt | None = Field(default=None, description="take the first so many rows; null is all")
+
+
 class DataConfig(Section):
     """The rows. Paths are relative to the folder that the command runs in."""
 
-    train_file: str = Field(default="data/train.jsonl", description="chat JSONL, one row per line")
-    eval_file: str | None = Field(default=None, description="the eval set, chat JSONL; not together with eval_fraction")
+    train_file: str = Field(
+        default=DEFAULT_TRAIN_FILE,
+        description="rows as JSONL, JSON, CSV, Parquet or Arrow: a file, folder, pattern, https:// or hub id",
+    )
+    train_files: list[str | TrainFile] = Field(
+        default=[], description="several, in place of train_file; {path, weight, split, revision, max_rows} for one"
+    )
+    eval_file: str | None = Field(
+        default=None, description="the eval set, as train_file; not together with eval_fraction"
+    )
     eval_fraction: Fraction = Field(
         default=0.0,
         description="share of the rows of train_file that becomes the eval set, duplicates kept together; 0 is none",
@@ -116,6 +140,32 @@ class DataConfig(Section):
                 "fix: data.eval_fraction=0, or data.eval_file=null"
             )
         return self
+
+    @model_validator(mode="after")
+    def _one_training_set(self) -> DataConfig:
+        if self.train_files and self.train_file != DEFAULT_TRAIN_FILE:
+            raise ValueError(
+                f"train_file={self.train_file} and train_files ({len(self.train_files)}) both name training rows; "
+                "fix: put the file into train_files, and leave train_file out"
+            )
+        repeated = [file.path for file in self.train_files if isinstance(file, TrainFile) and file.weight > 1]
+        if repeated and self.eval_fraction > 0:
+            raise ValueError(
+                f"train_files takes rows of {repeated[0]} more than once, and eval_fraction={self.eval_fraction} would "
+                "put copies of a row into both sets; fix: data.eval_file=FILE with data.eval_fraction=0, or weight: 1"
+            )
+        return self
+
+    @property
+    def train_source(self) -> str:
+        """Where the training rows come from, for messages: the file, or `a.jsonl, b.csv x 2`."""
+        if not self.train_files:
+            return self.train_file
+        names = [
+            file if isinstance(file, str) else file.path + (f" x {file.weight:g}" if file.weight != 1 else "")
+            for file in self.train_files
+        ]
+        return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
 class TrainConfig(Section):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lora_core.errors import DataError, counted, lines_of, problem_list
+from lora_core.data.places import Places
+from lora_core.errors import DataError, counted, problem_list
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -83,7 +83,7 @@ class RowFacts:
     """What is known of every row that was read, kept or not: arrays of (num_rows_read,)."""
 
     line: npt.NDArray[np.int64]
-    """1-based line in the file."""
+    """1-based line in the JSONL that is read; `EncodedFile.places` knows the user's."""
     length: npt.NDArray[np.int64]
     """Tokens before truncation; 0 for an unreadable row."""
     is_bad: npt.NDArray[np.bool_]
@@ -103,6 +103,8 @@ class RowFacts:
     """Hash of the row's tokens before truncation."""
     text_key: npt.NDArray[np.int64]
     """Hash of the row's words: case, white space and punctuation left out."""
+    is_repeat: npt.NDArray[np.bool_]
+    """The row of an earlier line, taken once more because its file has a weight."""
 
     def lines(self, chosen: npt.NDArray[np.bool_]) -> list[int]:
         """The line numbers of the chosen rows."""
@@ -114,13 +116,15 @@ class EncodedFile:
     """The kept rows of a file, encoded, or a part of them (data.eval_fraction)."""
 
     dataset: Dataset
-    """Columns input_ids (list of int32), loss_mask (list of bool), line (1-based line in the file)."""
+    """Columns input_ids (list of int32), loss_mask (list of bool), line (1-based line in the JSONL that is read)."""
     lengths: npt.NDArray[np.int64]
     """(num_rows,) tokens of each row."""
     counts: RowCounts
     """Of the whole file."""
     rows: RowFacts
     """Of all rows that were read from the file, whichever became of them."""
+    places: Places
+    """The JSONL that is read, and where its rows are in the user's files."""
     indices: npt.NDArray[np.int64]
     """(num_rows,) where in `rows` each row of `dataset` is."""
     encoded_on: str = ""
@@ -138,7 +142,7 @@ class EncodedFile:
 
 
 def account(
-    path: Path, encoded: Dataset, problems: npt.NDArray[Any], on_bad_row: str, max_seq_length: int
+    source: str, places: Places, encoded: Dataset, problems: npt.NDArray[Any], on_bad_row: str, max_seq_length: int
 ) -> EncodedFile:
     columns = encoded.with_format("numpy")
 
@@ -161,10 +165,11 @@ def account(
         has_system_turn=column("has_system_turn"),
         exact_key=column("exact_key"),
         text_key=column("text_key"),
+        is_repeat=places.repeats(column("line")),
     )
     if bad.any() and on_bad_row == "error":
-        title = f"{path}: {int(bad.sum()):,} of {counted(len(bad), 'row')} cannot be used:"
-        listed = _one_line_for_each_problem(path, rows.lines(bad), problems[bad])
+        title = f"{source}: {int(bad.sum()):,} of {counted(len(bad), 'row')} cannot be used:"
+        listed = _one_line_for_each_problem(places, rows.lines(bad), problems[bad])
         raise DataError(
             problem_list(title, listed) + "\nFix them, or drop and count them with data.on_bad_row=skip",
             "rows_unreadable",
@@ -186,23 +191,22 @@ def account(
     )
     if counts.kept == 0:
         raise DataError(
-            f"{path}: no row is left to train on ({counts}); max_seq_length is {max_seq_length}"
+            f"{source}: no row is left to train on ({counts}); max_seq_length is {max_seq_length}"
             + ("; fix: a larger data.max_seq_length" if counts.truncated_supervised_tokens else ""),
             "no_rows_left",
         )
-    return EncodedFile(
-        dataset.select_columns(["input_ids", "loss_mask", "line"]), lengths, counts, rows, np.flatnonzero(kept)
-    )
+    columns_kept = dataset.select_columns(["input_ids", "loss_mask", "line"])
+    return EncodedFile(columns_kept, lengths, counts, rows, places, np.flatnonzero(kept))
 
 
-def _one_line_for_each_problem(path: Path, lines: Sequence[int], problems: Sequence[str]) -> list[str]:
+def _one_line_for_each_problem(places: Places, lines: Sequence[int], problems: Sequence[str]) -> list[str]:
     """`rows.jsonl:4: PROBLEM`; for a problem of several rows their number and lines, at its first line."""
     lines_by_problem: dict[str, list[int]] = {}
     for line, problem in zip(lines, problems, strict=True):
         lines_by_problem.setdefault(problem, []).append(line)
     return [
-        f"{path}:{having[0]}: "
-        + (problem if len(having) == 1 else f"{len(having):,} rows: {problem} ({lines_of(having)})")
+        f"{places.place(having[0])}: "
+        + (problem if len(having) == 1 else f"{len(having):,} rows: {problem} ({places.listed(having)})")
         for problem, having in lines_by_problem.items()
     ]
 

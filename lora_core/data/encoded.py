@@ -1,4 +1,4 @@
-"""A chat JSONL -> an encoded dataset on disk, memory-mapped, with every row accounted for.
+"""Rows of a chat file -> an encoded dataset on disk, memory-mapped, with every row accounted for.
 
 Only byte offsets of the lines are kept in memory (16 bytes a row). Rows are read, encoded in batches over several
 processes, and written to Arrow files in a folder whose name is a hash of all that decides their content: the file's
@@ -12,7 +12,7 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +21,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from lora_core.config.schema import RunConfig
+from lora_core.config.schema import RunConfig, TrainFile
 from lora_core.data import chat, messages, template
 from lora_core.data.cache import cache_folder, make_entry, naming_cache_folder, take_entry
 from lora_core.data.chat import ChatEncoder, EncodedChat
 from lora_core.data.counts import EncodedFile, account
 from lora_core.data.messages import Conversation, parse_json_row
+from lora_core.data.places import Places
+from lora_core.data.sources import as_jsonl
 from lora_core.data.split import hold_out
 from lora_core.errors import ConfigError, DataError, RowError
 from lora_core.untrusted.limits import allowed_cores
@@ -45,10 +47,11 @@ _WORD = re.compile(r"\w+")
 def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[EncodedFile, EncodedFile | None]:
     """The training set, and the eval set if there is one."""
 
-    def encode(path: str) -> EncodedFile:
+    def encode(given: str | Sequence[str | TrainFile], key: str) -> EncodedFile:
         return encode_file(
-            path,
+            as_jsonl(given, config.data.cache_dir, seed=config.train.seed, key=key),
             tokenizer,
+            source=given if isinstance(given, str) else config.data.train_source,
             max_seq_length=config.data.max_seq_length,
             cache_dir=config.data.cache_dir,
             on_bad_row=config.data.on_bad_row,
@@ -56,9 +59,9 @@ def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[En
             cache_limit_gib=config.data.cache_limit_gib,
         )
 
-    train_data = encode(config.data.train_file)
+    train_data = encode(config.data.train_files or config.data.train_file, "data.train_file")
     if config.data.eval_file is not None:
-        return train_data, encode(config.data.eval_file)
+        return train_data, encode(config.data.eval_file, "data.eval_file")
     if config.data.eval_fraction > 0:
         return hold_out(train_data, config.data.eval_fraction, config.train.seed)
     return train_data, None
@@ -73,30 +76,35 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def encode_file(
-    path: str | Path,
+    path: str | Path | Places,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_seq_length: int,
     cache_dir: str | Path,
     on_bad_row: str = "error",
     num_proc: int | None = None,
+    source: str | None = None,
     cache_limit_gib: float = 20.0,
 ) -> EncodedFile:
-    """Encode a chat JSONL, or take the result of an earlier call from `cache_dir`.
+    """Encode the rows of a chat file, or take the result of an earlier call from `cache_dir`.
 
     Args:
+        path: what `data.train_file` may hold, or what `as_jsonl` made of it.
         max_seq_length: longer rows are truncated to so many tokens.
         on_bad_row: "error" or "skip".
         num_proc: worker processes; None is one per core when there are enough rows to pay for them.
+        source: what messages call all of the rows; None is `path`.
         cache_limit_gib: once rows are encoded, those of earlier calls that were not used for longest are removed from
             `cache_dir` until it is below this size, with a line on standard error.
 
     Raises:
         ConfigError: `cache_dir` cannot be written to, or the disk is full.
-        DataError: the file is missing, empty or not JSONL; a row is bad (up to 20 problems are listed, as
-            file:line, unless on_bad_row is "skip"); or no row is left to train on.
+        DataError: the file is missing, empty, or of a kind that is not read; a row is bad (up to 20 problems are
+            listed, as file:line, unless on_bad_row is "skip"); or no row is left to train on.
     """
-    path = Path(path)
+    places = path if isinstance(path, Places) else as_jsonl(path, cache_dir)
+    source = source or (str(path) if not isinstance(path, Places) else places.parts[0].source)
+    path = places.path
     try:
         starts, sizes, lines = _line_table(path)
     except OSError as error:
@@ -109,13 +117,13 @@ def encode_file(
 
     def fill(new: Path) -> None:
         table = {"start": starts, "size": sizes, "line": lines}
-        _encode_lines(path, table, encoder, max_seq_length, new, fingerprint, num_proc)
+        _encode_lines(places, table, encoder, max_seq_length, new, fingerprint, num_proc)
 
     with naming_cache_folder(folder):
         entry = take_entry(folder, fingerprint) or make_entry(folder, fingerprint, fill, cache_limit_gib)
         encoded = entry.open()
     problems = encoded.with_format("numpy")["problem"]
-    counted_rows = account(path, encoded, np.asarray(problems[:]), on_bad_row, max_seq_length)
+    counted_rows = account(source, places, encoded, np.asarray(problems[:]), on_bad_row, max_seq_length)
     return replace(counted_rows, encoded_on=entry.encoded_on)
 
 
@@ -144,12 +152,6 @@ def _line_table(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64
                 sizes.append(end - start)
                 numbers.append(number)
             start = end + 1
-        if starts and content[starts[0] : starts[0] + 64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-            raise DataError(
-                f'{path}: holds a JSON array, but one JSON object per line is needed; fix: python -c "import json; '
-                f"[print(json.dumps(row)) for row in json.load(open('{path}'))]\" > {path.stem}.jsonl",
-                "data_not_jsonl",
-            )
     if not starts:
         raise DataError(f"{path}: every line is blank; the file must hold one JSON object per line", "data_file_empty")
     return np.array(starts), np.array(sizes), np.array(numbers)
@@ -171,7 +173,7 @@ def _fingerprint(path: Path, tokenizer: PreTrainedTokenizerBase, max_seq_length:
 
 
 def _encode_lines(
-    path: Path,
+    places: Places,
     table: dict[str, npt.NDArray[np.int64]],
     encoder: ChatEncoder,
     max_seq_length: int,
@@ -210,7 +212,7 @@ def _encode_lines(
                 num_proc=num_proc if num_proc > 1 else None,
                 remove_columns=["start", "size"],
                 features=features,
-                fn_kwargs={"path": str(path), "encoder": encoder, "max_seq_length": max_seq_length},
+                fn_kwargs={"places": places, "encoder": encoder, "max_seq_length": max_seq_length},
                 cache_file_name=str(folder / "rows.arrow"),
                 new_fingerprint=fingerprint,
                 desc="Encoding rows",
@@ -219,8 +221,8 @@ def _encode_lines(
         if "subprocesses has abruptly died" not in str(error):
             raise
         raise DataError(
-            f"{path}: one of {num_proc} processes that encode rows was killed: it ran out of memory, or its chat "
-            "template did not end; fix: data.num_proc=1, or another data.chat_template"
+            f"{places.parts[0].source}: one of {num_proc} processes that encode rows was killed: it ran out of memory, "
+            "or its chat template did not end; fix: data.num_proc=1, or another data.chat_template"
         ) from error
 
 
@@ -243,11 +245,11 @@ def _no_tokenizer_threads() -> Iterator[None]:
 
 
 def _encode_batch(
-    batch: dict[str, list[int]], path: str, encoder: ChatEncoder, max_seq_length: int
+    batch: dict[str, list[int]], places: Places, encoder: ChatEncoder, max_seq_length: int
 ) -> dict[str, list[Any]]:
     parsed: list[Conversation | RowError] = []
     try:
-        with Path(path).open("rb") as file:
+        with places.path.open("rb") as file:
             for start, size in zip(batch["start"], batch["size"], strict=True):
                 if size > _MAX_ROW_BYTES:
                     parsed.append(
@@ -257,12 +259,12 @@ def _encode_batch(
                 file.seek(start)
                 parsed.append(_parse_line(file.read(size)))
     except OSError as error:
-        raise DataError(f"{path}: cannot be read any more: {error}", "data_file_missing") from error
+        raise DataError(f"{places.path}: cannot be read any more: {error}", "data_file_missing") from error
     try:
         encoded = iter(encoder.encode_batch([item for item in parsed if isinstance(item, Conversation)]))
     except ConfigError as error:
-        lines = f"{batch['line'][0]} to {batch['line'][-1]}"
-        raise ConfigError(f"{path}, in lines {lines}: {error}", error.finding_id) from error
+        lines = places.between(batch["line"][0], batch["line"][-1])
+        raise ConfigError(f"{lines}: {error}", error.finding_id) from error
     rows = [
         _row_columns(item, item if isinstance(item, RowError) else next(encoded), encoder, max_seq_length)
         for item in parsed

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 from lora_core.config.load import with_overrides
 from lora_core.config.schema import RunConfig
 from lora_core.data.cache import cache_folder, naming_cache_folder
+from lora_core.data.places import new_rows
 from lora_core.errors import DataError
 
 
@@ -42,26 +41,17 @@ def with_rows(
 
 def _write(rows: Iterable[Mapping[str, Any]], name: str, folder: Path) -> Path:
     """Write a line a row, to a file whose name is a hash of them: every process of a run gets the same."""
-    folder.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
-    temporary = folder / f".{name}.{os.getpid()}"
     number = 0
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            for number, row in enumerate(rows, start=1):
-                try:
-                    line = json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n"
-                    digest.update(line.encode())
-                except (TypeError, ValueError) as error:  # an object of some class, NaN, half a surrogate pair
-                    raise DataError(
-                        f"{name}[{number - 1}]: cannot be written as JSON: {error}; fix: a dict of str, int, float, "
-                        "bool, None, lists and dicts"
-                    ) from error
-                file.write(line)
+    with new_rows(folder, name) as written:
+        for number, row in enumerate(rows, start=1):
+            try:
+                line = json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n"
+                written.write(line.encode())
+            except (TypeError, ValueError) as error:  # an object of some class, NaN, half a surrogate pair
+                raise DataError(
+                    f"{name}[{number - 1}]: cannot be written as JSON: {error}; fix: a dict of str, int, float, "
+                    "bool, None, lists and dicts"
+                ) from error
         if number == 0:
             raise DataError(f"{name} is empty; fix: pass at least one row")
-        path = folder / f"{name}-{digest.hexdigest()[:32]}.jsonl"
-        temporary.replace(path)
-        return path
-    finally:
-        temporary.unlink(missing_ok=True)
+        return written.keep_as(folder / f"{name}-{written.hash()}.jsonl")

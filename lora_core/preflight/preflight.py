@@ -158,7 +158,7 @@ def report(facts: Facts, findings: Sequence[Finding]) -> dict[str, Any]:
     return {
         "plan": plan,
         "data": {
-            "train": _describe_file(facts.train_data, config.train_file, config.max_seq_length),
+            "train": _describe_file(facts.train_data, config.train_source, config.max_seq_length),
             "eval": _describe_eval(facts),
         },
         "memory": facts.memory.to_dict() if facts.memory else None,
@@ -198,11 +198,13 @@ def describe(facts: Facts) -> str:
     """For the terminal: rows, lengths, the plan on several numbers of processes, learning rates, memory."""
     config = facts.config
     lines = [
-        f"train: {config.data.train_file}: {facts.train_data.counts}",
+        f"train: {config.data.train_source}: {facts.train_data.counts}",
+        *(f"       {note}" for note in facts.train_data.places.notes),
         f"       tokens per row: {_describe_lengths(facts.train_data)}; max_seq_length {config.data.max_seq_length:,}",
     ]
     if facts.eval_data is not None and config.data.eval_file is not None:
         lines.append(f"eval:  {eval_source(config.data)}: {facts.eval_data.counts}")
+        lines += [f"       {note}" for note in facts.eval_data.places.notes if config.data.eval_file is not None]
     lines.append(_describe_processes(facts))
     lines.append(str(facts.memory or "predicted peak memory: not known"))
     return "\n".join(lines)
@@ -232,7 +234,7 @@ def _describe_processes(facts: Facts) -> str:
 
 def eval_source(config: DataConfig) -> str:
     """Where the eval set comes from: the file, or `10% of data/train.jsonl`."""
-    return config.eval_file or f"{100 * config.eval_fraction:g}% of {config.train_file}"
+    return config.eval_file or f"{100 * config.eval_fraction:g}% of {config.train_source}"
 
 
 def plan_for(config: RunConfig, num_rows: int, num_processes: int) -> SchedulePlan:

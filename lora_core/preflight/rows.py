@@ -7,8 +7,13 @@ from collections.abc import Iterator
 import numpy as np
 
 from lora_core.data.template import render_chat
-from lora_core.errors import ChatTemplateError, counted, lines_of
+from lora_core.errors import ChatTemplateError, counted
 from lora_core.preflight.findings import Facts, Finding, length_that_keeps
+
+
+def _places(facts: Facts, lines: list[int]) -> str:
+    """Of training rows, in the user's files."""
+    return facts.train_data.places.listed(lines)
 
 
 def check_unreadable(facts: Facts) -> Iterator[Finding]:
@@ -25,7 +30,7 @@ def check_unreadable(facts: Facts) -> Iterator[Finding]:
             "rows_unreadable",
             "warning",
             f"{len(lines)} of {counted(facts.train_data.counts.read, 'row')} cannot be read and "
-            f"{'is' if len(lines) == 1 else 'are'} dropped ({lines_of(lines)})",
+            f"{'is' if len(lines) == 1 else 'are'} dropped ({_places(facts, lines)})",
             len(lines),
             0,
             None,
@@ -49,7 +54,7 @@ def check_unsupervised(facts: Facts) -> Iterator[Finding]:
             f"{len(lines)} of {counted(facts.train_data.counts.read, 'row')} "
             f"{'has' if len(lines) == 1 else 'have'} no loss token in the first "
             f"{facts.config.data.max_seq_length:,} tokens and {'is' if len(lines) == 1 else 'are'} dropped "
-            f"({lines_of(lines)})",
+            f"({_places(facts, lines)})",
             len(lines),
             0,
             f"data.max_seq_length={longest}" if longest > facts.config.data.max_seq_length else None,
@@ -73,7 +78,7 @@ def check_truncation(facts: Facts) -> Iterator[Finding]:
             f"{'is' if counts.truncated == 1 else 'are'} truncated to {limit:,} tokens (data.max_seq_length), losing "
             f"{counted(counts.truncated_tokens, 'token')} ({counted(counts.truncated_supervised_tokens, 'loss token')})"
             f"; {keeps_99:,} keeps 99% of the rows whole, {counts.longest:,} all "
-            f"({lines_of(rows.lines(rows.length > limit))})",
+            f"({_places(facts, rows.lines(rows.length > limit))})",
             limit,
             counts.longest,
             f"data.max_seq_length={counts.longest}",
@@ -130,12 +135,13 @@ def check_duplicates(facts: Facts) -> Iterator[Finding]:
     is_copy = np.zeros(len(rows.line), dtype=np.bool_)
     is_copy[good] = True
     is_copy[good[first]] = False
+    is_copy &= ~rows.is_repeat  # asked for, with a weight
     lines = rows.lines(is_copy)
     if lines:
         yield Finding(
             "rows_duplicated",
             "warning",
-            f"{counted(len(lines), 'duplicate row')} ({lines_of(lines)})",
+            f"{counted(len(lines), 'duplicate row')} ({_places(facts, lines)})",
             len(lines),
             0,
             None,
@@ -155,8 +161,8 @@ def check_empty_replies(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "replies_empty",
             "warning",
-            f"{counted(len(lines), 'row')} with an empty assistant turn ({lines_of(lines)}): the model learns to reply "
-            "with nothing",
+            f"{counted(len(lines), 'row')} with an empty assistant turn ({_places(facts, lines)}): the model learns to "
+            "reply with nothing",
             len(lines),
             0,
             None,
@@ -177,8 +183,8 @@ def check_special_text(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "special_tokens_in_text",
             "warning",
-            f"{counted(len(lines), 'row')} with special tokens in the text ({lines_of(lines)}); they are encoded as "
-            "plain characters. Was the file rendered by a chat template before?",
+            f"{counted(len(lines), 'row')} with special tokens in the text ({_places(facts, lines)}); they are encoded "
+            "as plain characters. Was the file rendered by a chat template before?",
             len(lines),
             0,
             None,
@@ -200,7 +206,7 @@ def check_doubled_bos(facts: Facts) -> Iterator[Finding]:
             "bos_doubled",
             "warning",
             f"{counted(len(lines), 'row')} with two {facts.tokenizer.bos_token!r} at the start, both from the chat "
-            f"template ({lines_of(lines)})",
+            f"template ({_places(facts, lines)})",
             len(lines),
             0,
             None,
@@ -222,7 +228,7 @@ def check_borders(facts: Facts) -> Iterator[Finding]:
             "tokens_cut_at_border",
             "note",
             f"{counted(len(lines), 'row')} in which a token would reach across the start of an answer; the text is "
-            f"split there ({lines_of(lines)})",
+            f"split there ({_places(facts, lines)})",
             len(lines),
             0,
             None,
@@ -316,7 +322,9 @@ def check_overlap(facts: Facts) -> Iterator[Finding]:
             "eval_overlap",
             "warning",
             f"{counted(len(lines), 'training row')} {'is' if len(lines) == 1 else 'are'} also in the eval set "
-            f"({lines_of(lines)}" + (f"; {almost} in other case, white space or punctuation" if almost else "") + "); "
+            f"({_places(facts, lines)}"
+            + (f"; {almost} in other case, white space or punctuation" if almost else "")
+            + "); "
             "eval loss will look better than it is",
             len(lines),
             0,

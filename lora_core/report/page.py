@@ -158,7 +158,9 @@ def _about(run: Run) -> list[tuple[str, list[str]]]:
     skipped = run.count("summary", "num_skipped_steps")
     about = {
         "model": model_text(run),
-        "training file": setting_text(run.get("config", "data", "train_file")),
+        "training file": setting_text(
+            run.get("config", "data", "train_files") or run.get("config", "data", "train_file")
+        ),
         "training examples": number_text(num_examples(run)),
         "loss tokens trained on": number_text(run.number("summary", "num_supervised_tokens")),
         "optimizer steps": steps + (f", {skipped:,} not applied: loss or gradient was not finite" if skipped else ""),
@@ -212,9 +214,10 @@ def _findings(run: Run) -> list[dict[str, Any]] | None:
 
 def _row(row: dict[str, Any]) -> dict[str, Any]:
     """An example as spans of text, loss tokens or not; a newline gets a mark, for it is a token like others."""
+    line = row.get("line")  # a str where the user's file has no lines, or is one of several
     spans = [(str(text).replace("\n", "↵\n"), bool(supervised)) for text, supervised in row.get("spans") or []]
     return {
-        "line": row.get("line", "?"),
+        "place": line if isinstance(line, str) else f"line {'?' if line is None else line}",
         "num_tokens": row.get("num_tokens", "?"),
         "num_supervised": row.get("num_supervised", "?"),
         "spans": spans,

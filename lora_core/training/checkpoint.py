@@ -238,7 +238,7 @@ def check_same_run(checkpoint: Checkpoint, config: RunConfig, data: str, world_s
     differing = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
     problems = [f"{key}: {then.get(key)!r} before, {now.get(key)!r} now" for key in differing if key not in _FREE_KEYS]
     if checkpoint.state["data"] != data:
-        problems.append(f"the rows of {config.data.train_file} (or how they are encoded) are not the same")
+        problems.append(f"the rows of {config.data.train_source} (or how they are encoded) are not the same")
     if checkpoint.state["world_size"] != world_size:
         problems.append(f"number of processes: {checkpoint.state['world_size']} before, {world_size} now")
     if problems:

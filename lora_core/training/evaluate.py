@@ -199,7 +199,7 @@ def compare_examples(
 def write_examples(path: Path, data: EncodedFile, before: ExampleLosses) -> None:
     """Write what is known before the first step: a JSON object of columns, some 30 bytes an example."""
     columns = {
-        "line": [int(line) for line in data.dataset["line"]],
+        "line": [data.places.mark(int(line)) for line in data.dataset["line"]],
         "num_tokens": before.num_tokens.tolist(),
         "loss_before": before.means().tolist(),
     }

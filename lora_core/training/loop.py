@@ -19,7 +19,7 @@ from lora_core.config.schema import RunConfig
 from lora_core.data.counts import EncodedFile
 from lora_core.data.encoded import pad_id
 from lora_core.data.packing import Batching, BatchPrefetcher, RowIndices, StepBatches, eval_batching, step_rows
-from lora_core.errors import RankFault, RunStopped, TrainingError, counted, lines_of
+from lora_core.errors import RankFault, RunStopped, TrainingError, counted
 from lora_core.preflight.findings import Facts
 from lora_core.preflight.memory import cheapest_change
 from lora_core.runtime.devices import peak_memory_bytes
@@ -209,13 +209,13 @@ class Run:
 
     def note_skipped(self, result: StepResult) -> None:
         """Log the rows of the step that was not applied."""
-        dataset = self.facts.train_data.dataset
+        dataset, places = self.facts.train_data.dataset, self.facts.train_data.places
         lines = sorted(int(dataset[int(row)]["line"]) for row in self.step_rows(self.progress.step - 1))
-        self.metrics.write("skipped", step=self.progress.step, lines=lines)
+        self.metrics.write("skipped", step=self.progress.step, lines=list(map(places.mark, lines)))
         log(
             self.accelerator,
             f"warning: step {self.progress.step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, so "
-            f"the step was skipped; its rows: {self.config.data.train_file} {lines_of(lines)}",
+            f"the step was skipped; its rows: {self.config.data.train_source} {places.listed(lines)}",
         )
 
     def measure(self) -> EvalResult | None:

@@ -60,16 +60,15 @@ def sample_prompts(config: RunConfig, train_data: EncodedFile, eval_data: Encode
     if config.train.num_sample_replies == 0:
         return []
     source, data = ("train", train_data) if eval_data is None else ("eval", eval_data)
-    path = Path(config.data.train_file if eval_data is None else config.data.eval_file or config.data.train_file)
     wanted = [int(line) for line in data.dataset[: 4 * config.train.num_sample_replies]["line"]]
-    by_line = _lines(path, set(wanted))
+    by_line = _lines(data.places.path, set(wanted))
     prompts: list[dict[str, Any]] = []
     for line in wanted:
         conversation = parse_json_row(by_line[line])
         first = next(i for i, message in enumerate(conversation.messages) if message["role"] == "assistant")
         messages, expected = conversation.messages[:first], _expected(conversation.messages[first])
         if messages and messages[-1]["role"] == "user" and len(prompts) < config.train.num_sample_replies:
-            whence = {"expected": expected, "from": source, "line": line}
+            whence = {"expected": expected, "from": source, "line": data.places.mark(line)}
             prompts.append({"messages": messages, "tools": conversation.tools, **whence})
     return prompts
 

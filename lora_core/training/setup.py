@@ -102,9 +102,13 @@ def _set_up(
     tokenizer = load_tokenizer(config.model, config.data)
     with accelerator.main_process_first():
         train_data, eval_data = load_data(config, tokenizer)
-    say(f"train: {config.data.train_file}: {train_data.counts}")
+    say(f"train: {config.data.train_source}: {train_data.counts}")
+    for note in train_data.places.notes:
+        say(f"       {note}")
     if eval_data is not None and config.data.eval_file is not None:
         say(f"eval:  {eval_source(config.data)}: {eval_data.counts}")
+        for note in eval_data.places.notes if config.data.eval_file is not None else ():
+            say(f"       {note}")
     # What the main process sees decides for all: free memory and disk differ from moment to moment.
     environment = broadcast_object_list([look_around(config, accelerator.num_processes)])[0]
     if resume is not None:  # the run that is there is the one to resume
@@ -209,7 +213,7 @@ def rows_as_seen(tokenizer: PreTrainedTokenizerBase, data: EncodedFile, num_rows
 
     return [
         {
-            "line": row["line"],
+            "line": data.places.mark(row["line"]),
             "num_tokens": len(row["input_ids"]),
             "num_supervised": sum(row["loss_mask"]),
             "spans": spans(row),

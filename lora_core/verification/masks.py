@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def check_masks(rows: str, path: str, data: EncodedFile, tokenizer: PreTrainedTokenizerBase) -> Check:
+def check_masks(rows: str, source: str, data: EncodedFile, tokenizer: PreTrainedTokenizerBase) -> Check:
     """Every example, against its line in the file.
 
     Raises:
@@ -27,11 +27,11 @@ def check_masks(rows: str, path: str, data: EncodedFile, tokenizer: PreTrainedTo
     encoder = ChatEncoder(tokenizer)
     cut = in_part = 0
     problems = []
-    for row, line in _rows_with_lines(Path(path), data):
+    for row, line in _rows_with_lines(data.places.path, data):
         conversation = parse_json_row(line)
         result, was_cut = _read_row(reader, encoder, conversation, row["input_ids"], row["loss_mask"])
         if result.problem is not None:
-            problems.append(f"line {row['line']}: {result.problem}")
+            problems.append(f"{data.places.listed([row['line']])}: {result.problem}")
             continue
         cut += was_cut
         in_part += not result.place_is_known
@@ -46,7 +46,7 @@ def check_masks(rows: str, path: str, data: EncodedFile, tokenizer: PreTrainedTo
     problem = None
     if problems:
         more = f"; and {len(problems) - 5:,} more" if len(problems) > 5 else ""
-        problem = f"{path}: {counted(len(problems), 'row')} failed: {'; '.join(problems[:5])}{more}"
+        problem = f"{source}: {counted(len(problems), 'row')} failed: {'; '.join(problems[:5])}{more}"
     return Check.judged("mask", rows, "every row exact", measured, problem)
 
 

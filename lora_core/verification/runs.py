@@ -47,14 +47,13 @@ def short_run(config: RunConfig, train_data: EncodedFile, eval_data: EncodedFile
     # Two whole steps and a smaller one an epoch, so that the run crosses an epoch's end with a part of a step left.
     rows_per_step = batch_size * accumulation
     rows = short_rows(train_data.lengths, 2 * rows_per_step + -(-rows_per_step // 2))
-    _copy_lines(Path(config.data.train_file), train_data, rows, folder / "train.jsonl")
+    _copy_lines(train_data.places.path, train_data, rows, folder / "train.jsonl")
     if eval_data is None:
         eval_rows, from_file = rows[:_NUM_EVAL_ROWS], "of the same rows as eval set, because there is none"
-        _copy_lines(Path(config.data.train_file), train_data, eval_rows, folder / "eval.jsonl")
+        _copy_lines(train_data.places.path, train_data, eval_rows, folder / "eval.jsonl")
     else:
         eval_rows, from_file = short_rows(eval_data.lengths, _NUM_EVAL_ROWS), "rows of the eval set"
-        source = Path(config.data.eval_file or config.data.train_file)
-        _copy_lines(source, eval_data, eval_rows, folder / "eval.jsonl")
+        _copy_lines(eval_data.places.path, eval_data, eval_rows, folder / "eval.jsonl")
     overrides = [
         f"train.max_steps={_SHORT_RUN_STEPS}",
         "train.save_steps=1",

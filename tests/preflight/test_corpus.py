@@ -60,9 +60,12 @@ CONFIGS: dict[str, tuple[str, list[str]]] = {
 FILES: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "data_file_empty"),
     "blank lines": (b"\n  \n", "data_file_empty"),
-    "one JSON array": (b'[{"prompt": "a", "completion": "b"}]', "data_not_jsonl"),
-    "pretty-printed JSON": (json.dumps(ROWS[0], indent=1).encode(), "rows_unreadable"),
-    "CSV": (b"prompt,completion\nHi,Ho\n", "rows_unreadable"),
+    "one JSON array": (b'[{"prompt": "a", "completion": "b"}, {"prompt": "a"}]', "rows_unreadable"),
+    "an open JSON array": (b'[{"prompt": "a", "completion": "b"},', "data_not_json"),
+    "pretty-printed JSON": (json.dumps({"text": [ROWS[0]["messages"]]}, indent=1).encode(), "rows_unreadable"),
+    "CSV": (b"prompt,answer\nHi,Ho\n", "rows_unreadable"),
+    "CSV with a cell too few": (b"prompt,completion\nHi\n", "data_not_table"),
+    "a zip archive": (b"PK\x03\x04", "data_kind_unknown"),
     "not JSON": (LINE.encode() + b"{'a': 1}\n", "rows_unreadable"),
     "NaN": (b'{"prompt": "a", "completion": NaN}\n', "rows_unreadable"),
     "a key twice": (b'{"prompt": "a", "prompt": "b", "completion": "c"}\n', "rows_unreadable"),
@@ -79,7 +82,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "content a number": (b'{"prompt": "a", "completion": 3}\n', "rows_unreadable"),
     "half a surrogate pair": (b'{"prompt": "a", "completion": "\\ud800"}\n', "rows_unreadable"),
     "not UTF-8": (b'{"prompt": "a", "completion": "caf\xe9"}\n', "rows_unreadable"),
-    "UTF-16": (LINE.encode("utf-16"), "rows_unreadable"),
+    "UTF-16": (LINE.encode("utf-16"), "data_kind_unknown"),
     "nested too deep": (b'{"prompt": ' + b"[" * 100_000 + b"\n", "rows_unreadable"),
     "two systems": (
         b'{"system": "a", "messages": [{"role": "system", "content": "b"}, {"role": "assistant", "content": "c"}]}\n',
@@ -102,7 +105,7 @@ FILES: dict[str, tuple[bytes, str]] = {
 SETTINGS: dict[str, tuple[list[str], str]] = {
     "no such file": (["data.train_file=missing.jsonl"], "data_file_missing"),
     "no such eval file": (["data.eval_file=missing.jsonl"], "data_file_missing"),
-    "a folder for a file": (["data.train_file=."], "data_file_missing"),
+    "a folder with the eval set in it": (["data.train_file=."], "eval_overlap"),
     "no such model folder": (["model.name_or_path=./missing"], "model_unreadable"),
     "a folder without a model": (["model.name_or_path=."], "model_unreadable"),
     "no such template": (["data.chat_template=missing.jinja"], "template_unreadable"),

@@ -1,0 +1,349 @@
+"""What a data file is, told by its first bytes; what is none is refused by its name, with a fix that can be pasted.
+
+No fix writes to a file that exists, and all paths in commands are quoted for the shell.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import importlib
+import io
+import json
+import lzma
+import re
+import shlex
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal, cast
+
+from lora_core.data.json_stream import MAX_VALUE_CHARACTERS, JsonProblem, JsonStream
+from lora_core.errors import DataError
+
+Name = Literal[
+    "JSONL", "a JSON list", "a JSON object", "JSON objects", "CSV", "TSV", "Parquet", "Arrow", "Arrow stream"
+]
+# Names of files that a folder's rows are in, before and after the ending of a compression.
+ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
+COMPRESSED_ENDINGS = (".gz", ".zst", ".xz", ".bz2")
+_COMPRESSIONS = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst", b"\xfd7zXZ": "xz", b"BZh": "bz2"}
+_HEAD_BYTES = 1 << 16
+# Keys of a row whose values are lists of objects; an object that has one is a row, and not a holder of rows.
+_ROW_KEYS = {"messages", "conversations", "conversation", "dialog", "turns", "history", "tools", "functions"}
+_ROW_KEYS |= {"prompt", "completion", "chosen", "rejected", "tool_calls"}
+_TURN_KEYS = {"role", "from", "content", "value"}
+_COLUMNS = {
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "system",
+    "tools",
+    "response",
+    "question",
+    "answer",
+}
+_CHATS = {"messages", "conversations"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a file is, and how its rows are found in it."""
+
+    name: Name
+    compression: str | None = None
+    """gz, zst, xz or bz2."""
+    key: str = ""
+    """Of a JSON object: where its rows are."""
+    delimiter: str = ""
+    """Of CSV and TSV: what separates cells."""
+
+    @property
+    def unit(self) -> Literal["line", "row"]:
+        """What places in it count."""
+        return "line" if self.name in ("JSONL", "JSON objects") else "row"
+
+    def __str__(self) -> str:
+        text = f"{self.name} (its key {self.key!r})" if self.key else str(self.name)
+        return f"{text}, {self.compression}" if self.compression else text
+
+
+def kind_of(path: Path, shown: str) -> Kind:
+    """Look into a file.
+
+    Args:
+        shown: what messages call it.
+
+    Raises:
+        DataError: it holds no rows that can be read: says what it is, and the fix.
+        OSError, EOFError, zlib.error, lzma.LZMAError: it cannot be read, or is damaged.
+    """
+    with path.open("rb") as file:
+        raw_head = file.read(_HEAD_BYTES)
+    if not raw_head:
+        raise DataError(
+            f"{shown}: the file is empty; it must hold rows, such as one JSON object per line", "data_file_empty"
+        )
+    compression = next((name for magic, name in _COMPRESSIONS.items() if raw_head.startswith(magic)), None)
+    head = raw_head
+    if compression is not None:
+        with open_file(path, compression, shown) as file:
+            head = file.read(_HEAD_BYTES)
+    binary = _binary_kind(head, compression)
+    if binary is not None:
+        if compression is not None:
+            tool = {"gz": "gzip", "zst": "zstd", "xz": "xz", "bz2": "bzip2"}[compression]
+            target = _new_path(path, "." + binary.split()[0].lower())
+            raise DataError(
+                f"{shown}: {binary} inside {compression}, which cannot be read in parts; fix: {tool} -dc "
+                f"{_quoted(path)} > {_quoted(target)}, and name that file",
+                "data_kind_unknown",
+            )
+        return Kind(binary)
+    refusal = _refusal(head, path)
+    if refusal is not None:
+        raise DataError(f"{shown}: {refusal}", "data_kind_unknown")
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
+    if text.startswith(b"["):
+        return Kind("a JSON list", compression)
+    if text.startswith(b"{"):
+        return _json_kind(path, compression, shown)
+    return _table_kind(text, path, compression) or Kind("JSONL", compression)
+
+
+def open_file(path: Path, compression: str | None, shown: str) -> BinaryIO:
+    """The file's bytes, decompressed while they are read.
+
+    Raises:
+        DataError: it is zst, and nothing that reads that is installed.
+    """
+    if compression == "gz":
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    if compression == "bz2":
+        return cast(BinaryIO, bz2.open(path, "rb"))
+    if compression == "xz":
+        return cast(BinaryIO, lzma.open(path, "rb"))
+    if compression == "zst":
+        return _open_zst(path, shown)
+    return path.open("rb")
+
+
+def damage_errors() -> tuple[type[Exception], ...]:
+    """What reading a damaged or compressed file may raise."""
+    errors: list[type[Exception]] = [OSError, EOFError, zlib.error, lzma.LZMAError]
+    for name in ("compression.zstd", "zstandard"):
+        try:
+            errors.append(importlib.import_module(name).ZstdError)
+        except ModuleNotFoundError:
+            continue
+    return tuple(errors)
+
+
+def _open_zst(path: Path, shown: str) -> BinaryIO:
+    for name in ("compression.zstd", "zstandard"):  # Python 3.14's own; the package
+        try:
+            opener: Callable[..., BinaryIO] = importlib.import_module(name).open
+        except ModuleNotFoundError:
+            continue
+        return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, opener(path, "rb"))))
+    raise DataError(
+        f"{shown}: compressed with zstd, which needs a package; fix: pip install zstandard", "data_kind_unknown"
+    )
+
+
+def _binary_kind(head: bytes, compression: str | None) -> Literal["Parquet", "Arrow", "Arrow stream"] | None:
+    if head.startswith(b"PAR1"):
+        return "Parquet"
+    if head.startswith(b"ARROW1"):
+        return "Arrow"
+    # A stream has no magic number: a mark, the size of its schema, and that.
+    return "Arrow stream" if head.startswith(b"\xff\xff\xff\xff") and len(head) > 8 else None
+
+
+def _json_kind(path: Path, compression: str | None, shown: str) -> Kind:
+    """Of a text that begins with an object: lines, one object that holds the rows, or objects over several lines."""
+    with open_file(path, compression, shown) as file:
+        first, second = _first_lines(file)
+    alone = _is_object(first)
+    if len(first) <= MAX_VALUE_CHARACTERS and (second if alone else not second):
+        return Kind(
+            "JSONL", compression
+        )  # more lines follow a whole one; or a single line, broken, and reported as such
+    try:
+        with open_file(path, compression, shown) as file:
+            stream = JsonStream(file, shown)
+            keys = _keys_with_rows(stream)
+            more_follows = stream.peek() != ""
+    except JsonProblem:
+        if _is_object(second) or len(first) > MAX_VALUE_CHARACTERS:
+            return Kind("JSONL", compression)  # of which the first line is broken; each line is reported by itself
+        raise
+    if keys and not more_follows:
+        if len(keys) > 1:
+            names = ", ".join(map(repr, keys))
+            raise DataError(
+                f"{shown}: one JSON object with lists of rows under {len(keys)} keys ({names}), and 1 is read; fix: "
+                f'python -c "import json, sys; [print(json.dumps(row)) for row in json.load(open(sys.argv[1], '
+                f"encoding='utf-8'))[sys.argv[2]]]\" {_quoted(path)} {shlex.quote(keys[0])} > "
+                f"{_quoted(_new_path(path, '.rows.jsonl'))}, and name that file",
+                "data_kind_unknown",
+            )
+        return Kind("a JSON object", compression, key=keys[0])
+    return Kind("JSONL" if alone else "JSON objects", compression)
+
+
+def _first_lines(file: BinaryIO) -> tuple[bytes, bytes]:
+    """The first two lines that are not blank, as far as a row may be long."""
+    found: list[bytes] = []
+    while len(found) < 2 and (line := file.readline(MAX_VALUE_CHARACTERS + 1)):
+        if not line.removeprefix(b"\xef\xbb\xbf").isspace():
+            found.append(line)
+    return (*found, b"", b"")[0], (*found, b"", b"")[1]
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line.decode("utf-8-sig"), parse_int=str), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _keys_with_rows(stream: JsonStream) -> list[str]:
+    """Go through one object; its keys whose values are lists of objects, unless it is a row itself.
+
+    Raises:
+        JsonProblem: it is not valid JSON.
+    """
+    found: list[str] = []
+    is_row = False
+    stream.take("{")
+    while stream.peek() != "}":
+        key = json.loads(stream.value())
+        if not isinstance(key, str):
+            raise stream.problem("a key must be a string")
+        stream.take(":")
+        is_row |= key in _ROW_KEYS
+        if stream.peek() == "[":
+            num_items, num_objects, first = 0, 0, ""
+            for _, item in stream.items():
+                first = first or item
+                num_items += 1
+                num_objects += item.startswith("{")
+            if num_items and num_items == num_objects:
+                found.append(key)
+                is_row |= len(_TURN_KEYS & set(json.loads(first, parse_int=str))) >= 2
+        else:
+            stream.value()
+        if stream.peek() != "}":
+            stream.take(",")
+    stream.take("}")
+    return [] if is_row else found
+
+
+def _table_kind(text: bytes, path: Path, compression: str | None) -> Kind | None:
+    """CSV or TSV: the file's name says so, or its first line names columns that rows have."""
+    name = path.name.lower()
+    for ending in COMPRESSED_ENDINGS:
+        name = name.removesuffix(ending)
+    header = re.split(rb"[\r\n]", text, maxsplit=1)[0].decode("utf-8", errors="replace")
+    separators = {",": "CSV", ";": "CSV", "\t": "TSV"}
+    columns = {separator: next(csv.reader([header], delimiter=separator), []) for separator in separators}
+    separator = max(separators, key=lambda each: len(columns[each]))
+    if name.endswith(".tsv"):
+        return Kind("TSV", compression, delimiter="\t")
+    if name.endswith(".csv"):
+        return Kind("CSV", compression, delimiter=separator)
+    cells = {cell.strip() for cell in columns[separator]}
+    if (cells & _CHATS and len(cells) > 1) or len(cells & _COLUMNS) > 1:
+        return Kind(cast(Name, separators[separator]), compression, delimiter=separator)
+    return None
+
+
+_MAGIC = (
+    (b"%PDF", "a PDF"),
+    (b"SQLite format 3", "a SQLite database"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    (b"Rar!", "a RAR archive"),
+    (b"\xd0\xcf\x11\xe0", "an old Office file (.xls, .doc)"),
+    (b"ORC", "an ORC file"),
+    (b"Obj\x01", "an Avro file"),
+    (b"PARE", "an encrypted Parquet file"),
+    (b"FEA1", "a Feather file of version 1"),
+    (b"GGUF", "a model in GGUF"),
+    (b"\x89PNG", "a picture (PNG)"),
+    (b"\xff\xd8\xff", "a picture (JPEG)"),
+)
+_NEEDED = "rows are read from JSONL, JSON, CSV, TSV, Parquet and Arrow; fix: save or export the rows as one of these"
+
+
+def _refusal(head: bytes, path: Path) -> str | None:
+    """What the file is, if it is known to be no rows, and the fix."""
+    file = _quoted(path)
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:200].lower()
+    if head.startswith(b"PK\x03\x04"):
+        if b"[Content_Types].xml" in head[:4096] or path.suffix.lower() in (".xlsx", ".docx", ".ods"):
+            return "an Office file (.xlsx, .docx), not rows; fix: save the sheet as CSV UTF-8 and name that file"
+        folder = _quoted(_new_path(path, ".files"))
+        return f"a zip archive; fix: unzip {file} -d {folder}, and name that folder"
+    if head[257:262] == b"ustar":
+        folder = _quoted(_new_path(path, ".files"))
+        return f"a tar archive; fix: mkdir {folder} && tar -xf {file} -C {folder}, and name that folder"
+    if start.startswith(b"version https://git-lfs"):
+        target = _quoted(_new_path(path, ".lfs"))
+        return (
+            "a Git LFS pointer, which names the file that Git did not fetch; fix: "
+            f"git lfs smudge < {file} > {target}, and name that file"
+        )
+    if re.match(rb"<!doctype html|<html|<head", start):
+        return (
+            "an HTML page, not the file: a login or a preview was saved; fix: download it anew from the address of the "
+            "file itself (on huggingface.co /resolve/ in place of /blob/, on github.com /raw/)"
+        )
+    if start.startswith(b"<?xml"):
+        return f"an XML file; {_NEEDED}"
+    if head and not head.strip(b"\0"):
+        return "only zero bytes: a copy or download that did not end; fix: fetch the file anew"
+    encoding = _wide_encoding(head)
+    if encoding is not None:
+        target = _quoted(_new_path(path, f".utf8{path.suffix}"))
+        command = f"iconv -f {encoding} -t UTF-8 {file} > {target}"
+        return f"{encoding} text, not UTF-8; fix: {command}, and name that file"
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return f"a Python pickle, which is never loaded: it can run any code; {_NEEDED}"
+    # Text may begin with ORC too, but none of these formats is without zero bytes, except a PDF.
+    is_text = b"\0" not in head and not head.startswith(b"%PDF")
+    name = None if is_text else next((name for magic, name in _MAGIC if head.startswith(magic)), None)
+    return None if name is None else f"{name}; {_NEEDED}"
+
+
+def _wide_encoding(head: bytes) -> str | None:
+    for mark, name in ((b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32")):
+        if head.startswith(mark):
+            return name
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "UTF-16"
+    # Without a mark: every second byte of ASCII text is zero.
+    if len(head) >= 4 and (head[1:8:2].strip(b"\0") == b"" or head[0:8:2].strip(b"\0") == b""):
+        return "UTF-16LE" if head[0] else "UTF-16BE"
+    return None
+
+
+def _new_path(path: Path, ending: str) -> Path:
+    """A name beside the file that nothing has yet."""
+    base = path.name.split(".")[0] or "rows"
+    number = 1
+    while (new := path.with_name(f"{base}{'' if number == 1 else f'-{number}'}{ending}")).exists():
+        number += 1
+    return new
+
+
+def _quoted(path: Path) -> str:
+    # A name such as -rf is a path, and no option.
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
