@@ -75,9 +75,9 @@ class RunStopped(LoraCoreError):
     exit_code = 75
 
 
-def counted(number: int, noun: str) -> str:
-    """`1 row`, `2 rows`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def counted(number: int, noun: str, several: str | None = None) -> str:
+    """`1 row`, `2 rows`; `several` for a plural without s."""
+    return f"{number:,} {noun if number == 1 else several or f'{noun}s'}"
 
 
 def lines_of(lines: Sequence[int], unit: str = "line") -> str:

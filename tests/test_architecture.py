@@ -72,7 +72,18 @@ ORDER: dict[str, list[str]] = {
         "setup",
     ],
     "verification": ["table", "masks", "gradients", "runs", "reload", "contracts"],
-    "commands": ["command_line", "train", "preflight", "verify", "evaluate", "report", "demo", "main"],
+    "commands": [
+        "command_line",
+        "train",
+        "preflight",
+        "verify",
+        "evaluate",
+        "report",
+        "rows",
+        "convert",
+        "demo",
+        "main",
+    ],
     "__main__": [],
 }
 MODULES = [f"{room}.{module}" if modules else room for room, modules in ORDER.items() for module in modules or [""]]

@@ -75,12 +75,20 @@ class Parser(argparse.ArgumentParser):
         super().error(showable(message))
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--cfg NAME [--model ID] [key=value ...]`, with every key in the help."""
+def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """`--cfg NAME [--model ID] [key=value ...]`, with every key in the help.
+
+    Args:
+        default: the configuration where `--cfg` is not given; None is to ask for it.
+    """
     keys = "\n".join(f"  {key}\n      {text}" for key, text in config_keys().items())
     parser.epilog = f"keys, for key=value and for the YAML file:\n{keys}"
     parser.add_argument(
-        "--cfg", required=True, metavar="NAME", help="a shipped configuration, such as qwen7b, or a YAML file"
+        "--cfg",
+        required=default is None,
+        default=default,
+        metavar="NAME",
+        help="a shipped configuration, such as qwen7b, or a YAML file",
     )
     parser.add_argument("--model", metavar="ID", help="which model of an old training_args.yaml, keyed by model id")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any key: train.num_train_epochs=3")

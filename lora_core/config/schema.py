@@ -6,7 +6,7 @@ import json
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
 from lora_core.untrusted.text import quoted, values_without_secrets
 
@@ -71,6 +71,10 @@ class TrainFile(Section):
     max_rows: PositiveInt | None = Field(default=None, description="take the first so many rows; null is all")
 
 
+COLUMNS = ("messages", "prompt", "completion", "text", "system", "tools")
+TURN_ROLES = ("system", "user", "assistant", "tool")
+
+
 class DataConfig(Section):
     """The rows. Paths are relative to the folder that the command runs in."""
 
@@ -93,6 +97,21 @@ class DataConfig(Section):
     )
     on_bad_row: Literal["error", "skip"] = Field(
         default="error", description="for a row that cannot be read: stop and name file:line, or skip and count it"
+    )
+    truncation: Literal["right", "drop", "error"] = Field(
+        default="right",
+        description="of a longer row: keep its beginning (a reply then loses its end), drop it, or stop",
+    )
+    train_on: Literal["all_assistant", "last_assistant", "completion", "everything"] = Field(
+        default="all_assistant",
+        description="what is learned: assistant turns, the last one, what follows the prompt or last user turn, or all",
+    )
+    columns: dict[str, str] = Field(
+        default={},
+        description="what the file calls messages, prompt, completion, text, system, tools: {messages: turns}",
+    )
+    roles: dict[str, str] = Field(
+        default={}, description="roles that the file calls otherwise: {customer: user, agent: assistant}"
     )
     packing: bool = Field(
         default=True, description="put examples end to end instead of padding; same gradient, no wasted tokens"
@@ -131,6 +150,15 @@ class DataConfig(Section):
         except ValueError as error:
             raise ValueError(f"chat_template_kwargs must hold JSON values: {error}") from error
         return self
+
+    @field_validator("columns", "roles")
+    @classmethod
+    def _known_names(cls, value: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        known, given = (COLUMNS, value.keys()) if info.field_name == "columns" else (TURN_ROLES, value.values())
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is none of {', '.join(known)}; fix: data.{info.field_name}={{}}")
+        return value
 
     @model_validator(mode="after")
     def _one_eval_set(self) -> DataConfig:

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lora_core.data.forms import Span, TemplateForms
+from lora_core.data.forms import Span, TemplateForms, special_tokens
 from lora_core.data.json_values import strings
 from lora_core.data.messages import Conversation, Message, TrainOn, parse_row, trained_messages
 from lora_core.data.spans import Reading, read_spans
@@ -105,12 +105,8 @@ class ChatEncoder:
             )
         self.tokenizer = tokenizer
         self.train_on = train_on
-        specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        specials |= set(tokenizer.all_special_tokens)
-        # Longest first, so that no token hides another that it begins.
-        alternatives = "|".join(re.escape(token) for token in sorted(specials, key=len, reverse=True))
-        self._special = re.compile(alternatives or r"(?!)")
-        self.forms = TemplateForms(tokenizer, self._special)
+        self._special = special_tokens(tokenizer)
+        self.forms = TemplateForms(tokenizer)
         self._adds_prefix_space = tokenizer.decode([*self._ids("a"), *self._ids("a")]) != "aa"
         self._frames_by_roles: dict[tuple[str, ...], list[str] | None] = {}
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +17,12 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+Truncation = Literal["right", "drop", "error"]
+
+
 @dataclass(frozen=True)
 class RowCounts:
-    """What became of the rows of one file: read = kept + dropped_bad + dropped_unsupervised.
+    """What became of the rows of one file: read = kept + dropped_bad + dropped_unsupervised + dropped_too_long.
 
     Of the whole file, also where a share of it is the eval set: kept = trained + eval.
     """
@@ -38,6 +42,8 @@ class RowCounts:
     supervised_tokens: int
     longest: int
     """Tokens of the longest row before truncation."""
+    dropped_too_long: int = 0
+    """Longer than max_seq_length (only with truncation=drop)."""
     eval: int = 0
     """Kept rows that were split off as the eval set (data.eval_fraction)."""
     eval_tokens: int = 0
@@ -46,7 +52,7 @@ class RowCounts:
 
     @property
     def dropped(self) -> int:
-        return self.dropped_bad + self.dropped_unsupervised
+        return self.dropped_bad + self.dropped_unsupervised + self.dropped_too_long
 
     def to_dict(self) -> dict[str, int]:
         """With `trained`, where a share of the file is the eval set."""
@@ -61,6 +67,8 @@ class RowCounts:
             text += f"{comma}{self.dropped_bad:,} dropped as unreadable"
         if self.dropped_unsupervised:
             text += f"{comma}{self.dropped_unsupervised:,} dropped without loss tokens"
+        if self.dropped_too_long:
+            text += f"{comma}{self.dropped_too_long:,} dropped as longer than max_seq_length"
         tokens = _and_parts(self.tokens, self.eval_tokens)
         text += (
             f"; {tokens} tokens, {_and_parts(self.supervised_tokens, self.eval_supervised_tokens)} of them loss tokens"
@@ -127,6 +135,8 @@ class EncodedFile:
     """The JSONL that is read, and where its rows are in the user's files."""
     indices: npt.NDArray[np.int64]
     """(num_rows,) where in `rows` each row of `dataset` is."""
+    left_out: Mapping[str, list[int]] = field(default_factory=dict)
+    """What the rows hold and no token says: a key of a row or of its parts -> the lines of the rows."""
     encoded_on: str = ""
     """The date on which the rows were encoded, as 2025-07-31."""
 
@@ -142,8 +152,19 @@ class EncodedFile:
 
 
 def account(
-    source: str, places: Places, encoded: Dataset, problems: npt.NDArray[Any], on_bad_row: str, max_seq_length: int
+    source: str,
+    places: Places,
+    encoded: Dataset,
+    problems: npt.NDArray[Any],
+    on_bad_row: str,
+    max_seq_length: int,
+    truncation: Truncation = "right",
 ) -> EncodedFile:
+    """Sort the rows into those that are kept and those that are dropped, by reason.
+
+    Raises:
+        DataError: a row cannot be used, or is longer than may be, and the configuration says to stop; none is left.
+    """
     columns = encoded.with_format("numpy")
 
     def column(name: str) -> npt.NDArray[Any]:
@@ -174,7 +195,18 @@ def account(
             problem_list(title, listed) + "\nFix them, or drop and count them with data.on_bad_row=skip",
             "rows_unreadable",
         )
-    kept = ~bad & ~rows.is_unsupervised
+    is_long = ~bad & (truncated > 0)
+    if is_long.any() and truncation == "error":
+        raise DataError(
+            f"{source}: {counted(int(is_long.sum()), 'row')} longer than data.max_seq_length={max_seq_length} "
+            f"({places.listed(rows.lines(is_long))}); fix: data.max_seq_length={int(rows.length.max())}, or "
+            "data.truncation=drop",
+            "rows_truncated",
+        )
+    too_long = is_long & (truncation == "drop")
+    rows = replace(rows, is_unsupervised=rows.is_unsupervised & ~too_long)
+    truncated = np.where(too_long, 0, truncated)
+    kept = ~bad & ~rows.is_unsupervised & ~too_long
     dataset = encoded.select(np.flatnonzero(kept)) if not kept.all() else encoded
     lengths = list_lengths(dataset)
     counts = RowCounts(
@@ -184,7 +216,8 @@ def account(
         dropped_unsupervised=int(rows.is_unsupervised.sum()),
         truncated=int((truncated > 0).sum()),
         truncated_tokens=int(truncated.sum()),
-        truncated_supervised_tokens=int(rows.lost_supervised.sum()),
+        truncated_supervised_tokens=int(rows.lost_supervised[~too_long].sum()),
+        dropped_too_long=int(too_long.sum()),
         tokens=int(lengths.sum()),
         supervised_tokens=int(supervised[kept].sum()),
         longest=int(rows.length.max()),
@@ -196,7 +229,19 @@ def account(
             "no_rows_left",
         )
     columns_kept = dataset.select_columns(["input_ids", "loss_mask", "line"])
-    return EncodedFile(columns_kept, lengths, counts, rows, places, np.flatnonzero(kept))
+    left_out = _lines_by_key(encoded, rows.line)
+    return EncodedFile(columns_kept, lengths, counts, rows, places, np.flatnonzero(kept), left_out)
+
+
+def _lines_by_key(encoded: Dataset, lines: npt.NDArray[np.int64]) -> dict[str, list[int]]:
+    """The column left_out, lists of keys as JSON, by key: few different lists, whatever the number of rows."""
+    column = encoded.data.column("left_out").combine_chunks().dictionary_encode()
+    codes = np.asarray(column.indices)
+    by_key: dict[str, list[int]] = {}
+    for code, keys in enumerate(column.dictionary.to_pylist()):
+        for key in json.loads(keys) if keys else []:
+            by_key.setdefault(key, []).extend(lines[codes == code].tolist())
+    return {key: sorted(by_key[key]) for key in sorted(by_key)}
 
 
 def _one_line_for_each_problem(places: Places, lines: Sequence[int], problems: Sequence[str]) -> list[str]:

@@ -22,11 +22,12 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_core.config.schema import RunConfig, TrainFile
-from lora_core.data import chat, messages, template
+from lora_core.data import chat, forms, json_values, messages, provenance, spans, template, tool_use, turns
 from lora_core.data.cache import cache_folder, make_entry, naming_cache_folder, take_entry
 from lora_core.data.chat import ChatEncoder, EncodedChat
-from lora_core.data.counts import EncodedFile, account
-from lora_core.data.messages import Conversation, parse_json_row
+from lora_core.data.counts import EncodedFile, Truncation, account
+from lora_core.data.json_values import strings
+from lora_core.data.messages import Conversation, RowShape, TrainOn, parse_json_row, shape_of
 from lora_core.data.places import Places
 from lora_core.data.sources import as_jsonl
 from lora_core.data.split import hold_out
@@ -57,6 +58,9 @@ def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[En
             on_bad_row=config.data.on_bad_row,
             num_proc=config.data.num_proc,
             cache_limit_gib=config.data.cache_limit_gib,
+            train_on=config.data.train_on,
+            truncation=config.data.truncation,
+            shape=shape_of(config.data),
         )
 
     train_data = encode(config.data.train_files or config.data.train_file, "data.train_file")
@@ -85,17 +89,23 @@ def encode_file(
     num_proc: int | None = None,
     source: str | None = None,
     cache_limit_gib: float = 20.0,
+    train_on: TrainOn = "all_assistant",
+    truncation: Truncation = "right",
+    shape: RowShape | None = None,
 ) -> EncodedFile:
     """Encode the rows of a chat file, or take the result of an earlier call from `cache_dir`.
 
     Args:
         path: what `data.train_file` may hold, or what `as_jsonl` made of it.
-        max_seq_length: longer rows are truncated to so many tokens.
+        max_seq_length: longer rows are truncated to so many tokens, or as `truncation` says.
         on_bad_row: "error" or "skip".
         num_proc: worker processes; None is one per core when there are enough rows to pay for them.
         source: what messages call all of the rows; None is `path`.
         cache_limit_gib: once rows are encoded, those of earlier calls that were not used for longest are removed from
             `cache_dir` until it is below this size, with a line on standard error.
+        train_on: which tokens are loss tokens, as `ChatEncoder` takes it.
+        truncation: of longer rows: "right" keeps their beginning, "drop" drops and counts them, "error" stops.
+        shape: what the file calls its columns and roles.
 
     Raises:
         ConfigError: `cache_dir` cannot be written to, or the disk is full.
@@ -111,19 +121,19 @@ def encode_file(
         raise DataError(f"{path}: cannot be read: {error}", "data_file_missing") from error
     if num_proc is None:
         num_proc = min(allowed_cores(), max(1, len(starts) // _ROWS_WORTH_A_PROCESS))
-    encoder = ChatEncoder(tokenizer)
-    fingerprint = _fingerprint(path, tokenizer, max_seq_length)
+    encoder, shape = ChatEncoder(tokenizer, train_on), shape or RowShape()
+    fingerprint = _fingerprint(path, encoder, shape, max_seq_length)
     folder = cache_folder(cache_dir)
 
     def fill(new: Path) -> None:
         table = {"start": starts, "size": sizes, "line": lines}
-        _encode_lines(places, table, encoder, max_seq_length, new, fingerprint, num_proc)
+        _encode_lines(places, table, encoder, shape, max_seq_length, new, fingerprint, num_proc)
 
     with naming_cache_folder(folder):
         entry = take_entry(folder, fingerprint) or make_entry(folder, fingerprint, fill, cache_limit_gib)
         encoded = entry.open()
     problems = encoded.with_format("numpy")["problem"]
-    counted_rows = account(source, places, encoded, np.asarray(problems[:]), on_bad_row, max_seq_length)
+    counted_rows = account(source, places, encoded, np.asarray(problems[:]), on_bad_row, max_seq_length, truncation)
     return replace(counted_rows, encoded_on=entry.encoded_on)
 
 
@@ -157,16 +167,18 @@ def _line_table(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64
     return np.array(starts), np.array(sizes), np.array(numbers)
 
 
-def _fingerprint(path: Path, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> str:
+def _fingerprint(path: Path, encoder: ChatEncoder, shape: RowShape, max_seq_length: int) -> str:
     """A hash of all that decides the encoded rows."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
+    tokenizer = encoder.tokenizer
     backend = tokenizer.backend_tokenizer.to_str()
     parts = [backend, tokenizer.chat_template, tokenizer.special_tokens_map, max_seq_length]
+    parts += [encoder.forms.stop_tokens, encoder.train_on, dict(shape.columns), dict(shape.roles)]
     digest.update(json.dumps(parts, default=str, sort_keys=True).encode())
-    for module in (messages, template, chat):
+    for module in (json_values, tool_use, turns, messages, template, provenance, forms, spans, chat):
         digest.update(Path(str(module.__file__)).read_bytes())
     digest.update(Path(__file__).read_bytes())
     return digest.hexdigest()[:32]
@@ -176,6 +188,7 @@ def _encode_lines(
     places: Places,
     table: dict[str, npt.NDArray[np.int64]],
     encoder: ChatEncoder,
+    shape: RowShape,
     max_seq_length: int,
     folder: Path,
     fingerprint: str,
@@ -199,6 +212,7 @@ def _encode_lines(
             "cut_at_border": Value("bool"),
             "has_doubled_bos": Value("bool"),
             "has_system_turn": Value("bool"),
+            "left_out": Value("string"),
             "exact_key": Value("int64"),
             "text_key": Value("int64"),
         }
@@ -212,7 +226,7 @@ def _encode_lines(
                 num_proc=num_proc if num_proc > 1 else None,
                 remove_columns=["start", "size"],
                 features=features,
-                fn_kwargs={"places": places, "encoder": encoder, "max_seq_length": max_seq_length},
+                fn_kwargs={"places": places, "encoder": encoder, "shape": shape, "max_seq_length": max_seq_length},
                 cache_file_name=str(folder / "rows.arrow"),
                 new_fingerprint=fingerprint,
                 desc="Encoding rows",
@@ -245,7 +259,7 @@ def _no_tokenizer_threads() -> Iterator[None]:
 
 
 def _encode_batch(
-    batch: dict[str, list[int]], places: Places, encoder: ChatEncoder, max_seq_length: int
+    batch: dict[str, list[int]], places: Places, encoder: ChatEncoder, shape: RowShape, max_seq_length: int
 ) -> dict[str, list[Any]]:
     parsed: list[Conversation | RowError] = []
     try:
@@ -257,7 +271,7 @@ def _encode_batch(
                     )
                     continue
                 file.seek(start)
-                parsed.append(_parse_line(file.read(size)))
+                parsed.append(_parse_line(file.read(size), shape))
     except OSError as error:
         raise DataError(f"{places.path}: cannot be read any more: {error}", "data_file_missing") from error
     try:
@@ -297,9 +311,18 @@ def _row_columns(
         "cut_at_border": encoded_or_not.cut_at_border,
         "has_doubled_bos": bos is not None and ids[:2] == [bos, bos],
         "has_system_turn": isinstance(parsed, Conversation) and _has_system_turn(parsed),
+        "left_out": _left_out(parsed, encoded_or_not),
         "exact_key": _key(np.array(ids, dtype=np.int32).tobytes()),
         "text_key": _key(_words(parsed).encode()) if isinstance(parsed, Conversation) else 0,
     }
+
+
+def _left_out(parsed: Conversation | RowError, encoded: EncodedChat) -> str:
+    """Keys that no token says anything of, as a JSON list; empty if there are none."""
+    if isinstance(parsed, RowError):
+        return ""
+    keys = sorted({*parsed.unused_keys, *encoded.not_shown})
+    return json.dumps(keys, ensure_ascii=False) if keys else ""
 
 
 def _has_empty_reply(conversation: Conversation) -> bool:
@@ -320,7 +343,7 @@ def _words(conversation: Conversation) -> str:
     """
     turns = []
     for message in conversation.messages:
-        calls = " ".join(template.strings(message["tool_calls"])) if "tool_calls" in message else ""
+        calls = " ".join(strings(message["tool_calls"])) if "tool_calls" in message else ""
         text = f"{message['content']} {calls}".casefold()
         turns.append(f"{message['role']} {' '.join(_WORD.findall(text)) or text.strip()}")
     return "\n".join(turns)
@@ -331,9 +354,9 @@ def _key(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
-def _parse_line(raw: bytes) -> Conversation | RowError:
+def _parse_line(raw: bytes, shape: RowShape) -> Conversation | RowError:
     try:
-        return parse_json_row(raw.decode("utf-8-sig"))
+        return parse_json_row(raw.decode("utf-8-sig"), shape)
     except UnicodeDecodeError as error:
         return RowError(f"not UTF-8 at byte {error.start} of the line; fix: save the file as UTF-8")
     except RowError as error:

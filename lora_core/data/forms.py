@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lora_core.data.messages import Conversation, Message
-from lora_core.data.template import apply_template
+from lora_core.data.template import apply_template, template_limits
 from lora_core.errors import ChatTemplateError
 
 if TYPE_CHECKING:
@@ -18,6 +18,24 @@ if TYPE_CHECKING:
 
 _QUESTION: Message = {"role": "user", "content": "Qq"}
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Any special token of the tokenizer, the longest first, so that none hides another that it begins."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return _any_of(special | set(tokenizer.all_special_tokens))
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> str:
+    """What generation starts from: the messages and the generation prompt, in the forms that the template wants.
+
+    Raises:
+        ConfigError: the template takes too much time or memory, or writes too much.
+        ChatTemplateError: it refuses the messages.
+    """
+    with template_limits(tokenizer, [conversation]) as next_one:
+        next_one()
+        return TemplateForms(tokenizer).render(conversation, add_generation_prompt=True)
 
 
 @dataclass(frozen=True)
@@ -33,12 +51,8 @@ class Span:
 class TemplateForms:
     """Answers about one tokenizer's template. Use it inside `template_limits`."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, special: re.Pattern[str]) -> None:
-        """
-        Args:
-            special: any special token of the tokenizer.
-        """
-        self._tokenizer, self._special = tokenizer, special
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer, self._special = tokenizer, special_tokens(tokenizer)
         eos = [str(tokenizer.eos_token)] if tokenizer.eos_token else []
         self.stop_tokens: list[str] = [*dict.fromkeys([*eos, *getattr(tokenizer, "stop_tokens", ())])]
         """At which generation stops: the tokenizer's end, and those of the model's generation config if it was read."""

@@ -42,9 +42,9 @@ class MaskReader:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = "all_assistant") -> None:
         self._tokenizer, self._train_on = tokenizer, train_on
-        specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        self._specials = sorted(specials | set(tokenizer.all_special_tokens), key=len, reverse=True)
-        self._forms = TemplateForms(tokenizer, re.compile("|".join(map(re.escape, self._specials)) or r"(?!)"))
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self._specials = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
+        self._forms = TemplateForms(tokenizer)
 
     def read(self, conversation: Conversation, encoded: EncodedChat) -> MaskReading:
         """Read one row that was not truncated."""

@@ -19,13 +19,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lora_core.config.schema import DataConfig
 from lora_core.data.json_values import checked_text, is_empty, kind, read_json
 from lora_core.data.tool_use import parse_tools
 from lora_core.data.turns import Message, Turn, parse_turn
 from lora_core.errors import RowError
 from lora_core.untrusted.text import quoted
 
-__all__ = ["Conversation", "Message", "RowShape", "TrainOn", "parse_json_row", "parse_row", "trained_messages"]
+__all__ = [
+    "Conversation",
+    "Message",
+    "RowShape",
+    "TrainOn",
+    "parse_json_row",
+    "parse_row",
+    "shape_of",
+    "trained_messages",
+]
 
 _TURNS = ("messages", "conversations", "conversation", "dialog", "dialogue")
 _PAIRS = (
@@ -44,12 +54,6 @@ _INPUT = ("input", "context")
 """What belongs to an instruction."""
 _ROW_WEIGHTS = ("weight", "loss_weight")
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-COLUMNS = tuple(
-    dict.fromkeys(
-        ["messages", "prompt", "completion", "instruction", "input", "output", "text", "system", "tools", "history"]
-    )
-)
-"""What `data.columns` may map: our name of a column to the file's."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,14 @@ class RowShape:
     """What a file calls its columns and roles, where that is not what everybody calls them."""
 
     columns: Mapping[str, str] = field(default_factory=dict)
-    """One of `COLUMNS` -> the file's name for it."""
+    """messages, prompt, completion, text, system or tools -> the file's name for it."""
     roles: Mapping[str, str] = field(default_factory=dict)
     """The file's name of a role -> system, user, assistant or tool."""
+
+
+def shape_of(data: DataConfig) -> RowShape:
+    """What the configuration says of the rows' columns and roles."""
+    return RowShape(data.columns, data.roles)
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def _what_is_not_shown(
         listed = ", ".join(dict.fromkeys(lost))
         raise ChatTemplateError(
             f"the chat template does not show all of the row ({listed}), so the model would learn something else; fix: "
-            "data.chat_template=FILE.jinja that shows it, another model, or rows without it [content_not_shown]"
+            "data.chat_template=qwen3, which shows tools and reasoning, or rows without it [content_not_shown]"
         )
     return tuple(sorted(left_out))
 

@@ -64,9 +64,11 @@ def check_unsupervised(facts: Facts) -> Iterator[Finding]:
 def check_truncation(facts: Facts) -> Iterator[Finding]:
     """Rows are truncated to `data.max_seq_length` tokens and lose what they should teach.
 
-    The end is what is lost: of the last answer, and with it the token that ends the turn.
+    The end is what is lost: of the last answer, and with it the token that ends the turn. A model that is trained on
+    replies without an end learns to talk on.
 
-    The finding names the lengths that keep 99% and all of the rows.
+    The finding names the lengths that keep 99% and all of the rows. `data.truncation=drop` leaves such rows out and
+    counts them.
     """
     rows, counts, limit = facts.train_data.rows, facts.train_data.counts, facts.config.data.max_seq_length
     if counts.truncated:
@@ -77,11 +79,44 @@ def check_truncation(facts: Facts) -> Iterator[Finding]:
             f"{counts.truncated} of {counted(counts.read, 'row')} ({counts.truncated / counts.read:.1%}) "
             f"{'is' if counts.truncated == 1 else 'are'} truncated to {limit:,} tokens (data.max_seq_length), losing "
             f"{counted(counts.truncated_tokens, 'token')} ({counted(counts.truncated_supervised_tokens, 'loss token')})"
-            f"; {keeps_99:,} keeps 99% of the rows whole, {counts.longest:,} all "
+            f"{_lost_ends(facts)}; {keeps_99:,} keeps 99% of the rows whole, {counts.longest:,} all "
             f"({_places(facts, rows.lines(rows.length > limit))})",
             limit,
             counts.longest,
             f"data.max_seq_length={counts.longest}",
+        )
+
+
+def _lost_ends(facts: Facts) -> str:
+    """How many kept rows are trained on a reply that has lost its end."""
+    rows = facts.train_data.rows
+    number = int(((rows.lost_supervised > 0) & (rows.num_supervised > 0)).sum())
+    return (
+        f"; {counted(number, 'reply', 'replies')} without an end (data.truncation=drop drops such rows)"
+        if number
+        else ""
+    )
+
+
+def check_left_out(facts: Facts) -> Iterator[Finding]:
+    """Rows hold something that the model does not see: an unknown key, or a part that the template hides.
+
+    What is not seen is not learned. Identifiers and sources are meant to be left out; a second reply, an earlier
+    reasoning or a comment may not be. What would change what is learned, such as a preference pair, is an error.
+
+    No action is needed for what may be left out; `data.columns` says what a column is, if it is one of ours.
+    """
+    left_out = facts.train_data.left_out
+    if left_out:
+        shown = sorted(left_out, key=lambda key: (-len(left_out[key]), key))
+        listed = ", ".join(f"{key} ({counted(len(left_out[key]), 'row')})" for key in shown[:20])
+        yield Finding(
+            "parts_left_out",
+            "note",
+            f"not shown to the model: {listed}" + (f", and {len(shown) - 20:,} more keys" if len(shown) > 20 else ""),
+            {key: len(left_out[key]) for key in shown},
+            {},
+            None,
         )
 
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from lora_core.config.schema import RunConfig
 from lora_core.data.counts import EncodedFile
-from lora_core.data.messages import Message, parse_json_row
-from lora_core.data.template import render_chat
+from lora_core.data.forms import render_prompt
+from lora_core.data.messages import Conversation, Message, parse_json_row, shape_of
 from lora_core.errors import DataError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def sample_reply(
     """The model's greedy reply to messages that end with a user's turn."""
     was_training = model.training
     model.eval()
-    text = render_chat(tokenizer, messages, tools, add_generation_prompt=True)
+    text = render_prompt(tokenizer, Conversation(list(messages), tools))
     prompt = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     output = model.generate(
@@ -64,7 +64,9 @@ def sample_prompts(config: RunConfig, train_data: EncodedFile, eval_data: Encode
     by_line = _lines(data.places.path, set(wanted))
     prompts: list[dict[str, Any]] = []
     for line in wanted:
-        conversation = parse_json_row(by_line[line])
+        conversation = parse_json_row(by_line[line], shape_of(config.data))
+        if conversation.text is not None:  # it asks nothing
+            continue
         first = next(i for i, message in enumerate(conversation.messages) if message["role"] == "assistant")
         messages, expected = conversation.messages[:first], _expected(conversation.messages[first])
         if messages and messages[-1]["role"] == "user" and len(prompts) < config.train.num_sample_replies:

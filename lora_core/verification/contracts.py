@@ -52,11 +52,12 @@ def verify(config: RunConfig, say: Callable[[str], None] = print) -> Verificatio
     train_data, eval_data = load_data(config, tokenizer)
 
     say("mask: every row")
-    checks = [check_masks("training set", config.data.train_source, train_data, tokenizer)]
+    checks = [check_masks("training set", config.data.train_source, train_data, tokenizer, config.data)]
     if eval_data is None:
         checks.append(Check.not_applicable("mask", "eval set", "no eval set: data.eval_file is null"))
     else:
-        checks.append(check_masks("eval set", config.data.eval_file or config.data.train_source, eval_data, tokenizer))
+        source = config.data.eval_file or config.data.train_source
+        checks.append(check_masks("eval set", source, eval_data, tokenizer, config.data))
 
     with tempfile.TemporaryDirectory(prefix="lora_core_verify_") as name:
         short = short_run(config, train_data, eval_data, Path(name))

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_core.config.schema import DataConfig
 from lora_core.data.chat import ChatEncoder, EncodedChat
 from lora_core.data.counts import EncodedFile
 from lora_core.data.mask_reader import MaskReader, MaskReading
-from lora_core.data.messages import Conversation, parse_json_row
+from lora_core.data.messages import Conversation, parse_json_row, shape_of
 from lora_core.errors import DataError, counted
 from lora_core.verification.table import Check
 
@@ -17,18 +18,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def check_masks(rows: str, source: str, data: EncodedFile, tokenizer: PreTrainedTokenizerBase) -> Check:
-    """Every example, against its line in the file.
+def check_masks(
+    rows: str, source: str, data: EncodedFile, tokenizer: PreTrainedTokenizerBase, config: DataConfig | None = None
+) -> Check:
+    """Every example, against its line in the file: its loss tokens are the replies, and all of each reply.
 
     Raises:
         DataError: the file has changed since it was encoded.
     """
-    reader = MaskReader(tokenizer)
-    encoder = ChatEncoder(tokenizer)
+    config = config or DataConfig()
+    reader = MaskReader(tokenizer, config.train_on)
+    encoder = ChatEncoder(tokenizer, config.train_on)
     cut = in_part = 0
     problems = []
     for row, line in _rows_with_lines(data.places.path, data):
-        conversation = parse_json_row(line)
+        conversation = parse_json_row(line, shape_of(config))
         result, was_cut = _read_row(reader, encoder, conversation, row["input_ids"], row["loss_mask"])
         if result.problem is not None:
             problems.append(f"{data.places.listed([row['line']])}: {result.problem}")
@@ -43,6 +47,8 @@ def check_masks(rows: str, source: str, data: EncodedFile, tokenizer: PreTrained
         measured += f"; {in_part:,} by text and order only"
     if data.counts.dropped:
         measured += f"; {counted(data.counts.dropped, 'row')} of the file dropped"
+    if data.left_out:
+        measured += f"; not shown to the model: {', '.join(data.left_out)}"
     problem = None
     if problems:
         more = f"; and {len(problems) - 5:,} more" if len(problems) > 5 else ""

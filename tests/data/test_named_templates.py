@@ -370,7 +370,7 @@ def test_other_arguments_are_encoded_anew(tmp_path: Path, write_rows: Any) -> No
         for settings in ({}, {"chat_template_kwargs": {"enable_thinking": False}})
     ]
     assert lengths[0] == lengths[1]  # the prompt's empty reasoning is in the text of both
-    assert len(list((tmp_path / "cache").glob("*.arrow"))) == 2
+    assert len(list((tmp_path / "cache").glob("*/rows.arrow"))) == 2
 
 
 def test_arguments_in_yaml_and_on_the_command_line(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import csv
 import datetime
 import gzip
 import http.server
-import importlib.util
 import io
 import json
 import lzma
@@ -16,6 +15,7 @@ import pickle
 import re
 import shlex
 import subprocess
+import sys
 import tarfile
 import threading
 import tracemalloc
@@ -29,6 +29,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
@@ -420,15 +421,15 @@ def test_a_fix_works_when_pasted_and_writes_to_no_file_that_is_there(
     assert read(new, tmp_path / "cache") == ROWS
 
 
-@pytest.mark.skipif(importlib.util.find_spec("zstandard") is not None, reason="zstandard is installed")
-def test_zst_without_its_package_says_what_to_install(tmp_path: Path) -> None:
+def test_zst_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("zstandard", "compression.zstd"):
+        monkeypatch.setitem(sys.modules, name, None)
     (tmp_path / "rows.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd\0")
     with pytest.raises(DataError, match=r"rows\.jsonl\.zst: compressed with zstd.*fix: pip install zstandard"):
         as_jsonl(tmp_path / "rows.jsonl.zst", tmp_path)
 
 
 def test_zst_is_read_where_its_package_is(tmp_path: Path) -> None:
-    zstandard = pytest.importorskip("zstandard")
     (tmp_path / "rows.jsonl.zst").write_bytes(zstandard.compress(lines_of(ROWS)))
     assert read(tmp_path / "rows.jsonl.zst", tmp_path) == ROWS
 

@@ -1,0 +1,84 @@
+"""`lora-core convert`: rows of any accepted file and shape, as messages in JSONL."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_core.commands.command_line import Command, add_config_arguments
+from lora_core.config.load import load_config
+from lora_core.config.schema import DataConfig
+from lora_core.data.messages import Conversation, parse_json_row, shape_of
+from lora_core.data.places import Places
+from lora_core.data.sources import as_jsonl
+from lora_core.errors import ConfigError, DataError, RowError, counted, problem_list
+from lora_core.untrusted.text import showable
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="rows, as data.train_file takes them")
+    parser.add_argument("--output", required=True, metavar="FILE.jsonl", help="a new file; one that exists is refused")
+    add_config_arguments(parser, default="base")
+
+
+def _run(arguments: Namespace) -> None:
+    output = Path(arguments.output).expanduser()
+    if output.exists():
+        raise ConfigError(f"--output {output}: exists, and would be lost; fix: another name")
+    train_file = f"data.train_file={json.dumps(arguments.file, ensure_ascii=False)}"
+    data = load_config(arguments.cfg, [*arguments.overrides, train_file], arguments.model).data
+    places = as_jsonl(data.train_file, data.cache_dir, key="data.train_file")
+    rows, problems = [], []
+    left_out: dict[str, int] = {}
+    for line, parsed in _rows(places, data):
+        if isinstance(parsed, RowError):
+            problems.append(f"{places.place(line)}: {parsed}")
+            continue
+        for key in parsed.unused_keys:
+            left_out[key] = left_out.get(key, 0) + 1
+        rows.append(json.dumps(as_row(parsed), ensure_ascii=False))
+    if problems and data.on_bad_row == "error":
+        title = f"{arguments.file}: {len(problems):,} of {counted(len(problems) + len(rows), 'row')} cannot be used:"
+        raise DataError(problem_list(title, problems) + "\nFix them, or leave them out with data.on_bad_row=skip")
+    with output.open("x", encoding="utf-8") as file:
+        file.writelines(f"{row}\n" for row in rows)
+    print(showable(f"wrote {output}: {counted(len(rows), 'row')}, {len(problems):,} left out as unreadable"))
+    if left_out:
+        listed = ", ".join(f"{key} ({counted(number, 'row')})" for key, number in sorted(left_out.items()))
+        print(showable(f"left out: {listed}"))
+
+
+def _rows(places: Places, data: DataConfig) -> Iterator[tuple[int, Conversation | RowError]]:
+    shape = shape_of(data)
+    with places.path.open("rb") as file:
+        for line, raw in enumerate(file, start=1):
+            if not raw.strip():
+                continue
+            try:
+                yield line, parse_json_row(raw.decode("utf-8-sig"), shape)
+            except RowError as error:
+                yield line, error
+            except UnicodeDecodeError as error:
+                yield line, RowError(f"not UTF-8 at byte {error.start} of the line; fix: save the file as UTF-8")
+
+
+def as_row(conversation: Conversation) -> dict[str, Any]:
+    """The conversation as a row that `parse_row` reads back as the same."""
+    if conversation.text is not None:
+        return {"text": conversation.text}
+    weights = conversation.weights or (1.0,) * len(conversation.messages)
+    messages = [
+        {**message, "weight": weight} if message["role"] == "assistant" and weight != 1 else message
+        for message, weight in zip(conversation.messages, weights, strict=True)
+    ]
+    split = conversation.num_prompt_messages
+    row: dict[str, Any] = (
+        {"prompt": messages[:split], "completion": messages[split:]} if split else {"messages": messages}
+    )
+    return row | ({"tools": conversation.tools} if conversation.tools else {})
+
+
+COMMAND = Command("rows of any accepted file as messages in JSONL", _add_arguments, _run)
