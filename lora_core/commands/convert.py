@@ -66,7 +66,7 @@ def _rows(places: Places, data: DataConfig) -> Iterator[tuple[int, Conversation 
 
 
 def as_row(conversation: Conversation) -> dict[str, Any]:
-    """The conversation as a row that `parse_row` reads back as the same."""
+    """The messages as a row that `parse_row` reads back as the same."""
     if conversation.text is not None:
         return {"text": conversation.text}
     weights = conversation.weights or (1.0,) * len(conversation.messages)

@@ -1,4 +1,4 @@
-"""One turn of a conversation, as any of the usual tools writes it, -> messages as chat templates take them."""
+"""One turn of a row, as any of the usual tools writes it, -> messages as chat templates take them."""
 
 from __future__ import annotations
 
