@@ -123,6 +123,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    # torch's autograd thread is the first to use the GPU's context, and says so.
+    warnings.filterwarnings("ignore", message="Attempting to run cuBLAS, but there was no current CUDA context")
     for name in ("bitsandbytes", "torch.distributed", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
     import datasets

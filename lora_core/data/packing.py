@@ -206,7 +206,8 @@ def _longest_first(rows: RowIndices, lengths: RowIndices) -> RowIndices:
 
 
 def collate(rows: Sequence[dict[str, Any]], pad_token_id: int, is_filler: bool = False) -> dict[str, torch.Tensor]:
-    """Rows -> one right-padded micro-batch of (B, T) tensors: input_ids, attention_mask, loss_mask.
+    """Rows -> one right-padded micro-batch of (B, T) tensors: input_ids, attention_mask, loss_mask, and loss_weights if
+    a row has any.
 
     `loss_mask` marks the loss tokens. It does not look at the ids, so a pad token that equals the EOS token
     cannot hide an EOS.
@@ -224,7 +225,12 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int, is_filler: bool =
         if not is_filler:
             loss_mask[index, :length] = torch.as_tensor(row["loss_mask"])
     loss_mask[:, 0] = False  # nothing comes before the first token to predict it from
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "loss_mask": loss_mask}
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "loss_mask": loss_mask}
+    if any(len(row.get("loss_weights", ())) for row in rows):
+        batch["loss_weights"] = torch.zeros((len(rows), longest))
+        for index, row in enumerate(rows):
+            batch["loss_weights"][index, : len(row["input_ids"])] = torch.as_tensor(_loss_weights(row))
+    return batch
 
 
 def collate_packed(rows: Sequence[dict[str, Any]], is_filler: bool = False) -> dict[str, Any]:
@@ -244,12 +250,21 @@ def collate_packed(rows: Sequence[dict[str, Any]], is_filler: bool = False) -> d
     loss_mask[np.cumsum((0, *lengths[:-1]))] = False
     if is_filler:
         loss_mask[:] = False
-    return {
+    batch: dict[str, Any] = {
         "input_ids": input_ids[None],
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
         "loss_mask": loss_mask[None],
         "segment_lengths": lengths,
     }
+    if any(len(row.get("loss_weights", ())) for row in rows):
+        batch["loss_weights"] = torch.cat([torch.as_tensor(_loss_weights(row)) for row in rows])[None]
+    return batch
+
+
+def _loss_weights(row: dict[str, Any]) -> npt.NDArray[np.float32]:
+    """(T,) of a row; 1 for all tokens where it has none of its own."""
+    weights = row.get("loss_weights", ())
+    return np.asarray(weights if len(weights) else np.ones(len(row["input_ids"])), dtype=np.float32)
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -28,12 +28,12 @@ class LossSums(NamedTuple):
     """Scalars over the loss tokens of one micro-batch."""
 
     loss_sum: Tensor
-    """Cross-entropy, summed, float32; carries the gradient."""
+    """Cross-entropy, times the loss weights if there are any, summed, float32; carries the gradient."""
     num_tokens: Tensor
     num_correct: Tensor
     """Tokens whose most likely prediction was right."""
     token_losses: Tensor
-    """(N,) the cross-entropy of each loss token, float32, row by row; carries no gradient."""
+    """(N,) the cross-entropy of each loss token without its weight, float32, row by row; carries no gradient."""
 
 
 class CausalLMLoss(nn.Module):
@@ -48,13 +48,16 @@ class CausalLMLoss(nn.Module):
         self.model = model
         self._logits_per_chunk = logits_per_chunk(device_kind or next(model.parameters()).device.type)
 
-    def forward(self, input_ids: Tensor, loss_mask: Tensor, **inputs: Any) -> LossSums:
+    def forward(
+        self, input_ids: Tensor, loss_mask: Tensor, loss_weights: Tensor | None = None, **inputs: Any
+    ) -> LossSums:
         """One micro-batch, as `packing` makes them -> sums.
 
         Args:
             input_ids: (B, T).
             loss_mask: (B, T), True for loss tokens. The prediction for position t is made at t - 1, so the mask is read
                 one place to the right.
+            loss_weights: (B, T), float32; None is 1 for all.
             inputs: for the decoder: attention_mask for padded rows; position_ids and segment_lengths for packed ones.
         """
         decoder = causal_lm_of(self.model).get_decoder()
@@ -66,17 +69,18 @@ class CausalLMLoss(nn.Module):
             # A filler micro-batch: still a function of the parameters, so that ranks can synchronise.
             zero = torch.zeros((), dtype=torch.long, device=targets.device)
             return LossSums(hidden.float().sum() * 0.0, zero, zero, torch.zeros(0, device=targets.device))
+        weights = None if loss_weights is None else loss_weights[row, position + 1]  # (N,)
         states = hidden[row, position]  # (N, H)
         head = causal_lm_of(self.model).get_output_embeddings()
         if any(parameter.requires_grad for parameter in head.parameters()):
             # A head that trains needs its own gradient, so all logits are kept.
             logits = project(self.model, states).float()
             losses = nn.functional.cross_entropy(logits, targets, reduction="none")
-            loss_sum, token_losses = losses.sum(), losses.detach()
+            loss_sum, token_losses = (losses if weights is None else losses * weights).sum(), losses.detach()
             num_correct = (logits.detach().argmax(dim=-1) == targets).sum()
         else:
             apply: Any = _HeadLoss.apply
-            loss_sum, num_correct, token_losses = apply(states, targets, self.model, self._logits_per_chunk)
+            loss_sum, num_correct, token_losses = apply(states, targets, weights, self.model, self._logits_per_chunk)
         num_tokens = torch.tensor(targets.numel(), device=targets.device)
         return LossSums(loss_sum, num_tokens, num_correct, token_losses)
 
@@ -91,9 +95,14 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, model: nn.Module, logits_per_chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        model: nn.Module,
+        logits_per_chunk: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, H) hidden states, (N,) targets -> (summed loss, number of right first guesses, (N,) losses)."""
+        """(N, H) hidden states, (N,) targets, weights -> (summed loss, number of right first guesses, (N,) losses)."""
         needs_gradient = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if needs_gradient else None
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -112,21 +121,23 @@ class _HeadLoss(torch.autograd.Function):
             # From the most likely token, whose probability is at least 1 / V, so that its logarithm is exact.
             log_probability = values.gather(1, target).float() - values.gather(1, best).float()
             log_probability += probabilities.gather(1, best).log()
-            loss_sum -= log_probability.sum()
+            weight = None if weights is None else weights[part, None]  # (P, 1)
+            loss_sum -= (log_probability if weight is None else log_probability * weight).sum()
             token_losses[part] = -log_probability[:, 0]
             num_correct += (best == target).sum()
             if gradient is not None:
                 # d loss / d logits = probabilities - one-hot target, in the memory of the probabilities
                 to_logits = probabilities.scatter_(1, target, log_probability.exp() - 1)
+                to_logits = to_logits if weight is None else to_logits.mul_(weight)
                 (gradient[part],) = torch.autograd.grad(logits, chunk, to_logits.to(logits.dtype))
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(num_correct, token_losses)
         return loss_sum, num_correct, token_losses
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outputs[0].to(gradient.dtype), None, None, None
+        return gradient * outputs[0].to(gradient.dtype), None, None, None, None
 
 
 def project(model: nn.Module, hidden: Tensor) -> Tensor:

@@ -234,7 +234,9 @@ def check_same_run(checkpoint: Checkpoint, config: RunConfig, data: str, world_s
     Raises:
         ConfigError: something that matters differs, so that the resumed run would end differently.
     """
-    then, now = _flat(checkpoint.state["config"]), _flat(config.to_dict())
+    # A key that came after this checkpoint was written had no effect then: its default.
+    then = _flat(RunConfig().to_dict()) | _flat(checkpoint.state["config"])
+    now = _flat(config.to_dict())
     differing = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
     problems = [f"{key}: {then.get(key)!r} before, {now.get(key)!r} now" for key in differing if key not in _FREE_KEYS]
     if checkpoint.state["data"] != data:

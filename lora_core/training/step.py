@@ -24,7 +24,7 @@ class StepResult:
     """One optimizer step, over all ranks."""
 
     loss: float
-    """Mean cross-entropy per loss token, over the step's loss tokens."""
+    """Mean cross-entropy per loss token, over the step's loss tokens, by their weights."""
     grad_norm: float
     """Global norm before clipping."""
     learning_rate: float
@@ -47,16 +47,18 @@ def train_step(
 ) -> StepResult:
     """One optimizer step over this rank's micro-batches.
 
-    loss = sum over all loss tokens of all micro-batches and ranks / number of those tokens, so the gradient is the same
-    however the step is divided into micro-batches. If loss or gradient is not finite, parameters and optimizer are left
-    as they were; the schedule advances either way, because it is a function of the step.
+    loss = sum over all loss tokens of all micro-batches and ranks / number of those tokens (both by their weights), so
+    the gradient is the same however the step is divided into micro-batches. If loss or gradient is not finite,
+    parameters and optimizer are left as they were; the schedule advances either way, because it is a function of the
+    step.
 
     Raises:
         TrainingError: there is no loss token.
     """
-    local_tokens = sum(int(batch["loss_mask"][:, 1:].sum()) for batch in batches)
-    num_tokens = int(_sum_over_ranks(accelerator, torch.tensor(local_tokens)))
-    if num_tokens == 0:
+    exact = torch.float32 if accelerator.device.type == "mps" else torch.float64  # MPS has no float64
+    local = torch.tensor([_tokens_and_weight(batch) for batch in batches], dtype=exact).sum(dim=0)
+    num_tokens, total_weight = _sum_over_ranks(accelerator, local).tolist()
+    if total_weight == 0:
         raise TrainingError("an optimizer step has no loss token; fix: drop rows without loss tokens before training")
     learning_rate = optimizer.param_groups[0]["lr"]
 
@@ -66,18 +68,25 @@ def train_step(
         with nullcontext() if last else accelerator.no_sync(model):
             micro_loss_sum = model(**to_device(batch, accelerator.device)).loss_sum
             # DDP and FSDP average gradients over ranks; times their number, the average is the sum.
-            accelerator.backward(micro_loss_sum * (accelerator.num_processes / num_tokens))
+            accelerator.backward(micro_loss_sum * (accelerator.num_processes / total_weight))
         loss_sum += micro_loss_sum.detach()
-    loss = float(_sum_over_ranks(accelerator, loss_sum)) / num_tokens
+    loss = float(_sum_over_ranks(accelerator, loss_sum)) / total_weight
 
     limit = math.inf if max_grad_norm is None else max_grad_norm
     grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), limit))
-    result = StepResult(loss, grad_norm, learning_rate, num_tokens)
+    result = StepResult(loss, grad_norm, learning_rate, int(num_tokens))
     if result.is_finite:
         optimizer.step()
     scheduler.step()
     optimizer.zero_grad()
     return result
+
+
+def _tokens_and_weight(batch: dict[str, Any]) -> tuple[float, float]:
+    """(number of loss tokens, their summed weight) of a micro-batch."""
+    mask = batch["loss_mask"][:, 1:]
+    number = float(mask.sum())
+    return number, float(batch["loss_weights"][:, 1:][mask].sum()) if "loss_weights" in batch else number
 
 
 def _sum_over_ranks(accelerator: Accelerator, value: Tensor) -> Tensor:
