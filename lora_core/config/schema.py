@@ -106,6 +106,10 @@ class DataConfig(Section):
         default="all_assistant",
         description="what is learned: assistant turns, the last one, what follows the prompt or last user turn, or all",
     )
+    split_turns: bool = Field(
+        default=False,
+        description="make one example of each reply, as it is served: for templates that hide earlier reasoning",
+    )
     columns: dict[str, str] = Field(
         default={},
         description="what the file calls messages, prompt, completion, text, system, tools: {messages: turns}",
@@ -159,6 +163,14 @@ class DataConfig(Section):
         if unknown:
             raise ValueError(f"{unknown[0]!r} is none of {', '.join(known)}; fix: data.{info.field_name}={{}}")
         return value
+
+    @model_validator(mode="after")
+    def _split_turns_trains_replies(self) -> DataConfig:
+        if self.split_turns and self.train_on == "everything":
+            raise ValueError(
+                "split_turns=true trains replies, and train_on=everything all text; fix: data.split_turns=false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_eval_set(self) -> DataConfig:

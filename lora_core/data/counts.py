@@ -42,6 +42,8 @@ class RowCounts:
     supervised_tokens: int
     longest: int
     """Tokens of the longest row before truncation."""
+    num_rows: int = 0
+    """Rows of the file, where several examples are made of one (data.split_turns); then `read` counts examples."""
     dropped_too_long: int = 0
     """Longer than max_seq_length (only with truncation=drop)."""
     eval: int = 0
@@ -61,6 +63,8 @@ class RowCounts:
     def __str__(self) -> str:
         """`100 rows read = 45 trained + 5 eval + 50 dropped without loss tokens; 1,900 tokens (1,800 + 100), ...`."""
         text = f"{counted(self.read, 'row')} read"
+        if self.num_rows:
+            text = f"{counted(self.num_rows, 'row')} read, split into {counted(self.read, 'example')}"
         text += f" = {self.kept - self.eval:,} trained + {self.eval:,} eval" if self.eval else f", {self.kept:,} kept"
         comma = " + " if self.eval else ", "
         if self.dropped_bad:
@@ -124,7 +128,8 @@ class EncodedFile:
     """The kept rows of a file, encoded, or a part of them (data.eval_fraction)."""
 
     dataset: Dataset
-    """Columns input_ids (list of int32), loss_mask (list of bool), line (1-based line in the JSONL that is read)."""
+    """Columns input_ids (list of int32), loss_mask (list of bool), line (1-based line in the JSONL that is read), reply
+    (index of the message that alone is trained; -1 for all)."""
     lengths: npt.NDArray[np.int64]
     """(num_rows,) tokens of each row."""
     counts: RowCounts
@@ -211,6 +216,7 @@ def account(
     lengths = list_lengths(dataset)
     counts = RowCounts(
         read=len(bad),
+        num_rows=0 if (column("reply") < 0).all() else len(np.unique(rows.line)),
         kept=int(kept.sum()),
         dropped_bad=int(bad.sum()),
         dropped_unsupervised=int(rows.is_unsupervised.sum()),
@@ -228,7 +234,7 @@ def account(
             + ("; fix: a larger data.max_seq_length" if counts.truncated_supervised_tokens else ""),
             "no_rows_left",
         )
-    columns_kept = dataset.select_columns(["input_ids", "loss_mask", "line"])
+    columns_kept = dataset.select_columns(["input_ids", "loss_mask", "line", "reply"])
     left_out = _lines_by_key(encoded, rows.line)
     return EncodedFile(columns_kept, lengths, counts, rows, places, np.flatnonzero(kept), left_out)
 

@@ -27,7 +27,7 @@ from lora_core.data.cache import cache_folder, make_entry, naming_cache_folder, 
 from lora_core.data.chat import ChatEncoder, EncodedChat
 from lora_core.data.counts import EncodedFile, Truncation, account
 from lora_core.data.json_values import strings
-from lora_core.data.messages import Conversation, RowShape, TrainOn, parse_json_row, shape_of
+from lora_core.data.messages import Conversation, RowShape, TrainOn, one_for_each_reply, parse_json_row, shape_of
 from lora_core.data.places import Places
 from lora_core.data.sources import as_jsonl
 from lora_core.data.split import hold_out
@@ -60,6 +60,7 @@ def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[En
             cache_limit_gib=config.data.cache_limit_gib,
             train_on=config.data.train_on,
             truncation=config.data.truncation,
+            split_turns=config.data.split_turns,
             shape=shape_of(config.data),
         )
 
@@ -91,6 +92,7 @@ def encode_file(
     cache_limit_gib: float = 20.0,
     train_on: TrainOn = "all_assistant",
     truncation: Truncation = "right",
+    split_turns: bool = False,
     shape: RowShape | None = None,
 ) -> EncodedFile:
     """Encode the rows of a chat file, or take the result of an earlier call from `cache_dir`.
@@ -105,6 +107,7 @@ def encode_file(
             `cache_dir` until it is below this size, with a line on standard error.
         train_on: which tokens are loss tokens, as `ChatEncoder` takes it.
         truncation: of longer rows: "right" keeps their beginning, "drop" drops and counts them, "error" stops.
+        split_turns: make one example of each reply, with all before it.
         shape: what the file calls its columns and roles.
 
     Raises:
@@ -122,12 +125,12 @@ def encode_file(
     if num_proc is None:
         num_proc = min(allowed_cores(), max(1, len(starts) // _ROWS_WORTH_A_PROCESS))
     encoder, shape = ChatEncoder(tokenizer, train_on), shape or RowShape()
-    fingerprint = _fingerprint(path, encoder, shape, max_seq_length)
+    fingerprint = _fingerprint(path, encoder, [max_seq_length, split_turns, dict(shape.columns), dict(shape.roles)])
     folder = cache_folder(cache_dir)
 
     def fill(new: Path) -> None:
         table = {"start": starts, "size": sizes, "line": lines}
-        _encode_lines(places, table, encoder, shape, max_seq_length, new, fingerprint, num_proc)
+        _encode_lines(places, table, encoder, shape, split_turns, max_seq_length, new, fingerprint, num_proc)
 
     with naming_cache_folder(folder):
         entry = take_entry(folder, fingerprint) or make_entry(folder, fingerprint, fill, cache_limit_gib)
@@ -167,7 +170,7 @@ def _line_table(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64
     return np.array(starts), np.array(sizes), np.array(numbers)
 
 
-def _fingerprint(path: Path, encoder: ChatEncoder, shape: RowShape, max_seq_length: int) -> str:
+def _fingerprint(path: Path, encoder: ChatEncoder, settings: list[Any]) -> str:
     """A hash of all that decides the encoded rows."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -175,8 +178,8 @@ def _fingerprint(path: Path, encoder: ChatEncoder, shape: RowShape, max_seq_leng
             digest.update(chunk)
     tokenizer = encoder.tokenizer
     backend = tokenizer.backend_tokenizer.to_str()
-    parts = [backend, tokenizer.chat_template, tokenizer.special_tokens_map, max_seq_length]
-    parts += [encoder.forms.stop_tokens, encoder.train_on, dict(shape.columns), dict(shape.roles)]
+    parts = [backend, tokenizer.chat_template, tokenizer.special_tokens_map]
+    parts += [encoder.forms.stop_tokens, encoder.train_on, *settings]
     digest.update(json.dumps(parts, default=str, sort_keys=True).encode())
     for module in (json_values, tool_use, turns, messages, template, provenance, forms, spans, chat):
         digest.update(Path(str(module.__file__)).read_bytes())
@@ -189,6 +192,7 @@ def _encode_lines(
     table: dict[str, npt.NDArray[np.int64]],
     encoder: ChatEncoder,
     shape: RowShape,
+    split_turns: bool,
     max_seq_length: int,
     folder: Path,
     fingerprint: str,
@@ -203,6 +207,7 @@ def _encode_lines(
             "input_ids": ListOf(Value("int32")),
             "loss_mask": ListOf(Value("bool")),
             "line": Value("int64"),
+            "reply": Value("int64"),
             "problem": Value("string"),
             "num_supervised": Value("int64"),
             "truncated_tokens": Value("int64"),
@@ -224,9 +229,15 @@ def _encode_lines(
                 batched=True,
                 batch_size=500,
                 num_proc=num_proc if num_proc > 1 else None,
-                remove_columns=["start", "size"],
+                remove_columns=["start", "size", "line"],
                 features=features,
-                fn_kwargs={"places": places, "encoder": encoder, "shape": shape, "max_seq_length": max_seq_length},
+                fn_kwargs={
+                    "places": places,
+                    "encoder": encoder,
+                    "shape": shape,
+                    "split_turns": split_turns,
+                    "max_seq_length": max_seq_length,
+                },
                 cache_file_name=str(folder / "rows.arrow"),
                 new_fingerprint=fingerprint,
                 desc="Encoding rows",
@@ -259,7 +270,12 @@ def _no_tokenizer_threads() -> Iterator[None]:
 
 
 def _encode_batch(
-    batch: dict[str, list[int]], places: Places, encoder: ChatEncoder, shape: RowShape, max_seq_length: int
+    batch: dict[str, list[int]],
+    places: Places,
+    encoder: ChatEncoder,
+    shape: RowShape,
+    split_turns: bool,
+    max_seq_length: int,
 ) -> dict[str, list[Any]]:
     parsed: list[Conversation | RowError] = []
     try:
@@ -274,17 +290,34 @@ def _encode_batch(
                 parsed.append(_parse_line(file.read(size), shape))
     except OSError as error:
         raise DataError(f"{places.path}: cannot be read any more: {error}", "data_file_missing") from error
+    examples = [
+        (line, reply, item)
+        for line, row in zip(batch["line"], parsed, strict=True)
+        for reply, item in _examples(row, split_turns, encoder)
+    ]
     try:
-        encoded = iter(encoder.encode_batch([item for item in parsed if isinstance(item, Conversation)]))
+        encoded = iter(encoder.encode_batch([item for _, _, item in examples if isinstance(item, Conversation)]))
     except ConfigError as error:
         lines = places.between(batch["line"][0], batch["line"][-1])
         raise ConfigError(f"{lines}: {error}", error.finding_id) from error
     rows = [
-        _row_columns(item, item if isinstance(item, RowError) else next(encoded), encoder, max_seq_length)
-        for item in parsed
+        {"line": line, "reply": reply}
+        | _row_columns(item, item if isinstance(item, RowError) else next(encoded), encoder, max_seq_length)
+        for line, reply, item in examples
     ]
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
-    return columns | {"line": batch["line"]}
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _examples(
+    row: Conversation | RowError, split_turns: bool, encoder: ChatEncoder
+) -> list[tuple[int, Conversation | RowError]]:
+    """(index of the reply that it is for, example) for each example that is made of a row; -1 for all replies."""
+    if isinstance(row, RowError) or not split_turns:
+        return [(-1, row)]
+    try:
+        return [*one_for_each_reply(row, encoder.train_on)]
+    except RowError as error:
+        return [(-1, error)]
 
 
 def _row_columns(

@@ -16,7 +16,7 @@ list as a JSON string). A column that is null is as good as absent. Keys that no
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lora_core.config.schema import DataConfig
@@ -110,6 +110,25 @@ def trained_messages(conversation: Conversation, train_on: TrainOn) -> list[int]
                 f"turn {i + 1} has the weight {weights[i]:g}; a turn is trained (1) or not (0); fix: weight 0 or 1"
             )
     return [i for i in assistant if weights[i]]
+
+
+def one_for_each_reply(conversation: Conversation, train_on: TrainOn) -> list[tuple[int, Conversation]]:
+    """(index of the reply, the row up to it, with this reply alone trained), for each reply that is trained.
+
+    Raises:
+        RowError: as `trained_messages`.
+    """
+    replies = trained_messages(conversation, train_on) if conversation.text is None else []
+    return [(index, up_to_reply(conversation, index)) for index in replies] or [(-1, conversation)]
+
+
+def up_to_reply(conversation: Conversation, index: int) -> Conversation:
+    """The row up to this reply, which alone is trained; the row itself for -1."""
+    if index < 0:
+        return conversation
+    weight = conversation.weights[index] if conversation.weights else 1.0
+    messages = conversation.messages[: index + 1]
+    return replace(conversation, messages=messages, weights=(*[0.0] * index, weight), num_prompt_messages=0)
 
 
 def parse_json_row(line: str, shape: RowShape | None = None) -> Conversation:

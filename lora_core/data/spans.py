@@ -13,6 +13,7 @@ from lora_core.data.messages import Conversation
 from lora_core.data.provenance import TOOLS, MarkedRow, Text, TooManyLettersError, mark
 from lora_core.errors import ChatTemplateError
 
+EARLIER_REASONING = "reasoning of earlier turns"
 # What a row can do without; it is counted.
 _CAN_BE_LEFT_OUT = ("name", "tool_call_id", "tool_calls.id")
 
@@ -86,7 +87,7 @@ def _what_is_not_shown(
     for one in missing:
         is_reply = one.message != TOOLS and messages[one.message]["role"] == "assistant"
         if one.key == "reasoning" and one.message < last_question:
-            left_out.add("reasoning of earlier turns")
+            left_out.add(EARLIER_REASONING)
         elif one.key in _CAN_BE_LEFT_OUT:
             left_out.add(f"messages.{one.key}")
         elif one.message == TOOLS and one.key != "tools.name":

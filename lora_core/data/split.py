@@ -66,11 +66,11 @@ def hold_out(encoded: EncodedFile, fraction: float, seed: int) -> tuple[EncodedF
 def duplicate_groups(rows: RowFacts, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """(num_examples,) the number of each example's group: 0, 1, ... in the order of their first examples.
 
-    Two are in one group if their tokens are the same or their words, or if a chain of such pairs leads from one to the
-    other.
+    Two are in one group if they are of one row (data.split_turns), if their tokens are the same or their words, or if a
+    chain of such pairs leads from one to the other.
     """
     first = np.arange(len(indices))  # of each example, the earliest one known to be in its group
-    keys = [np.unique(key[indices], return_inverse=True)[1] for key in (rows.exact_key, rows.text_key)]
+    keys = [np.unique(key[indices], return_inverse=True)[1] for key in (rows.exact_key, rows.text_key, rows.line)]
     while True:
         before = first.copy()
         for key in keys:

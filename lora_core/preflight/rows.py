@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from lora_core.data.spans import EARLIER_REASONING
 from lora_core.data.template import render_chat
 from lora_core.errors import ChatTemplateError, counted
 from lora_core.preflight.findings import Facts, Finding, length_that_keeps
@@ -104,7 +105,8 @@ def check_left_out(facts: Facts) -> Iterator[Finding]:
     What is not seen is not learned. Identifiers and sources are meant to be left out; a second reply, an earlier
     reasoning or a comment may not be. What would change what is learned, such as a preference pair, is an error.
 
-    No action is needed for what may be left out; `data.columns` says what a column is, if it is one of ours.
+    No action is needed for what may be left out; `data.columns` says what a column is, if it is one of ours. Reasoning of
+    earlier turns is shown, and trained, with `data.split_turns=true`: one example of each reply.
     """
     left_out = facts.train_data.left_out
     if left_out:
@@ -116,7 +118,7 @@ def check_left_out(facts: Facts) -> Iterator[Finding]:
             f"not shown to the model: {listed}" + (f", and {len(shown) - 20:,} more keys" if len(shown) > 20 else ""),
             {key: len(left_out[key]) for key in shown},
             {},
-            None,
+            "data.split_turns=true" if EARLIER_REASONING in left_out and not facts.config.data.split_turns else None,
         )
 
 

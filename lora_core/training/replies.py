@@ -60,7 +60,7 @@ def sample_prompts(config: RunConfig, train_data: EncodedFile, eval_data: Encode
     if config.train.num_sample_replies == 0:
         return []
     source, data = ("train", train_data) if eval_data is None else ("eval", eval_data)
-    wanted = [int(line) for line in data.dataset[: 4 * config.train.num_sample_replies]["line"]]
+    wanted = [*dict.fromkeys(int(line) for line in data.dataset[: 4 * config.train.num_sample_replies]["line"])]
     by_line = _lines(data.places.path, set(wanted))
     prompts: list[dict[str, Any]] = []
     for line in wanted:

@@ -10,7 +10,7 @@ from lora_core.config.schema import DataConfig
 from lora_core.data.chat import ChatEncoder, EncodedChat
 from lora_core.data.counts import EncodedFile
 from lora_core.data.mask_reader import MaskReader, MaskReading
-from lora_core.data.messages import Conversation, parse_json_row, shape_of
+from lora_core.data.messages import Conversation, parse_json_row, shape_of, up_to_reply
 from lora_core.errors import DataError, counted
 from lora_core.verification.table import Check
 
@@ -32,7 +32,7 @@ def check_masks(
     cut = in_part = 0
     problems = []
     for row, line in _rows_with_lines(data.places.path, data):
-        conversation = parse_json_row(line, shape_of(config))
+        conversation = up_to_reply(parse_json_row(line, shape_of(config)), row["reply"])
         result, was_cut = _read_row(reader, encoder, conversation, row["input_ids"], row["loss_mask"])
         if result.problem is not None:
             problems.append(f"{data.places.listed([row['line']])}: {result.problem}")
@@ -77,7 +77,7 @@ def _rows_with_lines(path: Path, data: EncodedFile) -> Iterator[tuple[dict[str, 
     row = next(rows, None)
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
-            if row is not None and number == row["line"]:
+            while row is not None and number == row["line"]:
                 yield row, raw.decode("utf-8-sig")
                 row = next(rows, None)
     if row is not None:
