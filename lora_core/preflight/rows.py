@@ -105,8 +105,8 @@ def check_left_out(facts: Facts) -> Iterator[Finding]:
     What is not seen is not learned. Identifiers and sources are meant to be left out; a second reply, an earlier
     reasoning or a comment may not be. What would change what is learned, such as a preference pair, is an error.
 
-    No action is needed for what may be left out; `data.columns` says what a column is, if it is one of ours. Reasoning of
-    earlier turns is shown, and trained, with `data.split_turns=true`: one example of each reply.
+    No action is needed for what may be left out; `data.columns` says what a column is, if it is one of ours. With
+    `data.split_turns=true`, one example of each reply, the reasoning of earlier turns is shown and trained.
     """
     left_out = facts.train_data.left_out
     if left_out:
