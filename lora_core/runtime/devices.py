@@ -18,7 +18,7 @@ import psutil  # comes with Accelerate
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from lora_core.config.load import with_overrides
 from lora_core.config.schema import RunConfig
@@ -66,10 +66,12 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         torch.backends.cuda.enable_cudnn_sdp(False)
     # A second run in one process may ask for another precision; the process group stays.
     AcceleratorState._reset_state()
-    # Accumulation is ours: a value above 1 here would make Accelerate divide the loss once more.
+    # Accumulation is ours: a value above 1 here would make Accelerate divide the loss once more. What is compiled is
+    # ours too (train.torch_compile). As numbers alone, Accelerate's variables of the environment go before both.
     accelerator = Accelerator(
         mixed_precision="bf16" if config.train.bf16 is True else "no",
-        gradient_accumulation_steps=1,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_backend="no",
         # Not said, Accelerate runs each rank of a CPU launch as if it were alone.
         cpu=not torch.accelerator.is_available(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.train.rank_timeout_s))],
