@@ -28,6 +28,8 @@ def _run(arguments: Namespace) -> None:
     output = Path(arguments.output).expanduser()
     if output.exists():
         raise ConfigError(f"--output {output}: exists, and would be lost; fix: another name")
+    if not output.parent.is_dir():
+        raise ConfigError(f"--output {output}: no folder {output.parent}; fix: make it first, or another name")
     train_file = f"data.train_file={json.dumps(arguments.file, ensure_ascii=False)}"
     data = load_config(arguments.cfg, [*arguments.overrides, train_file], arguments.model).data
     places = as_jsonl(data.train_file, data.cache_dir, key="data.train_file")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -19,62 +20,15 @@ from lora_core.errors import RowError
 of_rows = settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=400)
 
 # Every name that means something somewhere, so that each stands where it means nothing as well.
-NAMES = [
-    "messages",
-    "conversations",
-    "conversation",
-    "prompt",
-    "completion",
-    "instruction",
-    "output",
-    "question",
-    "answer",
-    "query",
-    "answers",
-    "response",
-    "input",
-    "context",
-    "history",
-    "system",
-    "system_prompt",
-    "tools",
-    "functions",
-    "text",
-    "role",
-    "from",
-    "value",
-    "content",
-    "weight",
-    "loss_weight",
-    "train",
-    "training",
-    "loss",
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-    "tool_calls",
-    "function_call",
-    "name",
-    "tool_call_id",
-    "tool_use_id",
-    "id",
-    "type",
-    "index",
-    "function",
-    "arguments",
-    "parameters",
-    "args",
-    "tool_call",
-    "chosen",
-    "rejected",
-    "label",
-    "kto_tag",
-    "image",
-    "images",
-    "mask",
-    "loss_mask",
-    "note",
-]
+NAMES = re.findall(
+    r"\w+",
+    """
+messages conversations conversation prompt completion instruction output question answer query answers response
+input context history system system_prompt tools functions text role from value content weight loss_weight train
+training loss reasoning_content reasoning thinking tool_calls function_call name tool_call_id tool_use_id id type
+index function arguments parameters args tool_call chosen rejected label kto_tag image images mask loss_mask note
+""",
+)
 
 texts = st.text(st.characters(codec="utf-8"), max_size=6)
 
