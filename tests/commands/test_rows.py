@@ -45,20 +45,22 @@ def test_rows_shows_the_first_three_with_loss_tokens_in_brackets(run: Any, write
     path = write_rows([*ROWS[:4]])
     code, out, err = run("rows", str(path))
     assert (code, err) == (0, "")
-    first, second, third = out.split("\n\n")[:3]
+    first, second, third = out.split(f"{path}:")[1:]
     assert first.splitlines() == [
-        f"{path}:1: 12 tokens, 2 loss tokens",
+        "1: 12 tokens, 2 loss tokens",
         "not shown to the model: id",
         "<|im_start|>user",
         "q<|im_end|>",
         "<|im_start|>assistant",
         "[[a<|im_end|>]]",
+        "",
+        "",
     ]
     assert ", 0 loss tokens\nnot shown to the model: id\n" in second
     assert "[[" not in second
     assert "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\np<|im_end|>" in third
     assert third.count("[[") == 2
-    assert f"{path}:4" not in out
+    assert "plain" not in out
 
 
 def test_rows_shows_one_line_or_as_many_as_are_asked_for(run: Any, write_rows: Any) -> None:
