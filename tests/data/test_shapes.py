@@ -566,6 +566,7 @@ def test_a_rejected_reply_beside_the_turns_is_counted() -> None:
         ({**ASSISTANT, "tool_calls": [{**CALL, "name": "x"}]}, "tool_calls.name"),
         ({**ASSISTANT, "tool_calls": [{"function": "f", "name": "x"}]}, "tool_calls.name"),
         ({**ASSISTANT, "tool_calls": [{**CALL, "type": "x"}]}, "tool_calls.type"),
+        ({**ASSISTANT, "tool_calls": [{**CALL, "index": "x"}]}, "tool_calls.index"),
         ({**ASSISTANT, "tool_calls": [{"id": "1", "function": {**FUNCTION, "id": "2"}}]}, "tool_calls.id"),
         ({**ASSISTANT, "tool_calls": [{**FUNCTION, "note": "x"}]}, "tool_calls.note"),
         ({"from": "function_call", "value": '{"name": "f", "note": "x"}'}, "tool_calls.note"),
