@@ -11,7 +11,7 @@ from typing import Any
 from lora_core.commands.command_line import Command, add_config_arguments
 from lora_core.config.load import load_config
 from lora_core.config.schema import DataConfig
-from lora_core.data.messages import Conversation, parse_json_row, shape_of
+from lora_core.data.messages import Conversation, Message, parse_json_row, shape_of
 from lora_core.data.places import Places
 from lora_core.data.sources import as_jsonl
 from lora_core.errors import ConfigError, DataError, RowError, counted, problem_list
@@ -28,6 +28,8 @@ def _run(arguments: Namespace) -> None:
     output = Path(arguments.output).expanduser()
     if output.exists():
         raise ConfigError(f"--output {output}: exists, and would be lost; fix: another name")
+    if not output.parent.is_dir():
+        raise ConfigError(f"--output {output}: no folder {output.parent}; fix: make it first, or another name")
     train_file = f"data.train_file={json.dumps(arguments.file, ensure_ascii=False)}"
     data = load_config(arguments.cfg, [*arguments.overrides, train_file], arguments.model).data
     places = as_jsonl(data.train_file, data.cache_dir, key="data.train_file")
@@ -39,7 +41,7 @@ def _run(arguments: Namespace) -> None:
             continue
         for key in parsed.unused_keys:
             left_out[key] = left_out.get(key, 0) + 1
-        rows.append(json.dumps(as_row(parsed), ensure_ascii=False))
+        rows.append(_json(as_row(parsed)))
     if problems and data.on_bad_row == "error":
         title = f"{arguments.file}: {len(problems):,} of {counted(len(problems) + len(rows), 'row')} cannot be used:"
         raise DataError(problem_list(title, problems) + "\nFix them, or leave them out with data.on_bad_row=skip")
@@ -66,12 +68,12 @@ def _rows(places: Places, data: DataConfig) -> Iterator[tuple[int, Conversation 
 
 
 def as_row(conversation: Conversation) -> dict[str, Any]:
-    """The messages as a row that `parse_row` reads back as the same."""
+    """What was read, as a row that `parse_row` reads back as the same."""
     if conversation.text is not None:
         return {"text": conversation.text}
     weights = conversation.weights or (1.0,) * len(conversation.messages)
     messages = [
-        {**message, "weight": weight} if message["role"] == "assistant" and weight != 1 else message
+        _as_turn(message) | ({"weight": weight} if message["role"] == "assistant" and weight != 1 else {})
         for message, weight in zip(conversation.messages, weights, strict=True)
     ]
     split = conversation.num_prompt_messages
@@ -79,6 +81,19 @@ def as_row(conversation: Conversation) -> dict[str, Any]:
         {"prompt": messages[:split], "completion": messages[split:]} if split else {"messages": messages}
     )
     return row | ({"tools": conversation.tools} if conversation.tools else {})
+
+
+def _as_turn(message: Message) -> Message:
+    """Arguments as JSON text, as OpenAI writes them: to objects Arrow adds nulls, and those are not read back."""
+    calls = [
+        {**call, "function": {**call["function"], "arguments": _json(call["function"]["arguments"])}}
+        for call in message.get("tool_calls", [])
+    ]
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 COMMAND = Command("rows of any accepted file as messages in JSONL", _add_arguments, _run)

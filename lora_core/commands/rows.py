@@ -44,7 +44,10 @@ def _run(arguments: Namespace) -> None:
     number = 1 if arguments.line is not None else max(1, arguments.num_rows)
     shown = list(itertools.islice(_rows(places, arguments.line), number))
     if not shown:
-        raise DataError(f"{arguments.file}: has no row at line {arguments.line}; fix: leave out --line")
+        at_line = (
+            f" at line {arguments.line}; fix: leave out --line" if arguments.line is not None else "; blank lines only"
+        )
+        raise DataError(f"{arguments.file}: has no row{at_line}")
     for line, text in shown:
         print("\n".join(_describe(encoder, config, text, places.place(line))), end="\n\n")
 

@@ -97,6 +97,12 @@ def strings(value: Any) -> Iterable[str]:
             yield from strings(item)
 
 
+def key_names(value: Mapping[str, Any]) -> str:
+    """The first ten keys of an object, for a message."""
+    more = f" and {len(value) - 10:,} more" if len(value) > 10 else ""
+    return (", ".join(quoted(key) for key in list(value)[:10]) or "(none)") + more
+
+
 def kind(value: Any) -> str:
     """`a list`, `null`: what a value is, for a message."""
     names = {

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lora_core.config.schema import DataConfig
-from lora_core.data.json_values import checked_text, is_empty, kind, read_json
+from lora_core.data.json_values import checked_text, from_json, is_empty, key_names, kind, read_json
 from lora_core.data.tool_use import parse_tools
 from lora_core.data.turns import Message, Turn, parse_turn
 from lora_core.errors import RowError
@@ -41,17 +41,25 @@ _TURNS = ("messages", "conversations", "conversation", "dialog", "dialogue")
 _PAIRS = (
     ("prompt", "completion"),
     ("prompt", "response"),
+    ("prompt", "output"),
+    ("prompt", "answer"),
     ("instruction", "output"),
     ("instruction", "response"),
     ("query", "response"),
+    ("query", "answers"),
     ("question", "answer"),
     ("question", "response"),
     ("input", "output"),
 )
 _SYSTEM = ("system", "system_prompt")
 _TOOLS = ("tools", "functions")
-_INPUT = ("input", "context")
-"""What belongs to an instruction."""
+_INPUT = {
+    "instruction": ("input", "context"),
+    "question": ("context", "input"),
+    "query": ("context", "input"),
+    "prompt": ("input",),
+}
+"""What belongs to a question, and follows it."""
 _ROW_WEIGHTS = ("weight", "loss_weight")
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
@@ -157,27 +165,32 @@ def parse_row(row: Any, shape: RowShape | None = None) -> Conversation:
     shape = shape or RowShape()
     columns = _columns(row, shape)
     _refuse_what_is_not_sft(columns, shape)
-    unused: set[str] = set()
+    # A column of a name that data.columns gives to another one.
+    unused = {key for key in shape.columns if key not in shape.columns.values() and not is_empty(row.get(key))}
     used, prompt, completion = _turns(columns)
-    if used == {"text"}:
+    weight = _row_weight(columns, used)
+    if used & {"text"}:
+        if weight != 1:
+            raise RowError(f"is a text with the weight {weight:g}, and all of a text is trained; fix: leave it out")
         text = checked_text(columns["text"], "text")
         return Conversation([], text=text, unused_keys=_sorted(columns.keys() - used, columns, unused))
     numbered = [*prompt, *completion]
     turns = [parse_turn(turn, f"turn {i}", shape.roles, unused) for i, turn in enumerate(numbered, start=1)]
     system = _first(columns, _SYSTEM)
     if system is not None:
-        if turns and turns[0].messages and turns[0].messages[0]["role"] == "system":
-            raise RowError(f"has both a {system} key and a system turn; keep one")
-        turns.insert(0, Turn([{"role": "system", "content": checked_text(columns[system], system)}]))
-        prompt = [None, *prompt] if prompt else prompt
         used.add(system)
+        (told,) = parse_turn({"role": "system", "content": columns[system]}, system, {}, unused).messages
+        if _is_new_system(told, turns, system):
+            turns.insert(0, Turn([told]))
+            prompt = [None, *prompt] if prompt else prompt
     messages = [message for turn in turns for message in turn.messages]
     if not any(message["role"] == "assistant" for message in messages):
         raise RowError("has no assistant turn; it needs one to train on")
-    weight = _row_weight(columns)
-    weights = tuple(turn.weight * weight for turn in turns for _ in turn.messages)
+    weights = tuple(
+        turn.weight * weight if message["role"] == "assistant" else 1.0 for turn in turns for message in turn.messages
+    )
     tools_key = _first(columns, _TOOLS)
-    used |= {key for key in (tools_key, *_ROW_WEIGHTS) if key is not None}
+    used |= {tools_key} if tools_key is not None else set()
     return Conversation(
         messages,
         _tools(columns, tools_key, turns),
@@ -187,53 +200,93 @@ def parse_row(row: Any, shape: RowShape | None = None) -> Conversation:
     )
 
 
+def _is_new_system(told: Message, turns: Sequence[Turn], key: str) -> bool:
+    """Whether the rows' turns do not begin with this system turn already."""
+    first = turns[0].messages[0] if turns and turns[0].messages else None
+    if first is None or first["role"] != "system":
+        return True
+    if first["content"] != told["content"]:
+        raise RowError(f"has both a {key} key and a system turn, and they differ; keep one")
+    return False
+
+
 def _columns(row: Mapping[str, Any], shape: RowShape) -> dict[str, Any]:
     """The row under our names, without its null columns."""
-    missing = [theirs for theirs in shape.columns.values() if theirs not in row]
+    # Rows of Parquet and Arrow come without their null columns.
+    optional = (*_SYSTEM, *_TOOLS, "history", "input")
+    missing = [theirs for ours, theirs in shape.columns.items() if theirs not in row and ours not in optional]
     if missing:
-        raise RowError(f"has no {quoted(missing[0])}, which data.columns names; it has the keys {_names(row)}")
+        raise RowError(f"has no {quoted(missing[0])}, which data.columns names; it has the keys {key_names(row)}")
     taken = set(shape.columns.values()) | set(shape.columns)
     columns = {key: item for key, item in row.items() if key not in taken}
-    columns |= {ours: row[theirs] for ours, theirs in shape.columns.items()}
+    columns |= {ours: row.get(theirs) for ours, theirs in shape.columns.items()}
     return {str(key): item for key, item in columns.items() if item is not None}
 
 
 def _refuse_what_is_not_sft(columns: Mapping[str, Any], shape: RowShape) -> None:
     """Keys that change what must be learned, and that nothing here is made of."""
-    for key in ("chosen", "rejected"):
-        if not is_empty(columns.get(key)) and "chosen" not in shape.columns.values():
-            whole = "messages" if isinstance(columns.get("chosen"), list) and "prompt" not in columns else "completion"
-            raise RowError(
-                f"holds {quoted(key)}: a preference pair, and one reply is trained here; fix: "
-                f"data.columns={{{whole}: chosen}} to train the chosen ones"
-            )
-    if columns.get("label") is False:
-        raise RowError("has label=false: a reply that must not be learned; fix: leave such rows out")
+    if not is_empty(columns.get("chosen")) and "chosen" not in shape.columns.values():
+        raise RowError(
+            "holds 'chosen': a preference pair, and one reply is trained here; fix: "
+            f"data.columns={{{_columns_of_chosen(columns)}}} to train the chosen ones"
+        )
+    for key in ("label", "kto_tag"):
+        if columns.get(key) is False:
+            raise RowError(f"has {key}=false: a reply that must not be learned; fix: leave such rows out")
     for key in _MEDIA:
         if not is_empty(columns.get(key)):
             raise RowError(f"holds {quoted(key)}; only text is trained; fix: leave such rows out")
+
+
+def _columns_of_chosen(columns: Mapping[str, Any]) -> str:
+    """What `data.columns` must say to train the reply under `chosen`."""
+    chosen = columns["chosen"]
+    if isinstance(chosen, list) and _role_of(chosen[0]) not in ("assistant", "gpt"):
+        return "messages: chosen"  # the question is in it
+    turns = _first(columns, _TURNS)
+    if turns is not None:
+        return f"prompt: {turns}, completion: chosen"
+    answer = next((answer for question, answer in _PAIRS if question in columns), None)
+    return f"{answer or 'text'}: chosen"
+
+
+def _role_of(turn: Any) -> Any:
+    return turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else None
 
 
 def _turns(columns: Mapping[str, Any]) -> tuple[set[str], Sequence[Any], Sequence[Any]]:
     """(the columns used, the prompt's turns, the others)."""
     key = _first(columns, _TURNS) or next((key for key in _TURNS if key in columns), None)
     pair = next(((q, a) for q, a in _PAIRS if q in columns and a in columns), None)
-    if key is not None and not (is_empty(columns[key]) and pair):
-        turns = columns[key]
-        if not isinstance(turns, list):
-            raise RowError(f"{key} must be a list of turns, not {kind(turns)}")
-        if not turns:
-            raise RowError("has no turns; it needs an assistant turn to train on")
-        return {key}, [], turns
+    if key is not None and not (is_empty(columns[key]) and (pair or "text" in columns)):
+        return {key}, [], _list_of_turns(columns[key], key)
     if pair is not None:
         return _question_and_answer(columns, *pair)
+    if isinstance(columns.get("role"), str):
+        raise RowError(
+            f"is one message (role {quoted(columns['role'])}), and a row is a whole chat; fix: put the messages of a "
+            'chat into one row, as {"messages": [...]}'
+        )
     if "text" in columns:
         return {"text"}, [], []
     raise RowError(
-        f"has the keys {_names(columns)}; needs 'messages', 'conversations', 'text', or a pair such as 'prompt' and "
+        f"has the keys {key_names(columns)}; needs 'messages', 'conversations', 'text', or a pair such as 'prompt' and "
         "'completion', 'instruction' and 'output', 'question' and 'answer'; fix: data.columns={messages: NAME} (or "
-        "prompt, completion)"
+        "{prompt: NAME, completion: NAME}, or {text: NAME})"
     )
+
+
+def _list_of_turns(value: Any, key: str) -> list[Any]:
+    """A cell of a CSV file holds the list as JSON."""
+    turns = from_json(value, key) if isinstance(value, str) and value.lstrip().startswith("[") else value
+    if not isinstance(turns, list):
+        raise RowError(
+            f"{key} must be a list of turns, not {kind(turns)}"
+            + (f"; fix: data.columns={{text: {key}}} to train all of the text" if isinstance(turns, str) else "")
+        )
+    if not turns:
+        raise RowError("has no turns; it needs an assistant turn to train on")
+    return turns
 
 
 def _question_and_answer(
@@ -241,14 +294,15 @@ def _question_and_answer(
 ) -> tuple[set[str], Sequence[Any], Sequence[Any]]:
     used = {question, answer}
     asked = columns[question]
-    extra = _first(columns, _INPUT) if question == "instruction" else None
+    extra = _first(columns, _INPUT.get(question, ()))
     if extra is not None and isinstance(asked, str):
-        asked = f"{asked}\n\n{checked_text(columns[extra], extra)}"
-    used |= {key for key in _INPUT if question == "instruction" and key in columns and is_empty(columns[key])}
-    used |= {extra} if extra is not None else set()
+        asked = "\n\n".join(text for text in (asked, checked_text(columns[extra], extra)) if text)
+        used.add(extra)
     rounds = _history(columns.get("history"))
     used |= {"history"} if "history" in columns else set()
     prompt = [*rounds, *_as_turns("user", asked, question)]
+    if answer == "answers":  # xLAM: a list of calls
+        return used, prompt, [{"role": "assistant", "tool_calls": columns[answer]}]
     return used, prompt, _as_turns("assistant", columns[answer], answer)
 
 
@@ -293,14 +347,17 @@ def _tools(columns: Mapping[str, Any], key: str | None, turns: Sequence[Turn]) -
     return tools[0] if tools else None
 
 
-def _row_weight(columns: Mapping[str, Any]) -> float:
-    key = _first(columns, _ROW_WEIGHTS)
-    if key is None:
-        return 1.0
-    weight = columns[key]
-    if not isinstance(weight, (bool, int, float)) or not 0 <= weight < float("inf"):
-        raise RowError(f"{key} must be a float of 0 or more, not {quoted(weight)}")
-    return float(weight)
+def _row_weight(columns: Mapping[str, Any], used: set[str]) -> float:
+    weights = [1.0]
+    for key in (key for key in _ROW_WEIGHTS if key in columns):
+        weight = columns[key]
+        if not isinstance(weight, (bool, int, float)) or not 0 <= weight < float("inf"):
+            raise RowError(f"{key} must be a float of 0 or more, not {quoted(weight)}")
+        weights.append(float(weight))
+        used.add(key)
+    if len(set(weights[1:])) > 1:
+        raise RowError(f"has {' and '.join(_ROW_WEIGHTS)}, which differ; keep one")
+    return weights[-1]
 
 
 def _first(columns: Mapping[str, Any], keys: Sequence[str]) -> str | None:
@@ -309,8 +366,3 @@ def _first(columns: Mapping[str, Any], keys: Sequence[str]) -> str | None:
 
 def _sorted(left: set[str], columns: Mapping[str, Any], unused: set[str]) -> tuple[str, ...]:
     return tuple(sorted(unused | {key for key in left if not is_empty(columns[key])}))
-
-
-def _names(row: Mapping[str, Any]) -> str:
-    more = f" and {len(row) - 10:,} more" if len(row) > 10 else ""
-    return (", ".join(quoted(key) for key in list(row)[:10]) or "(none)") + more

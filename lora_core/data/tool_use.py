@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lora_core.data.json_values import check_plain, checked_text, from_json, is_empty, kind
@@ -12,6 +12,8 @@ from lora_core.untrusted.text import quoted
 
 _ARGUMENTS = ("arguments", "parameters", "args", "input")
 """What the arguments of a call are called: by OpenAI, by Llama, and by others."""
+
+_CALL_TYPES = ("function", "tool_call", "tool_use", "function_call", "tool_calls")
 
 
 def parse_call(value: Any, where: str, unused: set[str]) -> dict[str, Any]:
@@ -29,7 +31,8 @@ def parse_call(value: Any, where: str, unused: set[str]) -> dict[str, Any]:
         raise RowError(f"{where}: a tool call must be an object with name and arguments, not {kind(value)}")
     function = value.get("function")
     if isinstance(function, str):  # {"function": "name", "arguments": {...}}
-        inner: Mapping[str, Any] = {**{k: v for k, v in value.items() if k != "function"}, "name": function}
+        inner: Mapping[str, Any] = {**value, "name": function}
+        _note_other(value, "name", function, unused)
     else:
         inner = function if isinstance(function, Mapping) else value
     if is_empty(inner.get("name")):
@@ -39,13 +42,27 @@ def parse_call(value: Any, where: str, unused: set[str]) -> dict[str, Any]:
         "type": "function",
         "function": {"name": name, "arguments": _arguments(inner, name, where, unused)},
     }
-    call_id = value.get("id", inner.get("id"))
-    if not is_empty(call_id):
-        call["id"] = checked_text(call_id, f"{where}: tool call id")
-    known = {"id", "type", "index", "function", "name", *_ARGUMENTS}
-    for part in (value, inner):
-        unused |= {f"tool_calls.{key}" for key, item in part.items() if key not in known and not is_empty(item)}
+    ids = [part["id"] for part in (value, inner) if not is_empty(part.get("id"))]
+    if ids:
+        call["id"] = checked_text(ids[0], f"{where}: tool call id")
+        _note_other(inner, "id", ids[0], unused)
+    outside = {"id", "type", "function"} | ({"index"} if isinstance(value.get("index"), int) else set())
+    outside |= {"name", *_ARGUMENTS} if inner is not function else set()
+    _note_unused(value, outside, unused)
+    if inner is function:
+        _note_unused(inner, {"id", "name", *_ARGUMENTS}, unused)
+    if not is_empty(value.get("type")) and value["type"] not in _CALL_TYPES:
+        unused.add("tool_calls.type")
     return call
+
+
+def _note_other(part: Mapping[str, Any], key: str, used: str, unused: set[str]) -> None:
+    if not is_empty(part.get(key)) and part[key] != used:
+        unused.add(f"tool_calls.{key}")
+
+
+def _note_unused(part: Mapping[str, Any], known: set[str], unused: set[str]) -> None:
+    unused |= {f"tool_calls.{key}" for key, item in part.items() if key not in known and not is_empty(item)}
 
 
 def parse_calls(value: Any, where: str, unused: set[str]) -> list[dict[str, Any]]:
@@ -78,9 +95,19 @@ def _arguments(function: Mapping[str, Any], name: str, where: str, unused: set[s
     check_plain(arguments, what)
     if isinstance(raw, str):
         return dict(arguments)
-    # Arrow gives each call the arguments of all others, as null.
-    unused |= {f"arguments.{key}=null" for key, item in arguments.items() if item is None}
-    return {key: item for key, item in arguments.items() if item is not None}
+    unused |= {f"arguments.{key}=null" for key in _null_keys(arguments)}
+    return dict(_without_nulls(arguments))
+
+
+def _null_keys(value: Any) -> Iterator[str]:
+    """`key` or `key.key` of each null. Arrow gives each object the keys of all others in the file, as null."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _null_keys(item)
+    for key, item in value.items() if isinstance(value, Mapping) else ():
+        if item is None:
+            yield key
+        yield from (f"{key}.{inner}" for inner in _null_keys(item))
 
 
 def parse_tools(value: Any) -> list[dict[str, Any]] | None:

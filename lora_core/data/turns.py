@@ -1,4 +1,4 @@
-"""One turn of a row, as any of the usual tools writes it, -> messages as chat templates take them."""
+"""One turn of a chat, as any of the usual tools writes it, -> messages as chat templates take them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_core.data.json_values import checked_text, is_empty, kind
+from lora_core.data.json_values import checked_text, is_empty, key_names, kind
 from lora_core.data.tool_use import parse_call, parse_calls, tool_answer
 from lora_core.errors import RowError
 from lora_core.untrusted.text import quoted
@@ -20,8 +20,10 @@ ROLES = {
     "developer": "system",
     "user": "user",
     "human": "user",
+    "prompter": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "chatgpt": "assistant",
     "model": "assistant",
     "bot": "assistant",
     "ai": "assistant",
@@ -40,12 +42,19 @@ ROLES = {
 WEIGHTS = ("weight", "loss_weight", "train", "training", "loss")
 """Whether a turn is trained on, or how much: OpenAI's `weight`, ms-swift's `loss`, Axolotl's `train` and `training`."""
 
+_MARKERS = ("mask", "loss_mask", "step_loss_mask", "train_detail", "training_detail", "train_on_turn", "trainable")
+"""Other tools' marks for what is trained of a turn: not read, so refused."""
+
 _CONTENT = ("content", "value", "text")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-_TEXT_PARTS = frozenset({"text", "input_text", "output_text", None})
-_REASONING_PARTS = frozenset({"reasoning", "thinking", "think"})
-_CALL_PARTS = frozenset({"tool_use", "tool_call", "function_call", "function"})
+_TEXT_PARTS = ("text", "input_text", "output_text", None)
+_REASONING_PARTS = ("reasoning", "thinking", "think")
+_CALL_PARTS = ("tool_use", "tool_call", "function_call", "function")
+_CALLS_IN_PARTS = ("tool_call", "function_call")
+_CALL_ROLES = ("function_call", "tool_call")
 _MEDIA = ("image", "audio", "video", "file", "document", "input_image", "input_audio", "input_file")
+_BESIDE = ("role", "from", "tool_calls", "function_call", "name", "tool_call_id", "tools")
+_KEYS = frozenset({*_BESIDE, *_CONTENT, *_REASONING, *WEIGHTS})
 
 
 @dataclass
@@ -83,28 +92,30 @@ def parse_turn(turn: Any, where: str, roles: Mapping[str, str], unused: set[str]
     """
     if not isinstance(turn, Mapping):
         raise RowError(f"{where} must be an object with role and content, not {kind(turn)}")
-    said_role = turn.get("role", turn.get("from"))
-    role_key = said_role.strip().lower() if isinstance(said_role, str) else ""
-    role = roles.get(str(said_role)) or ROLES.get(role_key)
-    if role is None:
-        raise RowError(
-            f"{where} has the role {quoted(said_role)}; known roles: {', '.join(ROLES)}; fix: data.roles={{NAME: "
-            "user}} (or assistant, system, tool)"
-        )
+    role_key, role = _role(turn, where, roles, unused)
+    for key in _MARKERS:
+        if not is_empty(turn.get(key)):
+            raise RowError(
+                f"{where} has {key}, which may leave some of it out of training; fix: weight: 0 or weight: 1"
+            )
     content = _one_of(turn, _CONTENT, where)
-    weight = _weight(turn, role, where)
-    names = {"role", "from", "tool_calls", "function_call", "name", "tool_call_id", "tools", *_CONTENT, *_REASONING}
-    unused |= {f"messages.{key}" for key, item in turn.items() if key not in {*names, *WEIGHTS} and not is_empty(item)}
-    result = Turn(weight=weight, tools=turn.get("tools"))
-    if role == "tool":
-        result.messages = [_tool_message(turn, content, where)]
+    result = Turn(weight=_weight(turn, role, where), tools=turn.get("tools"))
+    unused |= {f"messages.{key}" for key, item in turn.items() if key not in _KEYS and not is_empty(item)}
+    if role_key in _CALL_ROLES:  # ShareGPT: the content is the call
+        parts = _Parts(calls=parse_calls(content, where, unused))
+    elif role == "tool" and not _holds(content, "tool_result"):
+        parts = _Parts(answers=[_tool_message(turn, content, where, unused)])
+    else:
+        parts = _parts(content, where, unused)
+        names = ("tool_call_id",) if role != "tool" else ("tool_call_id", "name")
+        unused |= {f"messages.{key}" for key in names if not is_empty(turn.get(key))}
+    calls, reasoning = _calls(turn, parts, role, where, unused), _reasoning(turn, parts, role, where)
+    if parts.answers and role == "assistant":
+        raise RowError(f"{where} has a tool's answer, but the role 'assistant'; fix: role tool")
+    if parts.answers and not parts.texts:
+        unused |= {"messages.name"} if role != "tool" and not is_empty(turn.get("name")) else set()
+        result.messages = parts.answers
         return result
-    if role_key in ("function_call", "tool_call"):  # ShareGPT: the content is the call
-        result.messages = [{"role": role, "content": "", "tool_calls": parse_calls(content, where, unused)}]
-        return result
-    parts = _parts(content, where, unused)
-    calls = parts.calls + _calls_beside(turn, role, where, unused)
-    reasoning = _reasoning(turn, parts, role, where)
     if content is None and not calls and reasoning is None:
         raise RowError(f"{where}: content must be a string, not null")
     message: Message = {"role": role, "content": "".join(parts.texts)}
@@ -114,11 +125,28 @@ def parse_turn(turn: Any, where: str, roles: Mapping[str, str], unused: set[str]
         message["tool_calls"] = calls
     if not is_empty(turn.get("name")):  # some templates show who speaks
         message["name"] = checked_text(turn["name"], f"{where}: name")
-    if not is_empty(turn.get("tool_call_id")):
-        unused.add("messages.tool_call_id")
-    is_only_answers = bool(parts.answers) and not parts.texts
-    result.messages = parts.answers if is_only_answers else [*parts.answers, message]
+    result.messages = [*parts.answers, message]
     return result
+
+
+def _role(turn: Mapping[str, Any], where: str, roles: Mapping[str, str], unused: set[str]) -> tuple[str, str]:
+    """(the role in small letters, what templates call it)."""
+    given = [key for key in ("role", "from") if not is_empty(turn.get(key))]
+    if not given:
+        raise RowError(f"{where} has no role, but the keys {key_names(turn)}; fix: a role and a content in each turn")
+    said = turn[given[0]]
+    if given == ["role", "from"] and turn["from"] != said:
+        unused.add("messages.from")
+    named = roles.get(str(said), said)
+    role_key = named.strip().lower().replace("-", "_") if isinstance(named, str) else ""
+    role = ROLES.get(role_key)
+    if role is None:
+        of_settings = f" ({quoted(named)} by data.roles)" if named != said else ""
+        raise RowError(
+            f"{where} has the role {quoted(said)}{of_settings}; known roles: {', '.join(ROLES)}; fix: "
+            "data.roles={NAME: user} (or assistant, system, tool)"
+        )
+    return role_key, role
 
 
 def _one_of(turn: Mapping[str, Any], keys: tuple[str, ...], where: str) -> Any:
@@ -157,10 +185,15 @@ def _weight(turn: Mapping[str, Any], role: str, where: str) -> float:
     return 1.0
 
 
-def _tool_message(turn: Mapping[str, Any], content: Any, where: str) -> Message:
+def _tool_message(turn: Mapping[str, Any], content: Any, where: str, unused: set[str]) -> Message:
     if isinstance(content, list) and content and all(_is_text_part(part) for part in content):
-        content = "".join(_part_text(part, where) for part in content)
-    message: Message = {"role": "tool", "content": tool_answer(content, f"{where}: content")}
+        content = "".join(_part_text(part, where, unused) for part in content)
+    for part in content if isinstance(content, list) else []:
+        # A tool may answer with an object of type "file"; a part with a source or a URL is none.
+        if isinstance(part, Mapping) and ("source" in part or str(part.get("type")) in part):
+            _refuse_media(part, where)
+    answer = "" if content is None else tool_answer(content, f"{where}: content")
+    message: Message = {"role": "tool", "content": answer}
     # Some templates show which tool or call an answer belongs to.
     for key in ("name", "tool_call_id"):
         if not is_empty(turn.get(key)):
@@ -168,53 +201,89 @@ def _tool_message(turn: Mapping[str, Any], content: Any, where: str) -> Message:
     return message
 
 
-def _calls_beside(turn: Mapping[str, Any], role: str, where: str, unused: set[str]) -> list[dict[str, Any]]:
-    # OpenAI's old way has one call, in function_call.
-    given = [turn[key] for key in ("tool_calls", "function_call") if not is_empty(turn.get(key))]
-    if given and role != "assistant":
+def _calls(turn: Mapping[str, Any], parts: _Parts, role: str, where: str, unused: set[str]) -> list[dict[str, Any]]:
+    """The calls in the content, or beside it; OpenAI's old way has one, in function_call."""
+    given = [key for key in ("tool_calls", "function_call") if not is_empty(turn.get(key))]
+    if role != "assistant" and (given or parts.calls):
         raise RowError(f"{where} has tool_calls, but the role {role!r}; only an assistant calls tools")
-    return [call for calls in given for call in parse_calls(calls, where, unused)]
+    beside = [parse_calls(turn[key], where, unused) for key in given]
+    several = [calls for calls in (parts.calls, *beside) if calls]
+    functions = [[call["function"] for call in calls] for calls in several]
+    if any(each != functions[0] for each in functions[1:]):
+        raise RowError(f"{where} has tool calls in two places ({' and '.join(['content', *given][-2:])}); keep one")
+    if any("id" in call and call not in several[0] for calls in several for call in calls):
+        unused.add("tool_calls.id")
+    return several[0] if several else []
 
 
 def _reasoning(turn: Mapping[str, Any], parts: _Parts, role: str, where: str) -> str | None:
     beside = _one_of(turn, _REASONING, where)
-    if is_empty(beside) and not parts.reasoning:
-        return None
-    if role != "assistant":
+    inside = "".join(parts.reasoning)
+    if role != "assistant" and (inside or not is_empty(beside)):
         raise RowError(f"{where} has reasoning, but the role {role!r}; only an assistant reasons")
-    if not is_empty(beside) and parts.reasoning:
+    if is_empty(beside):
+        return inside or None
+    if inside and inside != beside:
         raise RowError(f"{where} has reasoning beside its content and in it; keep one")
-    return "".join(parts.reasoning) if is_empty(beside) else checked_text(beside, f"{where}: reasoning")
+    return checked_text(beside, f"{where}: reasoning")
 
 
 def _parts(content: Any, where: str, unused: set[str]) -> _Parts:
     parts = _Parts()
     for part in content if isinstance(content, list) else [] if content is None else [content]:
         part_kind = part.get("type") if isinstance(part, Mapping) else None
+        _refuse_media(part, where)
         if isinstance(part, str) or _is_text_part(part):
-            parts.texts.append(_part_text(part, where))
+            parts.texts.append(_part_text(part, where, unused))
         elif not isinstance(part, Mapping):
             raise RowError(f"{where}: content must be a string, not {kind(content)}")
         elif part_kind in _REASONING_PARTS:
             text = _one_of(part, (*_REASONING, *_CONTENT), where)
             parts.reasoning.append(checked_text(text, f"{where}: {part_kind} part"))
+            _note_unused(part, (*_REASONING, *_CONTENT), unused)
         elif part_kind in _CALL_PARTS:
-            inner = part.get("tool_call", part.get("function_call", part))
+            inner = next((part[key] for key in _CALLS_IN_PARTS if not is_empty(part.get(key))), part)
             parts.calls.append(parse_call(inner, where, unused))
+            _note_unused(part, _CALLS_IN_PARTS if inner is not part else tuple(part), unused)
         elif part_kind == "tool_result":
-            parts.answers.append(_tool_message({"tool_call_id": part.get("tool_use_id")}, part.get("content"), where))
-        elif str(part_kind).startswith(_MEDIA):
-            raise RowError(
-                f"{where} holds a part of type {quoted(part_kind)}; only text is trained; fix: leave such rows out"
-            )
-        elif not part or isinstance(content, Mapping):
-            raise RowError(f"{where}: content must be a string, not {kind(content)}")
+            said = {"tool_call_id": part.get("tool_use_id"), "name": part.get("name")}
+            parts.answers.append(_tool_message(said, part.get("content"), where, unused))
+            _note_unused(part, ("tool_use_id", "name", "content"), unused)
         else:
-            raise RowError(
-                f"{where} holds a part of type {quoted(part_kind)}; known types: text, reasoning, thinking, tool_call, "
-                "tool_use, tool_result"
-            )
+            raise _unknown_part(part, part_kind, content, where)
     return parts
+
+
+def _note_unused(part: Any, known: tuple[str, ...], unused: set[str]) -> None:
+    unused |= {f"content.{key}" for key, item in part.items() if key not in ("type", *known) and not is_empty(item)}
+
+
+def _refuse_media(part: Any, where: str) -> None:
+    part_kind = part.get("type") if isinstance(part, Mapping) else None
+    if isinstance(part_kind, str) and part_kind.startswith(_MEDIA):
+        raise RowError(
+            f"{where} holds a part of type {quoted(part_kind)}; only text is trained; fix: leave such rows out"
+        )
+
+
+def _unknown_part(part: Mapping[str, Any], part_kind: Any, content: Any, where: str) -> RowError:
+    if not part or isinstance(content, Mapping):
+        return RowError(f"{where}: content must be a string, not {kind(content)}")
+    if part_kind in _TEXT_PARTS:
+        return RowError(f"{where} holds a part without a text, but with the keys {key_names(part)}")
+    return RowError(
+        f"{where} holds a part of type {quoted(part_kind)}; known types: text, reasoning, thinking, tool_call, "
+        "tool_use, tool_result"
+    )
+
+
+def _holds(content: Any, part_kind: str) -> bool:
+    """Whether a content is a list of parts of this kind."""
+    return (
+        isinstance(content, list)
+        and bool(content)
+        and all(isinstance(part, Mapping) and part.get("type") == part_kind for part in content)
+    )
 
 
 def _is_text_part(part: Any) -> bool:
@@ -223,6 +292,8 @@ def _is_text_part(part: Any) -> bool:
     )
 
 
-def _part_text(part: Any, where: str) -> str:
+def _part_text(part: Any, where: str, unused: set[str]) -> str:
     text = part if isinstance(part, str) else _one_of(part, _CONTENT, where)
+    if text is not part:
+        _note_unused(part, _CONTENT, unused)
     return checked_text(text, f"{where}: content")

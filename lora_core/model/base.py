@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,16 +96,17 @@ def load_base_model(config: ModelConfig, device: torch.device, packing: bool = F
 
     name = resolve_name(config)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            name,
-            revision=config.revision,
-            dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
-            attn_implementation=config.attn_implementation,
-            quantization_config=quantization_config(config),
-            device_map={"": device},
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
+        with _one_tensor_at_a_time(device):
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                name,
+                revision=config.revision,
+                dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+                attn_implementation=config.attn_implementation,
+                quantization_config=quantization_config(config),
+                device_map={"": device},
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
     except (OSError, ValueError, ImportError) as error:
         raise cannot_load("model", name, error) from error
     model.config.use_cache = False
@@ -114,6 +119,31 @@ def load_base_model(config: ModelConfig, device: torch.device, packing: bool = F
             use_segment_attention(model)
         check_packing(model)
     return model.requires_grad_(False)
+
+
+@contextmanager
+def _one_tensor_at_a_time(device: torch.device) -> Iterator[None]:
+    """On a CPU, load weights in one thread, with the garbage collector off.
+
+    What threads convert ahead of time, or what a collection moves about in between, leaves holes in the heap, which
+    keeps what is freed (`devices.reuse_freed_memory`): 150 to 260 MiB of the demo model, for the whole run.
+    """
+    if device.type != "cpu":
+        yield
+        return
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before, was_enabled = os.environ.get(name), gc.isenabled()
+    os.environ[name] = "1"
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def keep_4bit_weights_trainable(model: nn.Module) -> None:

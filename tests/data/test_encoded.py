@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from lora_core.data.chat import encode_chat
 from lora_core.data.counts import EncodedFile
 from lora_core.data.encoded import encode_file
+from lora_core.data.messages import RowShape
 from lora_core.errors import DataError
 from tests.conftest import chat, make_tokenizer
 
@@ -124,3 +125,63 @@ def test_a_second_start_reuses_the_encoded_rows_and_any_change_does_not(
     path.write_text(path.read_text() * 2)
     assert encode(path, tokenizer).counts.read == 2
     assert len(list((path.parent / "cache").iterdir())) == cached + 3
+
+
+def three_lengths(write_rows: Any, tokenizer: PreTrainedTokenizerFast) -> tuple[Path, int]:
+    """A row that is short, one of a long reply and one of a long question; and the tokens of the longest."""
+    rows = [chat("q", "a"), chat("q", "long " * 30), chat("a very long question " * 30, "a")]
+    longest = max(len(encode_chat(tokenizer, row["messages"]).input_ids) for row in rows)
+    return write_rows(rows), longest
+
+
+def test_rows_longer_than_the_limit_are_dropped_and_counted(
+    write_rows: Any, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path, longest = three_lengths(write_rows, tokenizer)
+    encoded = encode(path, tokenizer, max_seq_length=40, truncation="drop")
+    counts = encoded.counts
+    assert (counts.read, counts.kept, counts.dropped_too_long, counts.dropped_unsupervised) == (3, 1, 2, 0)
+    assert counts.read == counts.kept + counts.dropped
+    assert (counts.truncated, counts.truncated_tokens, counts.truncated_supervised_tokens) == (0, 0, 0)
+    assert (counts.longest, encoded.dataset["line"][:]) == (longest, [1])
+    assert "3 rows read, 1 kept, 2 dropped as longer than max_seq_length; 12 tokens" in str(counts)
+    assert "truncated" not in str(counts)
+    whole = encode(path, tokenizer, max_seq_length=longest, truncation="drop").counts
+    assert (whole.kept, whole.dropped) == (3, 0)
+
+
+def test_rows_longer_than_the_limit_stop_the_run_where_asked(
+    write_rows: Any, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path, longest = three_lengths(write_rows, tokenizer)
+    with pytest.raises(DataError) as caught:
+        encode(path, tokenizer, max_seq_length=40, truncation="error")
+    assert str(caught.value) == (
+        f"{path}: 2 rows longer than data.max_seq_length=40 (lines 2, 3); fix: data.max_seq_length={longest}, or "
+        "data.truncation=drop"
+    )
+    assert encode(path, tokenizer, max_seq_length=longest, truncation="error").counts.kept == 3
+
+
+def test_what_no_token_says_is_listed_by_key_with_its_lines(
+    write_rows: Any, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    named = {"messages": [{"role": "user", "content": "q", "name": "Ann"}, {"role": "assistant", "content": "a"}]}
+    rows = [
+        {**chat("q", "a"), "id": 1},
+        chat("q", "a"),
+        {**named, "id": 2, "source": "web"},
+        {**chat("q", "a"), "id": ""},
+    ]
+    encoded = encode(write_rows(rows), tokenizer)
+    assert encoded.left_out == {"id": [1, 3], "messages.name": [3], "source": [3]}
+
+
+def test_a_change_of_what_is_read_or_trained_is_encoded_anew(
+    write_rows: Any, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = write_rows([chat("q", "one", "q", "two")])
+    every = encode(path, tokenizer).counts.supervised_tokens
+    assert encode(path, tokenizer, train_on="last_assistant").counts.supervised_tokens < every
+    swapped = encode(path, tokenizer, shape=RowShape(roles={"user": "assistant", "assistant": "user"}))
+    assert swapped.dataset["loss_mask"][0] != encode(path, tokenizer).dataset["loss_mask"][0]

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from lora_core.config.load import load_config
 from lora_core.data.counts import EncodedFile, account
 from lora_core.data.encoded import encode_file, load_data
+from lora_core.data.places import Places
 from lora_core.data.split import choose_groups, duplicate_groups, hold_out
 from lora_core.errors import DataError
 from lora_core.preflight.preflight import describe, gather_facts, report, run_checks
@@ -41,6 +42,8 @@ def file_of(rows: list[tuple[str, int, int]]) -> EncodedFile:
         "input_ids": [list(range(n)) for n in num_tokens],
         "loss_mask": [[i >= n - s for i in range(n)] for n, s in zip(num_tokens, supervised, strict=True)],
         "line": list(range(1, len(rows) + 1)),
+        "reply": [-1] * len(rows),
+        "left_out": [""] * len(rows),
         "num_supervised": supervised,
         "truncated_tokens": [n % 2 for n in num_tokens],
         "truncated_supervised": [n % 2 for n in num_tokens],
@@ -50,7 +53,8 @@ def file_of(rows: list[tuple[str, int, int]]) -> EncodedFile:
         "text_key": [text for _, _, text in rows],
     }
     problems = np.array(["broken" if fate == "bad" else "" for fate, _, _ in rows])
-    return account(Path("rows.jsonl"), Dataset.from_dict(columns), problems, "skip", 8)
+    places = Places.of_file(Path("rows.jsonl"))
+    return account("rows.jsonl", places, Dataset.from_dict(columns), problems, "skip", 8)
 
 
 FATES = st.sampled_from(["kept", "kept", "kept", "unsupervised", "bad"])
@@ -118,6 +122,7 @@ def test_groups_of_a_hundred_thousand_rows_take_a_moment() -> None:
     rows = file_of([("kept", 0, 0)]).rows
     object.__setattr__(rows, "exact_key", chain // 2)
     object.__setattr__(rows, "text_key", (chain + 1) // 2)
+    object.__setattr__(rows, "line", chain)
     assert not duplicate_groups(rows, chain).any()
     sizes = np.arange(1, 400, dtype=np.int64)
     assert sizes[choose_groups(sizes, 0.31, 0)].sum() == round(0.31 * sizes.sum())

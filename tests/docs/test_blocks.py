@@ -6,6 +6,7 @@ Nothing is trained but a tiny model, which stands in for the models that pages n
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -18,9 +19,13 @@ from torch.distributed.run import get_args_parser
 
 from lora_core.commands.main import build_parser
 from lora_core.config.load import load_config
-from lora_core.data.messages import parse_json_row
+from lora_core.data.messages import _PAIRS as PAIRS
+from lora_core.data.messages import _TURNS as TURNS
+from lora_core.data.messages import Conversation, parse_json_row, parse_row
+from lora_core.data.turns import ROLES, WEIGHTS
+from lora_core.errors import RowError
 from tests.conftest import ROOT, chat
-from tests.docs.pages import PAGES, Block, code_blocks
+from tests.docs.pages import PAGES, Block, code_blocks, sections
 from tests.tiny import write_jsonl
 
 BLOCKS = code_blocks()
@@ -34,7 +39,10 @@ NAMES = ("accelerate launch", "accelerate launch --cpu", "accelerate launch --cp
 MODELS = ("Qwen/Qwen2.5-0.5B-Instruct",)
 CONFIGURATIONS = ("qwen0.5b", "qwen7b")
 # Output that a page quotes -> a part of the module that prints it.
-OUTPUT = {"the model would learn next to nothing": "lora_core/preflight/schedule.py"}
+OUTPUT = {
+    "the model would learn next to nothing": "lora_core/preflight/schedule.py",
+    "dropped without loss tokens": "lora_core/data/counts.py",
+}
 
 
 def blocks(language: str) -> list[Block]:
@@ -173,6 +181,50 @@ def test_a_yaml_block_is_a_configuration(block: Block, folder: Path) -> None:
 def test_json_lines_are_rows(block: Block) -> None:
     for line in block.text.splitlines():
         assert parse_json_row(line).messages
+
+
+def rows_of_tables() -> list[tuple[str, str, str]]:
+    """(heading, JSON, what is said of it) of each row of docs/data.md's tables with JSON in the second cell."""
+    found = []
+    for heading, text in sections((ROOT / "docs/data.md").read_text(encoding="utf-8")):
+        cells = re.findall(r"^\|.*\| `(\{.*\})` \| `(.*)` \|$", text, flags=re.MULTILINE)
+        found += [(heading, row, said) for row, said in cells]
+    return found
+
+
+def in_short(conversation: Conversation) -> str:
+    """`user: Hi / assistant: (reasoning) Hello! [name {"x": 1}]`."""
+    if conversation.text is not None:
+        return f"text: {conversation.text}"
+    turns = []
+    for message in conversation.messages:
+        calls = [call["function"] for call in message.get("tool_calls", [])]
+        parts = [f"({message['reasoning_content']})"] if "reasoning_content" in message else []
+        parts += [message["content"].replace("\n", "⏎")] if message["content"] else []
+        parts += [f"[{call['name']} {json.dumps(call['arguments'])}]" for call in calls]
+        turns.append(f"{message['role']}: {' '.join(parts)}")
+    return " / ".join(turns)
+
+
+@pytest.mark.parametrize(("heading", "row", "said"), rows_of_tables())
+def test_rows_in_tables_are_read_or_refused_as_the_page_says(heading: str, row: str, said: str) -> None:
+    if heading == "Rows":
+        assert in_short(parse_json_row(row)) == said
+    elif heading == "Turns":
+        ask, reply = {"role": "user", "content": "ask"}, {"role": "assistant", "content": "reply"}
+        turns = parse_row({"messages": [ask, json.loads(row), reply]})
+        assert in_short(turns) == f"user: ask / {said} / assistant: reply"
+        assert turns.unused_keys == ()
+    else:
+        with pytest.raises(RowError, match=re.escape(said)):
+            parse_json_row(row)
+
+
+def test_pages_name_every_role_and_pair() -> None:
+    page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    names = {*ROLES, *WEIGHTS, *TURNS, *(name for pair in PAIRS for name in pair)}
+    assert [name for name in names if f"`{name}`" not in page] == []
+    assert {heading for heading, _, _ in rows_of_tables()} == {"Rows", "Turns", "Refused, and counted"}
 
 
 @pytest.mark.usefixtures("folder")

@@ -99,7 +99,11 @@ ROWS: dict[str, tuple[list[Any], str]] = {
         [*TRAIN, HELD_OUT[0], chat("ANOTHER, 1", "answer: 1!")],
         "2 training rows are also in the eval set (lines 79, 80; 1 in other case",
     ),
-    "rows_unreadable": ([*TRAIN, {"text": "no chat"}], "line 79"),
+    "rows_unreadable": ([*TRAIN, {"body": "no chat"}], "line 79"),
+    "parts_left_out": (
+        [{**TRAIN[0], "id": 1, "source": "web"}, {**TRAIN[1], "id": 2}, *TRAIN[2:]],
+        "not shown to the model: id (2 rows), source (1 row)",
+    ),
 }
 
 
@@ -183,6 +187,23 @@ def test_rows_truncated_before_their_first_loss_token_are_named(find: Any, write
     assert find(f"data.train_file={rows}", str(finding.fix)) == {}
 
 
+def test_parts_that_are_left_out_are_counted_by_key(find: Any, write_rows: Any) -> None:
+    rows = [{**row, **{f"key {number:02}": "x" for number in range(25)}} for row in TRAIN]
+    finding = find(f"data.train_file={write_rows(rows, 'many.jsonl')}")["parts_left_out"]
+    assert finding.severity == "note"
+    assert finding.message.endswith("key 19 (78 rows), and 5 more keys")
+    assert finding.value == {f"key {number:02}": 78 for number in range(25)}
+
+
+def test_replies_that_lose_their_end_are_counted_and_can_be_dropped(find: Any, write_rows: Any) -> None:
+    rows = f"data.train_file={write_rows([*TRAIN, chat('question', 'word ' * 60)], 'long.jsonl')}"
+    finding = find(rows, "data.max_seq_length=40")["rows_truncated"]
+    assert "; 1 reply without an end (data.truncation=drop drops such rows); " in finding.message
+    assert find(rows, "data.max_seq_length=40", "data.truncation=drop") == {}
+    several = find("data.max_seq_length=24")["rows_truncated"]
+    assert "replies without an end" in several.message
+
+
 def test_templates_that_teach_something_odd_are_told(find: Any) -> None:
     assert "<|endoftext|>" in find(template=CHATML.replace("<|im_end|>", "<|endoftext|>"))["turn_end_not_eos"].message
     assert list(find(template="{{ strftime_now('%d %b %Y') }}" + CHATML)) == ["template_uses_date"]
@@ -249,6 +270,9 @@ def test_every_finding_that_a_check_may_yield_is_tripped_here() -> None:
         "template_uses_date",
         "bos_doubled",
         "tokens_cut_at_border",
+        # In tests/data/test_named_templates.py.
+        "template_end_token",
+        "system_folded",
     }
     assert {name for _, ids in CHECKS for name in ids} == {*TRIPS, *AROUND, *ROWS, *elsewhere}
 
