@@ -24,7 +24,9 @@ _STAND_IN = re.compile("[\U000f0000-\U0010efff]")
 _FIRST, _LAST = 0xF0000, 0x10EFFF
 # Reasoning inside a content, as reasoning models write it.
 _REASONING = re.compile(
-    r"\A\s*(?:<((?:seed:)?(?:think|thinking|thought|reasoning))>.*?</\1>|\[THINK\].*?\[/THINK\])", re.S
+    r"(?P<open>\s*(?:<(?P<tag>(?:seed:)?(?:think|thinking|thought|reasoning))>|(?P<square>\[)THINK\]))(?P<inner>.*?)"
+    r"(?P<close>(?(square)\[/THINK\]|</(?P=tag)>))",
+    re.S,
 )
 # What templates look up in a schema, and compare; their own words and not the row's.
 _SCHEMA_WORDS = frozenset(
@@ -32,6 +34,14 @@ _SCHEMA_WORDS = frozenset(
     | {"anyOf", "allOf", "oneOf", "format", "title", "return", "returns", "strict", "additionalProperties", "$ref"}
     | {"minimum", "maximum", "pattern", "const", "nullable", "$defs", "definitions", "examples", "response"}
 )
+
+# Texts that templates compare with each other.
+_SHARED = {
+    "tools.properties": "property",
+    "tools.required": "property",
+    "tool_calls.id": "id",
+    "tool_call_id": "id",
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,8 @@ class MarkedRow:
 
     conversation: Conversation
     texts: list[Text]
+    with_tools: bool
+    """Whether schemas and the arguments of calls are marked too."""
     _real: dict[int, str] = field(repr=False)
     _text_of: dict[str, int] = field(repr=False)
 
@@ -97,8 +109,9 @@ class _Marker:
         self._texts: list[Text] = []
         self._real: dict[int, str] = {}
         self._text_of: dict[str, int] = {}
-        self._shared: dict[str, str] = {}
-        """Marked names of properties, which stand among the required ones too."""
+        self._shared: dict[tuple[str, str], str] = {}
+        """(kind, text) -> marked: names of properties, which stand among the required ones too, and ids of calls, which
+        their answers repeat."""
         self._taken: set[str] = set()
 
     def mark(self, conversation: Conversation) -> MarkedRow:
@@ -108,17 +121,15 @@ class _Marker:
         tools = conversation.tools
         if tools is not None and self._with_tools:
             tools = [self._schema(tool, "tools") for tool in tools]
-        return MarkedRow(Conversation(messages, tools), self._texts, self._real, self._text_of)
+        return MarkedRow(Conversation(messages, tools), self._texts, self._with_tools, self._real, self._text_of)
 
     def _message(self, index: int, message: Message) -> Message:
         marked = dict(message)
         content = message["content"]
-        says_nothing = not content.strip() and not message.get("tool_calls") and not message.get("reasoning_content")
         reasoning = _REASONING.match(content) if message["role"] == "assistant" else None
-        at = reasoning.end() if reasoning else 0
+        says_nothing = not content.strip() and not message.get("tool_calls") and not message.get("reasoning_content")
         if reasoning:
-            marked["content"] = self._text(content[:at], index, "reasoning")
-            marked["content"] += self._text(content[at:], index, "content")
+            marked["content"] = self._content_with_reasoning(content, reasoning, index)
         elif content.strip() or says_nothing:
             marked["content"] = self._text(content, index, "content")
         for key, name in (("reasoning_content", "reasoning"), ("name", "name"), ("tool_call_id", "tool_call_id")):
@@ -127,6 +138,15 @@ class _Marker:
         if message.get("tool_calls"):
             marked["tool_calls"] = [self._call(call, index) for call in message["tool_calls"]]
         return marked
+
+    def _content_with_reasoning(self, content: str, reasoning: re.Match[str], index: int) -> str:
+        """Both marked, but not what is blank of them: templates ask whether there is anything."""
+        inner, rest = reasoning["inner"], content[reasoning.end() :]
+        if inner.strip():
+            inner = self._text(inner, index, "reasoning")
+        if rest.strip():
+            rest = self._text(rest, index, "content")
+        return f"{reasoning['open']}{inner}{reasoning['close']}{rest}"
 
     def _call(self, call: dict[str, Any], index: int) -> dict[str, Any]:
         function = call["function"]
@@ -165,9 +185,9 @@ class _Marker:
 
     def _text(self, text: str, message: int, key: str) -> str:
         """The text in stand-ins; an empty one gets a letter that is turned back to nothing."""
-        is_property = key in ("tools.properties", "tools.required")
-        if is_property and text in self._shared:
-            return self._shared[text]
+        shared = (_SHARED.get(key, ""), text)
+        if shared in self._shared:
+            return self._shared[shared]
         kept = [match.span() for match in self._keep.finditer(text)]
         places = [i for i, character in enumerate(text) if character.isalnum() and not _inside(i, kept)]
         if not places:  # signs, or nothing but kept words: every character counts
@@ -181,8 +201,8 @@ class _Marker:
         self._text_of.update(dict.fromkeys(stand_ins.values(), len(self._texts)))
         letters = Counter(characters[i] for i in places) if places else Counter([marked])
         self._texts.append(Text(message, key, letters))
-        if is_property:
-            self._shared[text] = marked
+        if key in _SHARED:
+            self._shared[shared] = marked
         return marked
 
     def _allocate(self, character: str) -> str:

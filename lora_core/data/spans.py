@@ -96,7 +96,7 @@ def _what_is_not_shown(
         else:
             where = "the tools" if one.message == TOOLS else f"turn {one.message + 1}"
             lost.append(f"{where}: {one.key}" + (" of a reply" if is_reply and one.key == "content" else ""))
-    if not any(one.key.startswith("tool_calls.arguments") for one in marked.texts):
+    if not marked.with_tools:
         written = [*strings(conversation.tools), *_arguments(conversation)]
         if any(value not in text and json.dumps(value, ensure_ascii=False)[1:-1] not in text for value in written):
             lost.append("arguments or schemas of tools")
