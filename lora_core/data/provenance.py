@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,25 +63,18 @@ class MarkedRow:
     texts: list[Text]
     with_tools: bool
     """Whether schemas and the arguments of calls are marked too."""
+    text_of: dict[str, int] = field(repr=False)
+    """Stand-in -> index of its text."""
     _real: dict[int, str] = field(repr=False)
-    _text_of: dict[str, int] = field(repr=False)
 
     def turn_back(self, rendered: str) -> str:
         """The rendered text with the row's own letters."""
         return rendered.translate(self._real)
 
-    def width(self, letter: str) -> int:
-        """Characters that a stand-in is turned back to: 1, or 0 for that of an empty text."""
-        return len(self._real[ord(letter)])
-
-    def letters(self, rendered: str) -> Iterator[tuple[int, str, int]]:
-        """(position in the text that was turned back, stand-in, index of its text), in order."""
-        removed = 0
-        for match in _STAND_IN.finditer(rendered):
-            letter = match.group()
-            if letter in self._text_of:
-                yield match.start() - removed, letter, self._text_of[letter]
-                removed += 1 - self.width(letter)
+    def empty(self, rendered: str) -> list[int]:
+        """Where the stand-ins of empty texts are; they are turned back to nothing."""
+        nothing = {chr(code) for code, real in self._real.items() if not real}
+        return [at for at, letter in enumerate(rendered) if letter in nothing] if nothing else []
 
 
 class TooManyLettersError(ValueError):
@@ -121,7 +113,7 @@ class _Marker:
         tools = conversation.tools
         if tools is not None and self._with_tools:
             tools = [self._schema(tool, "tools") for tool in tools]
-        return MarkedRow(Conversation(messages, tools), self._texts, self._with_tools, self._real, self._text_of)
+        return MarkedRow(Conversation(messages, tools), self._texts, self._with_tools, self._text_of, self._real)
 
     def _message(self, index: int, message: Message) -> Message:
         marked = dict(message)
@@ -189,18 +181,20 @@ class _Marker:
         if shared in self._shared:
             return self._shared[shared]
         kept = [match.span() for match in self._keep.finditer(text)]
-        places = [i for i, character in enumerate(text) if character.isalnum() and not _inside(i, kept)]
-        if not places:  # signs, or nothing but kept words: every character counts
-            places = [i for i, character in enumerate(text) if not character.isspace()]
+        pieces = _outside(text, kept)
+        counted = {letter: number for letter, number in Counter("".join(pieces)).items() if letter.isalnum()}
+        if not counted:  # signs, or nothing but kept words: every character counts
+            kept, pieces = [], [text]
+            counted = {sign: number for sign, number in Counter(text).items() if not sign.isspace()}
         # In order, for templates that sort.
-        stand_ins = {character: self._allocate(character) for character in sorted({text[i] for i in places} or {""})}
-        characters = list(text)
-        for i in places:
-            characters[i] = stand_ins[text[i]]
-        marked = "".join(characters) if places else stand_ins[""]
+        stand_ins = {character: self._allocate(character) for character in sorted(counted or {""})}
+        table = {ord(character): letter for character, letter in stand_ins.items() if character}
+        words = [*(text[start:end] for start, end in kept), ""]
+        marked = "".join(piece.translate(table) + word for piece, word in zip(pieces, words, strict=True))
+        marked = marked if counted else stand_ins[""]
         self._text_of.update(dict.fromkeys(stand_ins.values(), len(self._texts)))
-        letters = Counter(characters[i] for i in places) if places else Counter([marked])
-        self._texts.append(Text(message, key, letters))
+        letters = Counter({stand_ins[character]: number for character, number in counted.items()})
+        self._texts.append(Text(message, key, letters or Counter([marked])))
         if key in _SHARED:
             self._shared[shared] = marked
         return marked
@@ -216,5 +210,8 @@ class _Marker:
         return letter
 
 
-def _inside(place: int, spans: list[tuple[int, int]]) -> bool:
-    return any(start <= place < end for start, end in spans)
+def _outside(text: str, spans: list[tuple[int, int]]) -> list[str]:
+    """What is before, between and after these spans."""
+    starts = [0, *(end for _, end in spans)]
+    ends = [*(start for start, _ in spans), len(text)]
+    return [text[start:end] for start, end in zip(starts, ends, strict=True)]
