@@ -27,7 +27,7 @@ _CONTEXT_CHARACTERS = 20
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """Any special token of the tokenizer, the longest first, so that none hides another that it begins."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return _any_of(special | set(tokenizer.all_special_tokens))
+    return any_of(special | set(tokenizer.all_special_tokens))
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> str:
@@ -98,13 +98,13 @@ class TemplateForms:
         return [prompt[:end] for end in sorted({*ends, *lines, len(prompt)} - {0}, reverse=True)]
 
     @cached_property
-    def _ends(self) -> re.Pattern[str]:
+    def ends(self) -> re.Pattern[str]:
         """The special tokens that follow replies, the last one and an earlier one; none if none follows the last."""
         turns = [_QUESTION, {"role": "assistant", "content": "Yy"}, _QUESTION, {"role": "assistant", "content": "Zz"}]
         text = self._ask(turns)
         last = self._special.search(text, text.rfind("Zz") + 2)
         earlier = self._special.search(text, text.find("Yy") + 2)
-        return _any_of(match.group() for match in (last, earlier) if match is not None and last is not None)
+        return any_of(match.group() for match in (last, earlier) if match is not None and last is not None)
 
     def reply_span(
         self,
@@ -135,7 +135,7 @@ class TemplateForms:
         """
         start = self._start(conversation, text, index, floor, first, letter)
         region = slice(last, len(text) if limit is None else limit)
-        stop = self._stop.search(text, region.start, region.stop) or self._ends.search(text, region.start, region.stop)
+        stop = self._stop.search(text, region.start, region.stop) or self.ends.search(text, region.start, region.stop)
         if stop is not None:
             return text, Span(start, stop.end(), index)
         is_last = limit is None and index == len(conversation.messages) - 1
@@ -196,7 +196,7 @@ class TemplateForms:
 
     @cached_property
     def _stop(self) -> re.Pattern[str]:
-        return _any_of(self.stop_tokens)
+        return any_of(self.stop_tokens)
 
     @cached_property
     def kept_words(self) -> re.Pattern[str]:
@@ -211,7 +211,7 @@ class TemplateForms:
             return re.compile(r"(?!)")
         literals = {value[1:-1].strip() for _, kind, value in tokens if kind == "string"}
         words = [w for w in literals if len(w) <= 40 and re.search(r"[^\W_]", w) and re.search(r"[^\w\s]", w)]
-        return _any_of(words)
+        return any_of(words)
 
     def leading_signs(self, content: str) -> int:
         """How many characters stand before a content's first letter: signs, spaces, and words that templates write."""
@@ -286,7 +286,7 @@ class TemplateForms:
         return _with_names_as_ids(messages) if self._shows_ids_for_names else messages
 
 
-def _any_of(words: Iterable[str]) -> re.Pattern[str]:
+def any_of(words: Iterable[str]) -> re.Pattern[str]:
     """Matches each of these words, the longest first; nothing if there are none."""
     return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or r"(?!)")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_core.data.json_values import strings
@@ -215,3 +215,31 @@ def _outside(text: str, spans: list[tuple[int, int]]) -> list[str]:
     starts = [0, *(end for _, end in spans)]
     ends = [*(start for start, _ in spans), len(text)]
     return [text[start:end] for start, end in zip(starts, ends, strict=True)]
+
+
+def hide_specials(conversation: Conversation, special_tokens: re.Pattern[str]) -> tuple[Conversation, dict[str, str]]:
+    """Put a private character in place of each special token that the row itself holds.
+
+    The template can then only add real ones, and whoever encodes the text spells the hidden ones out.
+
+    Returns:
+        (the row; what each private character stands for)
+    """
+    found = dict.fromkeys(
+        match for text in strings([conversation.messages, conversation.tools]) for match in special_tokens.findall(text)
+    )
+    if not found:
+        return conversation, {}
+    used = set("".join(strings([conversation.messages, conversation.tools])))
+    free = (chr(code) for code in range(0x10F000, 0x10FFFE) if chr(code) not in used)
+    stand_ins = {special: next(free) for special in found}
+
+    def hide(value: Any) -> Any:
+        if isinstance(value, str):
+            return special_tokens.sub(lambda match: stand_ins[match.group()], value)
+        if isinstance(value, dict):
+            return {hide(key): hide(item) for key, item in value.items()}
+        return [hide(item) for item in value] if isinstance(value, list) else value
+
+    hidden = {stand_in: special for special, stand_in in stand_ins.items()}
+    return replace(conversation, messages=hide(conversation.messages), tools=hide(conversation.tools)), hidden
