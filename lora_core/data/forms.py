@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _QUESTION: Message = {"role": "user", "content": "Qq"}
+_TOOLS = [{"type": "function", "function": {"name": "Ff", "description": "", "parameters": {"type": "object"}}}]
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 # What templates without a generation prompt write before replies; they have a few ways.
 _STARTS_REMEMBERED = 1_000
@@ -267,8 +268,10 @@ class TemplateForms:
 
     def _ask(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """What the template says to it; nothing if it refuses."""
+        # Of several templates, the one for tools is taken for rows that have some.
+        with_tools = isinstance(self._tokenizer.chat_template, dict) and any("tool_calls" in m for m in messages)
         try:
-            return apply_template(self._tokenizer, messages, None, add_generation_prompt)
+            return apply_template(self._tokenizer, messages, _TOOLS if with_tools else None, add_generation_prompt)
         except ChatTemplateError:  # one that wants ids of calls, or a system turn
             return ""
 

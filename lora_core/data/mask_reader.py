@@ -144,7 +144,9 @@ class MaskReader:
             return False
         said = "".join(_loose(form) for forms in _texts(messages[index], is_earlier=False) for form in forms)
         others = (_loose(form) for i, m in enumerate(messages) if i != index for f in _texts(m, True) for form in f)
-        return not any(len(o) >= _CERTAIN_CHARACTERS and o in loose and o not in said for o in others)
+        return not any(
+            o in loose and o not in said and len(self._special.sub("", o)) >= _CERTAIN_CHARACTERS for o in others
+        )
 
     def _end(self, run: _Run, message: Message, same: Callable[[str], str]) -> int | None:
         """Where the reply should end: with the first token after the turn's own text that ends turns."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -112,6 +113,8 @@ class _Marker:
         messages = [self._message(index, message) for index, message in enumerate(conversation.messages)]
         tools = conversation.tools
         if tools is not None and self._with_tools:
+            for name in sorted(set(_property_names(tools)), key=_as_templates_sort):
+                self._text(name, TOOLS, "tools.properties")
             tools = [self._schema(tool, "tools") for tool in tools]
         return MarkedRow(Conversation(messages, tools), self._texts, self._with_tools, self._text_of, self._real)
 
@@ -153,7 +156,9 @@ class _Marker:
         if isinstance(value, str):
             return self._text(value, index, key) if value else value
         if isinstance(value, dict):
-            return {self._text(name, index, key): self._nested(item, index, key) for name, item in value.items()}
+            # In order, for templates that sort; then in their own.
+            names = {name: self._text(name, index, key) for name in sorted(value, key=_as_templates_sort)}
+            return {names[name]: self._nested(item, index, key) for name, item in value.items()}
         return [self._nested(item, index, key) for item in value] if isinstance(value, list) else value
 
     def _schema(self, value: Any, path: str, names_are_ours: bool = False) -> Any:
@@ -208,6 +213,19 @@ class _Marker:
         self._next += 1
         self._real[ord(letter)] = character
         return letter
+
+
+def _as_templates_sort(name: str) -> tuple[str, str]:
+    return name.lower(), name
+
+
+def _property_names(schema: Any) -> Iterator[str]:
+    """Names of properties in schemas, at any depth."""
+    if isinstance(schema, dict):
+        properties = schema.get("properties")
+        yield from properties if isinstance(properties, dict) else ()
+    for item in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        yield from _property_names(item)
 
 
 def _outside(text: str, spans: list[tuple[int, int]]) -> list[str]:
