@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # A shorter text of another turn may stand in a reply by chance.
 _CERTAIN_CHARACTERS = 12
+# Of what stands before a reply, where earlier turns are written in another way by then.
+_COMPARED_CHARACTERS = 20
 _INLINE_REASONING = re.compile(r"(.*</(?:think|thinking|thought|reasoning|seed:think)>|.*\[/THINK\])(.*)", re.DOTALL)
 _TAG = re.compile(r"</?(?:think|thinking|thought|reasoning|seed:think)>|\[/?THINK\]")
 
@@ -79,12 +81,13 @@ class MaskReader:
             _Run(*(same(self._decode(part)) for part in (ids[:start], ids[start:end], ids[end:])))
             for start, end in _runs(mask)
         ]
-        return MaskReading(self._problem(conversation.messages, trained, runs, [*map(same, prompts)], same))
+        # Earlier turns may be written in another way by then; so that the row does not begin with it.
+        is_beginning = [bool(prompt) and shown.startswith(prompt) for prompt in prompts]
+        given = [*zip(map(same, prompts), is_beginning, strict=True)]
+        return MaskReading(self._problem(conversation.messages, trained, runs, given, same))
 
     def _shown(self, conversation: Conversation, trained: Sequence[int]) -> tuple[str, list[str]]:
-        """What the template writes, and what of it stands before each of these turns: what generation gets.
-
-        The latter is empty where earlier turns are written in another way by then.
+        """What the template writes, and what generation gets before each of these turns; empty if it refuses that.
 
         Raises:
             ChatTemplateError: it refuses the row.
@@ -100,7 +103,7 @@ class MaskReader:
                 prompt = self._forms.render(before, add_generation_prompt=True).translate(back)
             except ChatTemplateError:  # for example nothing before the first turn
                 prompt = ""
-            prompts.append(prompt if shown.startswith(prompt) else "")
+            prompts.append(prompt)
         return shown, prompts
 
     def _problem(
@@ -108,7 +111,7 @@ class MaskReader:
         messages: Sequence[Message],
         trained: Sequence[int],
         runs: list[_Run],
-        prompts: Sequence[str],
+        given: Sequence[tuple[str, bool]],
         same: Callable[[str], str],
     ) -> str | None:
         """What is wrong with the loss tokens."""
@@ -131,7 +134,7 @@ class MaskReader:
                 )
             if self._end(run, messages[index], same) != len(run.text):
                 return f"the loss tokens of turn {index + 1} end with {_shortened(run.text, from_end=True)!r}"
-            if not self._starts_well(run, messages, index, prompts[number], same):
+            if not self._starts_well(run, messages, index, *given[number], same):
                 before = _shortened(run.before, from_end=True)
                 return f"the loss tokens of turn {index + 1} begin in the wrong place, after {before!r}"
         return problem if runs else None
@@ -169,12 +172,18 @@ class MaskReader:
         return stop.end() if stop is not None else None
 
     def _starts_well(
-        self, run: _Run, messages: Sequence[Message], index: int, prompt: str, same: Callable[[str], str]
+        self,
+        run: _Run,
+        messages: Sequence[Message],
+        index: int,
+        prompt: str,
+        is_beginning: bool,
+        same: Callable[[str], str],
     ) -> bool:
         """Whether it starts right after what generation gets, or after as much of the generation prompt as is there."""
-        if prompt and run.before == prompt:
+        if is_beginning and run.before == prompt:
             return True
-        if prompt and prompt.endswith(same(self._forms.generation_prompt)):
+        if is_beginning and prompt.endswith(same(self._forms.generation_prompt)):
             return False
         starts = [run.text.find(same(forms[-1])) for forms in _texts(messages[index], False)]
         own = run.text[: min((start for start in starts if start >= 0), default=0)]
@@ -184,6 +193,8 @@ class MaskReader:
         if place >= 0:
             end = place + length
             return end <= len(run.before) and not gap[end : len(run.before)].strip(" ")
+        if prompt:
+            return prompt.endswith(run.before[-_COMPARED_CHARACTERS:])
         return same(messages[index]["content"]).strip().startswith(own.strip())
 
     def _gives_back(self, text: str) -> bool:

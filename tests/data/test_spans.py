@@ -113,8 +113,8 @@ FAMILIES = {
     ),
     "no header, ids of nine characters": Family(
         _LAST + "<s>{% for m in messages %}{% if m.role == 'user' %}{% if tools and loop.index0 == ns.q %}"
-        "[T]{{ tools | tojson }}[/T]{% endif %}[Q] {{ m.content }} [/Q]{% elif m.role == 'assistant' and m.tool_calls %}[CALLS] ["
-        "{% for c in m.tool_calls %}{% if c.id is not defined or c.id | length != 9 %}"
+        "[T]{{ tools | tojson }}[/T]{% endif %}[Q] {{ m.content }} [/Q]"
+        "{% elif m.role == 'assistant' and m.tool_calls %}[CALLS] [{% for c in m.tool_calls %}{% if c.id is not defined or c.id | length != 9 %}"
         "{{ raise_exception('ids have nine characters') }}{% endif %}"
         '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}, "id": "{{ c.id }}"}'
         "{{ ', ' if not loop.last }}{% endfor %}]</s>{% elif m.role == 'assistant' %} {{ m.content }}</s>"
@@ -327,6 +327,12 @@ def test_reasoning_in_a_channel_of_its_own_is_one_reply_with_the_answer() -> Non
     assert trained_text(FAMILIES["channels"], THOUGHT)[0][-1] == (
         "<|channel|>analysis<|message|>Again.<|end|><|start|>assistant<|channel|>final<|message|>Last.<|return|>"
     )
+
+
+def test_a_call_without_a_prompt_starts_after_the_question_though_tools_have_moved() -> None:
+    row = {"messages": [*ASKED["messages"][:3], *PLAIN["messages"][1:]], "tools": TOOLS}
+    runs = ['[CALLS] [{"name": "get_temp", "arguments": {"city": "Oslo"}, "id": "call00001"}]</s>', " First.</s>"]
+    assert trained_text(FAMILIES["no header, ids of nine characters"], row)[0] == [*runs, " Last.</s>"]
 
 
 def test_an_empty_think_block_in_the_content_is_part_of_the_reply() -> None:
