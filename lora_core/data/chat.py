@@ -26,8 +26,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lora_core.data.forms import Span, TemplateForms, special_tokens
-from lora_core.data.json_values import strings
 from lora_core.data.messages import Conversation, Message, TrainOn, parse_row, trained_messages
+from lora_core.data.provenance import hide_specials
 from lora_core.data.spans import Reading, read_spans
 from lora_core.data.template import template_limits
 from lora_core.errors import ChatTemplateError, RowError
@@ -125,7 +125,7 @@ class ChatEncoder:
                     if conversation.text is not None:
                         results[index] = self._encode_text(conversation.text)
                         continue
-                    safe, hidden = self._hide_specials(conversation)
+                    safe, hidden = hide_specials(conversation, self._special)
                     plans.append((index, self._read(safe), hidden))
                 except RowError as error:
                     results[index] = error
@@ -208,34 +208,6 @@ class ChatEncoder:
         if isinstance(eos, int) and ids[-1:] != [eos]:
             ids.append(eos)
         return EncodedChat(ids, [True] * len(ids), self._special.search(text) is not None)
-
-    # ----- text that looks like a control token
-
-    def _hide_specials(self, conversation: Conversation) -> tuple[Conversation, dict[str, str]]:
-        """Put a private character in place of each special token that the row itself holds.
-
-        The template can then only add real ones, and `_encode_cut` spells the hidden ones out.
-        """
-        found = dict.fromkeys(
-            match
-            for text in strings([conversation.messages, conversation.tools])
-            for match in self._special.findall(text)
-        )
-        if not found:
-            return conversation, {}
-        used = set("".join(strings([conversation.messages, conversation.tools])))
-        free = (chr(code) for code in range(0x10F000, 0x10FFFE) if chr(code) not in used)
-        stand_ins = {special: next(free) for special in found}
-
-        def hide(value: Any) -> Any:
-            if isinstance(value, str):
-                return self._special.sub(lambda match: stand_ins[match.group()], value)
-            if isinstance(value, dict):
-                return {hide(key): hide(item) for key, item in value.items()}
-            return [hide(item) for item in value] if isinstance(value, list) else value
-
-        hidden = {stand_in: special for special, stand_in in stand_ins.items()}
-        return replace(conversation, messages=hide(conversation.messages), tools=hide(conversation.tools)), hidden
 
     # ----- tokens
 

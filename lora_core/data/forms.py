@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _QUESTION: Message = {"role": "user", "content": "Qq"}
+_TOOLS = [{"type": "function", "function": {"name": "Ff", "description": "", "parameters": {"type": "object"}}}]
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+# What templates without a generation prompt write before replies; they have a few ways.
+_STARTS_REMEMBERED = 1_000
+# Of what was said before a reply, compared to find it again.
+_CONTEXT_CHARACTERS = 20
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """Any special token of the tokenizer, the longest first, so that none hides another that it begins."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return _any_of(special | set(tokenizer.all_special_tokens))
+    return any_of(special | set(tokenizer.all_special_tokens))
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> str:
@@ -56,6 +61,7 @@ class TemplateForms:
         eos = [str(tokenizer.eos_token)] if tokenizer.eos_token else []
         self.stop_tokens: list[str] = [*dict.fromkeys([*eos, *getattr(tokenizer, "stop_tokens", ())])]
         """At which generation stops: the tokenizer's end, and those of the model's generation config if it was read."""
+        self._starts: dict[tuple[str, str], int] = {}
 
     def render(self, conversation: Conversation, add_generation_prompt: bool = False) -> str:
         """The row, in the forms that the template wants.
@@ -93,13 +99,13 @@ class TemplateForms:
         return [prompt[:end] for end in sorted({*ends, *lines, len(prompt)} - {0}, reverse=True)]
 
     @cached_property
-    def _ends(self) -> re.Pattern[str]:
+    def ends(self) -> re.Pattern[str]:
         """The special tokens that follow replies, the last one and an earlier one; none if none follows the last."""
         turns = [_QUESTION, {"role": "assistant", "content": "Yy"}, _QUESTION, {"role": "assistant", "content": "Zz"}]
         text = self._ask(turns)
         last = self._special.search(text, text.rfind("Zz") + 2)
         earlier = self._special.search(text, text.find("Yy") + 2)
-        return _any_of(match.group() for match in (last, earlier) if match is not None and last is not None)
+        return any_of(match.group() for match in (last, earlier) if match is not None and last is not None)
 
     def reply_span(
         self,
@@ -128,9 +134,9 @@ class TemplateForms:
         Raises:
             ChatTemplateError: nothing ends it.
         """
-        start = self._start(text, floor, first, letter)
+        start = self._start(conversation, text, index, floor, first, letter)
         region = slice(last, len(text) if limit is None else limit)
-        stop = self._stop.search(text, region.start, region.stop) or self._ends.search(text, region.start, region.stop)
+        stop = self._stop.search(text, region.start, region.stop) or self.ends.search(text, region.start, region.stop)
         if stop is not None:
             return text, Span(start, stop.end(), index)
         is_last = limit is None and index == len(conversation.messages) - 1
@@ -143,7 +149,7 @@ class TemplateForms:
             f"{self._tokenizer.eos_token!r} after each assistant turn"
         )
 
-    def _start(self, text: str, floor: int, first: int, letter: int) -> int:
+    def _start(self, conversation: Conversation, text: str, index: int, floor: int, first: int, letter: int) -> int:
         """Where the model begins to write: right after the generation prompt, or after as much of it as is there.
 
         If the template puts a space between that and the content, the model has to write it, and tokenizers make it
@@ -158,26 +164,55 @@ class TemplateForms:
                 while spaces and start < letter and text[start] == " ":
                     start, spaces = start + 1, spaces - 1
                 return start
-        while first > floor and text[first - 1] == " ":
-            first -= 1
-        return first
+        # No prompt of its own stands there: some templates write none, and some let a tool's answer stand inside the
+        # model's turn. Between two texts they write the same each time, so it is asked once.
+        before = conversation.messages[index - 1]["role"] if index else ""
+        key = (before, text[floor:first])
+        if key not in self._starts:
+            if len(self._starts) == _STARTS_REMEMBERED:
+                self._starts.clear()
+            self._starts[key] = self._start_after_what_was_said(conversation, text, index, floor, letter) - floor
+        return floor + self._starts[key]
+
+    def _start_after_what_was_said(
+        self, conversation: Conversation, text: str, index: int, floor: int, letter: int
+    ) -> int:
+        """Where the row without this reply and what follows it, as generation gets it, ends in the text.
+
+        Raises:
+            ChatTemplateError: it is written in another way there.
+        """
+        said = self.render(replace(conversation, messages=conversation.messages[:index]), add_generation_prompt=True)
+        if text.startswith(said) and floor <= len(said) <= letter:
+            return len(said)
+        # Earlier turns may be written in another way by now: then what follows the last letter must be the same.
+        context = max(floor - _CONTEXT_CHARACTERS, 0)
+        ends = [end for end in range(floor, letter + 1) if floor and said.endswith(text[context:end])]
+        if len(ends) != 1:
+            raise ChatTemplateError(
+                f"the chat template has no generation prompt before turn {index + 1}, so where the reply starts is not "
+                "known; fix: data.chat_template=FILE.jinja with add_generation_prompt"
+            )
+        return ends[0]
 
     @cached_property
     def _stop(self) -> re.Pattern[str]:
-        return _any_of(self.stop_tokens)
+        return any_of(self.stop_tokens)
 
     @cached_property
     def kept_words(self) -> re.Pattern[str]:
         """What the template may look for in contents, such as `</think>`."""
         from jinja2 import Environment, TemplateSyntaxError
 
+        templates = self._tokenizer.chat_template
+        sources = templates.values() if isinstance(templates, dict) else [templates]
         try:
-            tokens = list(Environment().lex(str(self._tokenizer.chat_template)))
+            tokens = [token for source in sources for token in Environment().lex(str(source))]
         except TemplateSyntaxError:  # rendering says so
             return re.compile(r"(?!)")
         literals = {value[1:-1].strip() for _, kind, value in tokens if kind == "string"}
         words = [w for w in literals if len(w) <= 40 and re.search(r"[^\W_]", w) and re.search(r"[^\w\s]", w)]
-        return _any_of(words)
+        return any_of(words)
 
     def leading_signs(self, content: str) -> int:
         """How many characters stand before a content's first letter: signs, spaces, and words that templates write."""
@@ -233,8 +268,10 @@ class TemplateForms:
 
     def _ask(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """What the template says to it; nothing if it refuses."""
+        # Of several templates, the one for tools is taken for rows that have some.
+        with_tools = isinstance(self._tokenizer.chat_template, dict) and any("tool_calls" in m for m in messages)
         try:
-            return apply_template(self._tokenizer, messages, None, add_generation_prompt)
+            return apply_template(self._tokenizer, messages, _TOOLS if with_tools else None, add_generation_prompt)
         except ChatTemplateError:  # one that wants ids of calls, or a system turn
             return ""
 
@@ -252,7 +289,7 @@ class TemplateForms:
         return _with_names_as_ids(messages) if self._shows_ids_for_names else messages
 
 
-def _any_of(words: Iterable[str]) -> re.Pattern[str]:
+def any_of(words: Iterable[str]) -> re.Pattern[str]:
     """Matches each of these words, the longest first; nothing if there are none."""
     return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or r"(?!)")
 

@@ -6,13 +6,14 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from lora_core.data.chat import EncodedChat
-from lora_core.data.forms import TemplateForms
+from lora_core.data.forms import TemplateForms, any_of, special_tokens
 from lora_core.data.messages import Conversation, Message, TrainOn, trained_messages
+from lora_core.data.provenance import hide_specials
 from lora_core.data.template import template_limits
 from lora_core.errors import ChatTemplateError
 
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 
 # A shorter text of another turn may stand in a reply by chance.
 _CERTAIN_CHARACTERS = 12
+# Of what stands before a reply, where earlier turns are written in another way by then.
+_COMPARED_CHARACTERS = 20
 _INLINE_REASONING = re.compile(r"(.*</(?:think|thinking|thought|reasoning|seed:think)>|.*\[/THINK\])(.*)", re.DOTALL)
+_TAG = re.compile(r"</?(?:think|thinking|thought|reasoning|seed:think)>|\[/?THINK\]")
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,15 @@ class MaskReading:
     """What `MaskReader` says of one row."""
 
     problem: str | None
-    place_is_known: bool = True
-    """False: replies follow each other without anything between, so that they were compared by text and order."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Loss tokens that follow each other, as text."""
+
+    before: str
+    text: str
+    after: str
 
 
 class MaskReader:
@@ -42,22 +53,21 @@ class MaskReader:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = "all_assistant") -> None:
         self._tokenizer, self._train_on = tokenizer, train_on
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        self._specials = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
+        self._special = special_tokens(tokenizer)
         self._forms = TemplateForms(tokenizer)
 
     def read(self, conversation: Conversation, encoded: EncodedChat) -> MaskReading:
         """Read one row that was not truncated."""
-        ids, mask, messages = encoded.input_ids, encoded.loss_mask, conversation.messages
+        ids, mask = encoded.input_ids, encoded.loss_mask
         text = self._decode(ids)
         if conversation.text is not None:
             whole = all(mask[1:]) and _loose(conversation.text) in _loose(text)
             return MaskReading(None if whole else f"its tokens read {_shortened(text)!r}, and not all are trained")
+        trained = trained_messages(conversation, self._train_on)
         try:
             with template_limits(self._tokenizer, [conversation]) as next_one:
                 next_one()
-                shown = self._forms.render(conversation)
-                self._forms.prompt_beginnings  # noqa: B018  # asks the template, inside its limits
+                shown, prompts = self._shown(conversation, trained)
         except ChatTemplateError:
             return MaskReading("the chat template refuses it now")
         # Some tokenizers do not give back every space, or compose characters: then both sides go without.
@@ -67,70 +77,125 @@ class MaskReader:
             return MaskReading(f"its tokens read {_shortened(text)!r}, the template writes {_shortened(shown)!r}")
         if self._train_on == "everything":
             return MaskReading(None if all(mask[1:]) else "not all of its tokens are trained")
-        trained = trained_messages(conversation, self._train_on)
-        runs = [same(self._decode(ids[start:end])) for start, end in _runs(mask)]
-        if len(runs) != len(trained):
-            problem = self._problem(conversation, trained, "".join(runs), same)
-            return MaskReading(problem, place_is_known=False)
-        for index, run, (start, _) in zip(trained, runs, _runs(mask), strict=True):
-            problem = self._problem(conversation, [index], run, same)
-            before = same(self._decode(ids[:start]))
-            if problem is None and not self._starts_well(before, run, messages[index], messages[:index][-1:], same):
-                problem = (
-                    f"the loss tokens of turn {index + 1} begin early, after {_shortened(before, from_end=True)!r}"
-                )
-            if problem is not None:
-                return MaskReading(problem)
-        return MaskReading(None)
+        runs = [
+            _Run(*(same(self._decode(part)) for part in (ids[:start], ids[start:end], ids[end:])))
+            for start, end in _runs(mask)
+        ]
+        # Earlier turns may be written in another way by then; so that the row does not begin with it.
+        is_beginning = [bool(prompt) and shown.startswith(prompt) for prompt in prompts]
+        given = [*zip(map(same, prompts), is_beginning, strict=True)]
+        return MaskReading(self._problem(conversation.messages, trained, runs, given, same))
+
+    def _shown(self, conversation: Conversation, trained: Sequence[int]) -> tuple[str, list[str]]:
+        """What the template writes, and what generation gets before each of these turns; empty if it refuses that.
+
+        Raises:
+            ChatTemplateError: it refuses the row.
+        """
+        safe, hidden = hide_specials(conversation, self._special)
+        back = str.maketrans(hidden)
+        shown = self._forms.render(safe).translate(back)
+        self._forms.prompt_beginnings, self._forms.ends  # noqa: B018  # ask the template, inside its limits
+        prompts = []
+        for index in trained:
+            try:
+                before = replace(safe, messages=safe.messages[:index])
+                prompt = self._forms.render(before, add_generation_prompt=True).translate(back)
+            except ChatTemplateError:  # for example nothing before the first turn
+                prompt = ""
+            prompts.append(prompt)
+        return shown, prompts
 
     def _problem(
-        self, conversation: Conversation, trained: Sequence[int], run: str, same: Callable[[str], str]
+        self,
+        messages: Sequence[Message],
+        trained: Sequence[int],
+        runs: list[_Run],
+        given: Sequence[tuple[str, bool]],
+        same: Callable[[str], str],
     ) -> str | None:
-        """What is wrong with loss tokens that should be the replies of these turns."""
-        messages = conversation.messages
-        contents = " | ".join(messages[index]["content"] for index in trained)
-        problem = f"the loss tokens read {_shortened(run)!r}, the assistant's turns are {_shortened(contents)!r}"
-        last_question = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
-        own = [_texts(messages[index], is_earlier=index < last_question) for index in trained]
-        loose = _loose(run)
-        if not trained and run:
-            return problem
-        if any(not any(_loose(form) in loose for form in forms) for texts in own for forms in texts):
-            return problem
-        said = "".join(_loose(form) for texts in own for forms in texts for form in forms)
-        others = (
-            form for i, m in enumerate(messages) if i not in trained for forms in _texts(m, True) for form in forms
-        )
-        if any(len(_loose(o)) >= _CERTAIN_CHARACTERS and _loose(o) in loose and _loose(o) not in said for o in others):
-            return problem
-        return None if not trained or self._ends_well(run, messages[trained[-1]], same) else problem
+        """What is wrong with the loss tokens."""
+        said = " | ".join(messages[index]["content"] for index in trained)
+        read = "".join(run.text for run in runs)
+        problem = f"the loss tokens read {_shortened(read)!r}, the assistant's turns are {_shortened(said)!r}"
+        for number, index in enumerate(trained):
+            if not runs:
+                return problem
+            run = runs.pop(0)
+            if len(runs) < len(trained) - number - 1:  # replies can follow each other without anything between
+                end = self._end(run, messages[index], same) or len(run.text)
+                if end < len(run.text):
+                    runs.insert(0, _Run(run.before + run.text[:end], run.text[end:], run.after))
+                    run = _Run(run.before, run.text[:end], run.text[end:] + run.after)
+            if not self._says_its_turn(messages, index, run.text):
+                return (
+                    f"the loss tokens read {_shortened(run.text)!r}, turn {index + 1} is "
+                    f"{_shortened(messages[index]['content'])!r}"
+                )
+            if self._end(run, messages[index], same) != len(run.text):
+                return f"the loss tokens of turn {index + 1} end with {_shortened(run.text, from_end=True)!r}"
+            if not self._starts_well(run, messages, index, *given[number], same):
+                before = _shortened(run.before, from_end=True)
+                return f"the loss tokens of turn {index + 1} begin in the wrong place, after {before!r}"
+        return problem if runs else None
 
-    def _ends_well(self, run: str, message: Message, same: Callable[[str], str]) -> bool:
-        """Whether it ends with a token that ends turns, the first one after the turn's own text."""
-        tail = run[
-            max((run.rfind(same(forms[-1])) + len(same(forms[-1])) for forms in _texts(message, True)), default=0) :
-        ]
-        stops = [same(token) for token in self._forms.stop_tokens]
-        first_stop = min((tail.find(stop) + len(stop) for stop in stops if stop in tail), default=None)
-        if first_stop is not None:
-            return first_stop == len(tail)
-        return run.endswith(tuple(same(token) for token in self._specials))
+    def _says_its_turn(self, messages: Sequence[Message], index: int, run: str) -> bool:
+        """Whether each text of the turn is in its loss tokens, and no text of another."""
+        last_question = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+        own, loose = _texts(messages[index], is_earlier=index < last_question), _loose(run)
+        if any(not any(_loose(form) in loose for form in forms) for forms in own):
+            return False
+        said = "".join(_loose(form) for forms in _texts(messages[index], is_earlier=False) for form in forms)
+        others = (_loose(form) for i, m in enumerate(messages) if i != index for f in _texts(m, True) for form in f)
+        return not any(
+            o in loose and o not in said and len(self._special.sub("", o)) >= _CERTAIN_CHARACTERS for o in others
+        )
+
+    def _end(self, run: _Run, message: Message, same: Callable[[str], str]) -> int | None:
+        """Where the reply should end: with the first token after the turn's own text that ends turns."""
+        after_own = 0
+        for forms in _texts(message, False):
+            found = [(run.text.find(same(form), after_own), same(form)) for form in forms]
+            found = [pair for pair in found if pair[0] >= 0] or [
+                (run.text.find(same(form)), same(form)) for form in forms
+            ]
+            after_own = max([after_own, *(at + len(form) for at, form in found if at >= 0)])
+        whole = run.text + run.after
+        stops = any_of(map(same, self._forms.stop_tokens))
+        stop = stops.search(run.text, after_own)
+        if stop is None:
+            # What follows replies, unless generation goes on to a token right behind it that it does stop at.
+            stop = self._forms.ends.search(run.text, after_own)
+            more = re.compile(rf"(?:{self._special.pattern}|\s)*").match(whole, stop.end()) if stop else None
+            if more is not None and stops.search(more.group()):
+                return None
+        return stop.end() if stop is not None else None
 
     def _starts_well(
-        self, before: str, run: str, message: Message, earlier: Sequence[Message], same: Callable[[str], str]
+        self,
+        run: _Run,
+        messages: Sequence[Message],
+        index: int,
+        prompt: str,
+        is_beginning: bool,
+        same: Callable[[str], str],
     ) -> bool:
-        """Whether it starts right after the generation prompt, or as much of that as the row has."""
-        starts = [run.find(same(forms[-1])) for forms in _texts(message, False)]
-        own = run[: min((start for start in starts if start >= 0), default=0)]
-        said = [same(forms[-1]) for m in earlier for forms in _texts(m, is_earlier=False)]
-        floor = max((before.rfind(text) + len(text) for text in said if text in before), default=0)
-        gap = before[floor:] + own
-        for prompt in map(same, self._forms.prompt_beginnings):
-            place = gap.rfind(prompt)
-            if place >= 0:
-                end = place + len(prompt)
-                return end <= len(before) - floor and not gap[end : len(before) - floor].strip(" ")
-        return same(message["content"]).strip().startswith(own.strip())
+        """Whether it starts right after what generation gets, or after as much of the generation prompt as is there."""
+        if is_beginning and run.before == prompt:
+            return True
+        if is_beginning and prompt.endswith(same(self._forms.generation_prompt)):
+            return False
+        starts = [run.text.find(same(forms[-1])) for forms in _texts(messages[index], False)]
+        own = run.text[: min((start for start in starts if start >= 0), default=0)]
+        gap = run.before + own
+        places = [(gap.rfind(beginning), len(beginning)) for beginning in map(same, self._forms.prompt_beginnings)]
+        place, length = max(places, default=(-1, 0))  # the nearest, and as much of it as is there
+        if place >= 0:
+            end = place + length
+            return end <= len(run.before) and not gap[end : len(run.before)].strip(" ")
+        if prompt:
+            return prompt.endswith(run.before[-_COMPARED_CHARACTERS:])
+        return same(messages[index]["content"]).strip().startswith(own.strip())
 
     def _gives_back(self, text: str) -> bool:
         """Whether this text comes out of the tokenizer as it went in."""
@@ -146,13 +211,15 @@ def _texts(message: Message, is_earlier: bool) -> list[list[str]]:
     reasoning = [[message["reasoning_content"].strip()]] if message.get("reasoning_content") else []
     inline = _INLINE_REASONING.fullmatch(content) if message["role"] == "assistant" else None
     if inline is not None:
-        reasoning.append([re.sub(r"</?[\w:]+>|\[/?THINK\]", "", inline[1]).strip()])
+        pieces = (piece.strip() for piece in _TAG.split(inline[1]))
+        reasoning += [[piece] for piece in pieces if piece]
         content = inline[2]
     texts = ([] if is_earlier else reasoning) + ([[content, content.strip()]] if content.strip() else [])
     for call in message.get("tool_calls", []):
         function = call["function"]
         for value in (function["name"], *_leaves(function["arguments"])):
-            texts.append([json.dumps(value, ensure_ascii=False)[1:-1], value])
+            in_quotes = value.replace("\\", "\\\\").replace("\n", "\\n").replace("'", "\\'")
+            texts.append([json.dumps(value, ensure_ascii=False)[1:-1], in_quotes, value])
     return texts
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_core.data.json_values import strings
@@ -24,7 +24,9 @@ _STAND_IN = re.compile("[\U000f0000-\U0010efff]")
 _FIRST, _LAST = 0xF0000, 0x10EFFF
 # Reasoning inside a content, as reasoning models write it.
 _REASONING = re.compile(
-    r"\A\s*(?:<((?:seed:)?(?:think|thinking|thought|reasoning))>.*?</\1>|\[THINK\].*?\[/THINK\])", re.S
+    r"(?P<open>\s*(?:<(?P<tag>(?:seed:)?(?:think|thinking|thought|reasoning))>|(?P<square>\[)THINK\]))(?P<inner>.*?)"
+    r"(?P<close>(?(square)\[/THINK\]|</(?P=tag)>))",
+    re.S,
 )
 # What templates look up in a schema, and compare; their own words and not the row's.
 _SCHEMA_WORDS = frozenset(
@@ -32,6 +34,14 @@ _SCHEMA_WORDS = frozenset(
     | {"anyOf", "allOf", "oneOf", "format", "title", "return", "returns", "strict", "additionalProperties", "$ref"}
     | {"minimum", "maximum", "pattern", "const", "nullable", "$defs", "definitions", "examples", "response"}
 )
+
+# Texts that templates compare with each other.
+_SHARED = {
+    "tools.properties": "property",
+    "tools.required": "property",
+    "tool_calls.id": "id",
+    "tool_call_id": "id",
+}
 
 
 @dataclass(frozen=True)
@@ -52,25 +62,20 @@ class MarkedRow:
 
     conversation: Conversation
     texts: list[Text]
+    with_tools: bool
+    """Whether schemas and the arguments of calls are marked too."""
+    text_of: dict[str, int] = field(repr=False)
+    """Stand-in -> index of its text."""
     _real: dict[int, str] = field(repr=False)
-    _text_of: dict[str, int] = field(repr=False)
 
     def turn_back(self, rendered: str) -> str:
         """The rendered text with the row's own letters."""
         return rendered.translate(self._real)
 
-    def width(self, letter: str) -> int:
-        """Characters that a stand-in is turned back to: 1, or 0 for that of an empty text."""
-        return len(self._real[ord(letter)])
-
-    def letters(self, rendered: str) -> Iterator[tuple[int, str, int]]:
-        """(position in the text that was turned back, stand-in, index of its text), in order."""
-        removed = 0
-        for match in _STAND_IN.finditer(rendered):
-            letter = match.group()
-            if letter in self._text_of:
-                yield match.start() - removed, letter, self._text_of[letter]
-                removed += 1 - self.width(letter)
+    def empty(self, rendered: str) -> list[int]:
+        """Where the stand-ins of empty texts are; they are turned back to nothing."""
+        nothing = {chr(code) for code, real in self._real.items() if not real}
+        return [at for at, letter in enumerate(rendered) if letter in nothing] if nothing else []
 
 
 class TooManyLettersError(ValueError):
@@ -97,8 +102,9 @@ class _Marker:
         self._texts: list[Text] = []
         self._real: dict[int, str] = {}
         self._text_of: dict[str, int] = {}
-        self._shared: dict[str, str] = {}
-        """Marked names of properties, which stand among the required ones too."""
+        self._shared: dict[tuple[str, str], str] = {}
+        """(kind, text) -> marked: names of properties, which stand among the required ones too, and ids of calls, which
+        their answers repeat."""
         self._taken: set[str] = set()
 
     def mark(self, conversation: Conversation) -> MarkedRow:
@@ -107,18 +113,18 @@ class _Marker:
         messages = [self._message(index, message) for index, message in enumerate(conversation.messages)]
         tools = conversation.tools
         if tools is not None and self._with_tools:
+            for name in sorted(set(_property_names(tools)), key=_as_templates_sort):
+                self._text(name, TOOLS, "tools.properties")
             tools = [self._schema(tool, "tools") for tool in tools]
-        return MarkedRow(Conversation(messages, tools), self._texts, self._real, self._text_of)
+        return MarkedRow(Conversation(messages, tools), self._texts, self._with_tools, self._text_of, self._real)
 
     def _message(self, index: int, message: Message) -> Message:
         marked = dict(message)
         content = message["content"]
-        says_nothing = not content.strip() and not message.get("tool_calls") and not message.get("reasoning_content")
         reasoning = _REASONING.match(content) if message["role"] == "assistant" else None
-        at = reasoning.end() if reasoning else 0
+        says_nothing = not content.strip() and not message.get("tool_calls") and not message.get("reasoning_content")
         if reasoning:
-            marked["content"] = self._text(content[:at], index, "reasoning")
-            marked["content"] += self._text(content[at:], index, "content")
+            marked["content"] = self._content_with_reasoning(content, reasoning, index)
         elif content.strip() or says_nothing:
             marked["content"] = self._text(content, index, "content")
         for key, name in (("reasoning_content", "reasoning"), ("name", "name"), ("tool_call_id", "tool_call_id")):
@@ -127,6 +133,15 @@ class _Marker:
         if message.get("tool_calls"):
             marked["tool_calls"] = [self._call(call, index) for call in message["tool_calls"]]
         return marked
+
+    def _content_with_reasoning(self, content: str, reasoning: re.Match[str], index: int) -> str:
+        """Both marked, but not what is blank of them: templates ask whether there is anything."""
+        inner, rest = reasoning["inner"], content[reasoning.end() :]
+        if inner.strip():
+            inner = self._text(inner, index, "reasoning")
+        if rest.strip():
+            rest = self._text(rest, index, "content")
+        return f"{reasoning['open']}{inner}{reasoning['close']}{rest}"
 
     def _call(self, call: dict[str, Any], index: int) -> dict[str, Any]:
         function = call["function"]
@@ -141,7 +156,9 @@ class _Marker:
         if isinstance(value, str):
             return self._text(value, index, key) if value else value
         if isinstance(value, dict):
-            return {self._text(name, index, key): self._nested(item, index, key) for name, item in value.items()}
+            # In order, for templates that sort; then in their own.
+            names = {name: self._text(name, index, key) for name in sorted(value, key=_as_templates_sort)}
+            return {names[name]: self._nested(item, index, key) for name, item in value.items()}
         return [self._nested(item, index, key) for item in value] if isinstance(value, list) else value
 
     def _schema(self, value: Any, path: str, names_are_ours: bool = False) -> Any:
@@ -165,24 +182,26 @@ class _Marker:
 
     def _text(self, text: str, message: int, key: str) -> str:
         """The text in stand-ins; an empty one gets a letter that is turned back to nothing."""
-        is_property = key in ("tools.properties", "tools.required")
-        if is_property and text in self._shared:
-            return self._shared[text]
+        shared = (_SHARED.get(key, ""), text)
+        if shared in self._shared:
+            return self._shared[shared]
         kept = [match.span() for match in self._keep.finditer(text)]
-        places = [i for i, character in enumerate(text) if character.isalnum() and not _inside(i, kept)]
-        if not places:  # signs, or nothing but kept words: every character counts
-            places = [i for i, character in enumerate(text) if not character.isspace()]
+        pieces = _outside(text, kept)
+        counted = {letter: number for letter, number in Counter("".join(pieces)).items() if letter.isalnum()}
+        if not counted:  # signs, or nothing but kept words: every character counts
+            kept, pieces = [], [text]
+            counted = {sign: number for sign, number in Counter(text).items() if not sign.isspace()}
         # In order, for templates that sort.
-        stand_ins = {character: self._allocate(character) for character in sorted({text[i] for i in places} or {""})}
-        characters = list(text)
-        for i in places:
-            characters[i] = stand_ins[text[i]]
-        marked = "".join(characters) if places else stand_ins[""]
+        stand_ins = {character: self._allocate(character) for character in sorted(counted or {""})}
+        table = {ord(character): letter for character, letter in stand_ins.items() if character}
+        words = [*(text[start:end] for start, end in kept), ""]
+        marked = "".join(piece.translate(table) + word for piece, word in zip(pieces, words, strict=True))
+        marked = marked if counted else stand_ins[""]
         self._text_of.update(dict.fromkeys(stand_ins.values(), len(self._texts)))
-        letters = Counter(characters[i] for i in places) if places else Counter([marked])
-        self._texts.append(Text(message, key, letters))
-        if is_property:
-            self._shared[text] = marked
+        letters = Counter({stand_ins[character]: number for character, number in counted.items()})
+        self._texts.append(Text(message, key, letters or Counter([marked])))
+        if key in _SHARED:
+            self._shared[shared] = marked
         return marked
 
     def _allocate(self, character: str) -> str:
@@ -196,5 +215,49 @@ class _Marker:
         return letter
 
 
-def _inside(place: int, spans: list[tuple[int, int]]) -> bool:
-    return any(start <= place < end for start, end in spans)
+def _as_templates_sort(name: str) -> tuple[str, str]:
+    return name.lower(), name
+
+
+def _property_names(schema: Any) -> Iterator[str]:
+    """Names of properties in schemas, at any depth."""
+    if isinstance(schema, dict):
+        properties = schema.get("properties")
+        yield from properties if isinstance(properties, dict) else ()
+    for item in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        yield from _property_names(item)
+
+
+def _outside(text: str, spans: list[tuple[int, int]]) -> list[str]:
+    """What is before, between and after these spans."""
+    starts = [0, *(end for _, end in spans)]
+    ends = [*(start for start, _ in spans), len(text)]
+    return [text[start:end] for start, end in zip(starts, ends, strict=True)]
+
+
+def hide_specials(conversation: Conversation, special_tokens: re.Pattern[str]) -> tuple[Conversation, dict[str, str]]:
+    """Put a private character in place of each special token that the row itself holds.
+
+    The template can then only add real ones, and whoever encodes the text spells the hidden ones out.
+
+    Returns:
+        (the row; what each private character stands for)
+    """
+    found = dict.fromkeys(
+        match for text in strings([conversation.messages, conversation.tools]) for match in special_tokens.findall(text)
+    )
+    if not found:
+        return conversation, {}
+    used = set("".join(strings([conversation.messages, conversation.tools])))
+    free = (chr(code) for code in range(0x10F000, 0x10FFFE) if chr(code) not in used)
+    stand_ins = {special: next(free) for special in found}
+
+    def hide(value: Any) -> Any:
+        if isinstance(value, str):
+            return special_tokens.sub(lambda match: stand_ins[match.group()], value)
+        if isinstance(value, dict):
+            return {hide(key): hide(item) for key, item in value.items()}
+        return [hide(item) for item in value] if isinstance(value, list) else value
+
+    hidden = {stand_in: special for special, stand_in in stand_ins.items()}
+    return replace(conversation, messages=hide(conversation.messages), tools=hide(conversation.tools)), hidden

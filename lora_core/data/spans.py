@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,21 +36,19 @@ def read_spans(forms: TemplateForms, conversation: Conversation, text: str) -> R
     Raises:
         ChatTemplateError: something of the row is not shown, or no exact mask exists; says which and why.
     """
-    marked, rendered = _rendered_with_stand_ins(forms, conversation, text)
-    letters = list(marked.letters(rendered))
-    shown = Counter(letter for _, letter, _ in letters)
-    missing = [t for t in marked.texts if any(shown[letter] < number for letter, number in t.letters.items())]
-    not_shown = _what_is_not_shown(conversation, marked, missing, text)
+    row = _Rendered(*_rendered_with_stand_ins(forms, conversation, text))
+    missing = [one for one in row.marked.texts if any(row.shown[i] < n for i, n in one.letters.items())]
+    not_shown = _what_is_not_shown(conversation, row.marked, missing, text)
     spans: list[Span] = []
     for index, message in enumerate(conversation.messages):
         if message["role"] != "assistant":
             continue
-        floor, first, last, limit = _place(index, marked, letters, shown)
+        place = row.place(index)
+        floor, first, last = (row.in_text(at) for at in (place.floor, place.first, place.last))
+        limit = None if place.limit is None else row.in_text(place.limit)
         start = _with_leading_signs(text, first, message["content"][:1_000])
         text, span = forms.reply_span(conversation, text, index, floor, start, first, last, limit)
-        inside = Counter(letter for position, letter, _ in letters if position < span.end)
-        contents = [one for one in marked.texts if one.message == index and one.key in ("content", "reasoning")]
-        if any(inside[letter] > number for one in contents for letter, number in one.letters.items()):
+        if row.is_written_twice(index, place.first, span.end):
             raise ChatTemplateError(f"the chat template writes turn {index + 1} twice, so no exact mask exists")
         if spans and span.start < spans[-1].end:
             raise ChatTemplateError(f"the chat template writes turn {index + 1} into the reply before it")
@@ -97,7 +96,7 @@ def _what_is_not_shown(
         else:
             where = "the tools" if one.message == TOOLS else f"turn {one.message + 1}"
             lost.append(f"{where}: {one.key}" + (" of a reply" if is_reply and one.key == "content" else ""))
-    if not any(one.key.startswith("tool_calls.arguments") for one in marked.texts):
+    if not marked.with_tools:
         written = [*strings(conversation.tools), *_arguments(conversation)]
         if any(value not in text and json.dumps(value, ensure_ascii=False)[1:-1] not in text for value in written):
             lost.append("arguments or schemas of tools")
@@ -121,39 +120,72 @@ def _arguments(conversation: Conversation) -> list[str]:
     return [value for call in calls for value in strings(call["function"]["arguments"])]
 
 
-def _place(
-    index: int, marked: MarkedRow, letters: Sequence[tuple[int, str, int]], shown: Counter[str]
-) -> tuple[int, int, int, int | None]:
-    """(end of what others wrote before, first letter, end of the last letter, first letter of what others write next).
+@dataclass(frozen=True)
+class _Place:
+    """Of one reply, in the text with stand-ins."""
 
-    Raises:
-        ChatTemplateError: the turn is not there, or not in one piece.
-    """
-    texts = marked.texts
-    own = {i for i, one in enumerate(texts) if one.message == index and one.key not in _CAN_BE_LEFT_OUT}
-    if not any(shown[letter] for i in own for letter in texts[i].letters):  # calls shown by their ids alone
-        own = {i for i, one in enumerate(texts) if one.message == index}
-    wanted = sum((texts[i].letters for i in own), Counter[str]())
-    left = Counter({letter: min(number, shown[letter]) for letter, number in wanted.items()})
-    remaining = left.total()
-    floor, first = 0, None
-    for at, (position, letter, of) in enumerate(letters):
-        if texts[of].message != index and first is not None:
-            raise ChatTemplateError(
-                f"the chat template writes text of other turns into turn {index + 1}, so no exact mask exists"
-            )
-        if texts[of].message != index:
-            floor = position + 1
-        if of not in own:
-            continue
-        first = position if first is None else first
-        if left[letter] > 0:
-            left[letter] -= 1
-            remaining -= 1
-        if remaining == 0:
-            later = (place for place, _, other in letters[at + 1 :] if texts[other].message != index)
-            return floor, first, position + marked.width(letter), next(later, None)
-    raise ChatTemplateError(f"the chat template does not show turn {index + 1}, so no exact mask exists")
+    floor: int
+    """Where what others wrote before it ends."""
+    first: int
+    """Its first letter."""
+    last: int
+    """Where its last letter ends."""
+    limit: int | None
+    """The first letter of what others write next."""
+
+
+class _Rendered:
+    """A rendered row with stand-ins, searched by their letters: no other text has them."""
+
+    def __init__(self, marked: MarkedRow, rendered: str) -> None:
+        self.marked, self._rendered = marked, rendered
+        self.shown = Counter(rendered)
+        self._empty = marked.empty(rendered)
+
+    def in_text(self, at: int) -> int:
+        """This place in the text with the row's own letters."""
+        return at - bisect_left(self._empty, at)
+
+    def _message_at(self, at: int) -> int | None:
+        text = self.marked.text_of.get(self._rendered[at])
+        return None if text is None else self.marked.texts[text].message
+
+    def place(self, index: int) -> _Place:
+        """Where a reply is.
+
+        Raises:
+            ChatTemplateError: it is not there, or not in one piece.
+        """
+        texts = [one for one in self.marked.texts if one.message == index]
+        own = [one for one in texts if one.key not in _CAN_BE_LEFT_OUT]
+        if not any(self.shown[letter] for one in own for letter in one.letters):  # calls shown by their ids alone
+            own = texts
+        wanted = sum((one.letters for one in own), Counter[str]())
+        left = {letter: min(number, self.shown[letter]) for letter, number in wanted.items() if self.shown[letter]}
+        if not left:
+            raise ChatTemplateError(f"the chat template does not show turn {index + 1}, so no exact mask exists")
+        first = at = min(map(self._rendered.index, left))
+        remaining = sum(left.values())
+        while remaining:
+            if self._message_at(at) not in (None, index):
+                raise ChatTemplateError(
+                    f"the chat template writes text of other turns into turn {index + 1}, so no exact mask exists"
+                )
+            letter = self._rendered[at]
+            if left.get(letter, 0) > 0:
+                left[letter], remaining = left[letter] - 1, remaining - 1
+            at += 1
+        before = (i for i in range(first - 1, -1, -1) if self._message_at(i) not in (None, index))
+        after = (i for i in range(at, len(self._rendered)) if self._message_at(i) not in (None, index))
+        return _Place(next(before, -1) + 1, first, at, next(after, None))
+
+    def is_written_twice(self, index: int, first: int, end: int) -> bool:
+        """Whether the reply holds a text of its own twice, up to where it ends in the text."""
+        for at in self._empty:
+            end += at < end
+        inside = Counter(self._rendered[first:end])
+        contents = [one for one in self.marked.texts if one.message == index and one.key in ("content", "reasoning")]
+        return any(inside[letter] > number for one in contents for letter, number in one.letters.items())
 
 
 def _with_leading_signs(text: str, first: int, content: str) -> int:

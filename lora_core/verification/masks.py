@@ -29,7 +29,7 @@ def check_masks(
     config = config or DataConfig()
     reader = MaskReader(tokenizer, config.train_on)
     encoder = ChatEncoder(tokenizer, config.train_on)
-    cut = in_part = 0
+    cut = 0
     problems = []
     for row, line in _rows_with_lines(data.places.path, data):
         conversation = up_to_reply(parse_json_row(line, shape_of(config)), row["reply"])
@@ -38,13 +38,10 @@ def check_masks(
             problems.append(f"{data.places.listed([row['line']])}: {result.problem}")
             continue
         cut += was_cut
-        in_part += not result.place_is_known
     exact = len(data.lengths) - len(problems) - cut
     measured = f"{exact:,} of {len(data.lengths):,} exact"
     if cut:
         measured += f", {cut:,} truncated to max_seq_length (exact up to there)"
-    if in_part:
-        measured += f"; {in_part:,} by text and order only"
     if data.counts.dropped:
         measured += f"; {counted(data.counts.dropped, 'row')} of the file dropped"
     if data.left_out:

@@ -145,7 +145,7 @@ def test_a_mask_that_takes_one_token_more_fails_with_its_lines(
     check = check_masks("rows", config.data.train_file, data, tokenizer)
     assert (check.outcome, check.measured) == ("failed", "0 of 30 exact")
     assert check.reason is not None
-    assert "30 rows failed: line 1: the loss tokens read 'answer 0 <|im_end|>\\n" in check.reason
+    assert "30 rows failed: line 1: the loss tokens of turn 2 end with 'answer 0 <|im_end|>\\n'" in check.reason
 
 
 def broken(encoded: EncodedChat, how: str) -> EncodedChat:
@@ -187,7 +187,7 @@ def test_the_right_text_in_the_wrong_place_is_told_apart(tokenizer: Any) -> None
     mask = [users <= i < users + size for i in range(len(encoded.input_ids))]
     reading = MaskReader(tokenizer).read(parse_row(row), dataclasses.replace(encoded, loss_mask=mask))
     assert reading.problem is not None
-    assert "begin early" in reading.problem
+    assert "begin in the wrong place" in reading.problem
 
 
 def test_tool_calls_special_text_and_rewritten_turns_are_read_back() -> None:
