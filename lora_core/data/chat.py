@@ -56,6 +56,8 @@ class EncodedChat:
     """A token would have reached across the start of an assistant turn; the text was cut there."""
     not_shown: tuple[str, ...] = ()
     """What the template leaves out and the row can do without: `reasoning of earlier turns`, `name`, ..."""
+    loss_weights: tuple[float, ...] = ()
+    """(T,) of each token; empty is 1 for all loss tokens."""
 
 
 def encode_chat(
@@ -136,7 +138,7 @@ class ChatEncoder:
             results[index] = (
                 self._encode_cut(reading, {}, True)
                 if mask is None
-                else EncodedChat(ids, mask, not_shown=reading.not_shown)
+                else EncodedChat(ids, mask, False, False, reading.not_shown, _token_weights(offsets, reading.spans))
             )
         for index, reading, hidden in plans:
             if hidden:
@@ -157,7 +159,9 @@ class ChatEncoder:
         if self.train_on == "everything":
             return replace(reading, spans=[Span(0, len(reading.text))])
         trained = trained_messages(conversation, self.train_on)
-        return replace(reading, spans=[span for span in reading.spans if span.message in trained])
+        weights = conversation.weights or (1.0,) * len(conversation.messages)
+        spans = [replace(span, weight=weights[span.message]) for span in reading.spans if span.message in trained]
+        return replace(reading, spans=spans)
 
     def _spans_between_frames(self, text: str, conversation: Conversation) -> Reading | None:
         """Turns as what is between the template's frames; None if the text is not built that way."""
@@ -249,6 +253,7 @@ class ChatEncoder:
         span = next(turns)
         ids: list[int] = []
         mask: list[bool] = []
+        weights: list[float] = []
         for start, end in itertools.pairwise(borders):
             piece = text[start:end]
             piece_ids = self._ids(hidden[piece], as_plain_text=True) if piece in hidden else self._ids(piece)
@@ -257,7 +262,11 @@ class ChatEncoder:
             is_in_turn = span.start <= start
             ids += piece_ids
             mask += [is_in_turn] * len(piece_ids)
-        return EncodedChat(ids, mask, bool(hidden), cut_at_border, reading.not_shown)
+            weights += [span.weight if is_in_turn else 0.0] * len(piece_ids)
+        is_plain = all(span.weight == 1 for span in spans)
+        return EncodedChat(
+            ids, mask, bool(hidden), cut_at_border, reading.not_shown, () if is_plain else tuple(weights)
+        )
 
 
 def _last_flags(items: Sequence[Any]) -> list[bool]:
@@ -287,6 +296,17 @@ def _turn_end_before_frame(text: str, start: int, message: Message, frame: str, 
         if text.startswith(shown + frame, start) and (not is_last or end + len(frame) == len(text)):
             return end
     return None
+
+
+def _token_weights(offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> tuple[float, ...]:
+    """(T,) the weight of each token's loss; empty if all are 1."""
+    if all(span.weight == 1 for span in spans):
+        return ()
+    weights = [0.0] * len(offsets)
+    for span in spans:
+        for token, is_in_span in enumerate(_mask_tokens(offsets, [span]) or ()):
+            weights[token] = span.weight if is_in_span else weights[token]
+    return tuple(weights)
 
 
 def _mask_tokens(offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> list[bool] | None:

@@ -128,8 +128,8 @@ class EncodedFile:
     """The kept rows of a file, encoded, or a part of them (data.eval_fraction)."""
 
     dataset: Dataset
-    """Columns input_ids (list of int32), loss_mask (list of bool), line (1-based line in the JSONL that is read), reply
-    (index of the message that alone is trained; -1 for all)."""
+    """Columns input_ids (list of int32), loss_mask (list of bool), loss_weights (list of float, empty where all are 1),
+    line (1-based line in the JSONL that is read), reply (index of the message that alone is trained; -1 for all)."""
     lengths: npt.NDArray[np.int64]
     """(num_rows,) tokens of each row."""
     counts: RowCounts
@@ -234,7 +234,7 @@ def account(
             + ("; fix: a larger data.max_seq_length" if counts.truncated_supervised_tokens else ""),
             "no_rows_left",
         )
-    columns_kept = dataset.select_columns(["input_ids", "loss_mask", "line", "reply"])
+    columns_kept = dataset.select_columns(["input_ids", "loss_mask", "loss_weights", "line", "reply"])
     left_out = _lines_by_key(encoded, rows.line)
     return EncodedFile(columns_kept, lengths, counts, rows, places, np.flatnonzero(kept), left_out)
 

@@ -206,6 +206,7 @@ def _encode_lines(
         {
             "input_ids": ListOf(Value("int32")),
             "loss_mask": ListOf(Value("bool")),
+            "loss_weights": ListOf(Value("float32")),
             "line": Value("int64"),
             "reply": Value("int64"),
             "problem": Value("string"),
@@ -314,10 +315,7 @@ def _examples(
     """(index of the reply that it is for, example) for each example that is made of a row; -1 for all replies."""
     if isinstance(row, RowError) or not split_turns:
         return [(-1, row)]
-    try:
-        return [*one_for_each_reply(row, encoder.train_on)]
-    except RowError as error:
-        return [(-1, error)]
+    return [*one_for_each_reply(row, encoder.train_on)]
 
 
 def _row_columns(
@@ -335,6 +333,7 @@ def _row_columns(
     return {
         "input_ids": ids[:max_seq_length],
         "loss_mask": mask[:max_seq_length],
+        "loss_weights": encoded_or_not.loss_weights[:max_seq_length],
         "problem": str(encoded) if isinstance(encoded, RowError) else "",
         "num_supervised": sum(mask[:max_seq_length]),
         "truncated_tokens": len(ids[max_seq_length:]),

@@ -51,6 +51,8 @@ class Span:
     end: int
     message: int = 0
     """Index of the reply among the row's messages."""
+    weight: float = 1.0
+    """Of the loss of its tokens."""
 
 
 class TemplateForms:

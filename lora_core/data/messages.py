@@ -99,11 +99,7 @@ TrainOn = Literal["all_assistant", "last_assistant", "completion", "everything"]
 
 
 def trained_messages(conversation: Conversation, train_on: TrainOn) -> list[int]:
-    """Indices of the messages that are trained, by `data.train_on` and the row's own weights.
-
-    Raises:
-        RowError: a weight other than 0 and 1.
-    """
+    """Indices of the messages that are trained, by `data.train_on` and the row's own weights."""
     messages, weights = conversation.messages, conversation.weights or (1.0,) * len(conversation.messages)
     assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if train_on == "last_assistant":
@@ -112,20 +108,11 @@ def trained_messages(conversation: Conversation, train_on: TrainOn) -> list[int]
         asked = [i + 1 for i, message in enumerate(messages) if message["role"] == "user"]
         start = conversation.num_prompt_messages or (asked[-1] if asked else 0)
         assistant = [i for i in assistant if i >= start]
-    for i in assistant:
-        if weights[i] not in (0, 1):
-            raise RowError(
-                f"turn {i + 1} has the weight {weights[i]:g}; a turn is trained (1) or not (0); fix: weight 0 or 1"
-            )
     return [i for i in assistant if weights[i]]
 
 
 def one_for_each_reply(conversation: Conversation, train_on: TrainOn) -> list[tuple[int, Conversation]]:
-    """(index of the reply, the row up to it, with this reply alone trained), for each reply that is trained.
-
-    Raises:
-        RowError: as `trained_messages`.
-    """
+    """(index of the reply, the row up to it, with this reply alone trained), for each reply that is trained."""
     replies = trained_messages(conversation, train_on) if conversation.text is None else []
     return [(index, up_to_reply(conversation, index)) for index in replies] or [(-1, conversation)]
 

@@ -16,6 +16,8 @@ from tests.equivalence.one_step import one_step
 
 # Lengths and shares of supervised tokens differ widely, so a mean of means would be far off.
 ROWS = [chat("q" * (7 * i % 40 + 1), "answer " * (i % 5 * 3 + 1), "and?", "no" * (i % 3)) for i in range(8)]
+ROWS[2]["messages"][1]["weight"] = 0.25
+ROWS[5]["messages"][3]["weight"] = 3
 
 
 def torchrun(arguments: list[str], processes: int = 2) -> None:

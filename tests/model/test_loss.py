@@ -89,3 +89,23 @@ def test_a_model_whose_logits_are_not_its_heads_is_told_apart() -> None:
     model: nn.Module = _AddsToItsLogits(make_model(300).config)
     with pytest.raises(TrainingError, match="_AddsToItsLogits computes its logits in a way"):
         check_head(model)
+
+
+@pytest.mark.parametrize("head", ["trains", "frozen"])
+def test_a_weight_scales_the_loss_of_its_token_and_its_gradient(head: str) -> None:
+    torch.manual_seed(0)
+    model = make_model(300)
+    if head == "frozen":
+        model.get_output_embeddings().weight.requires_grad_(False)
+    inputs = batch()
+    weights = torch.rand(inputs["loss_mask"].shape)
+    plain = CausalLMLoss(model)(**inputs)
+    weighted = CausalLMLoss(model)(**inputs, loss_weights=weights)
+    assert torch.equal(weighted.token_losses, plain.token_losses)
+    used = weights[inputs["loss_mask"]]
+    torch.testing.assert_close(weighted.loss_sum, (plain.token_losses * used).sum())
+    (got,) = torch.autograd.grad(weighted.loss_sum, model.model.norm.weight)
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
+    losses = nn.functional.cross_entropy(logits.transpose(1, 2), inputs["input_ids"][:, 1:], reduction="none")
+    wanted = (losses * weights[:, 1:])[inputs["loss_mask"][:, 1:]].sum()
+    torch.testing.assert_close(got, torch.autograd.grad(wanted, model.model.norm.weight)[0], rtol=1e-4, atol=1e-5)
