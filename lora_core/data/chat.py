@@ -156,12 +156,12 @@ class ChatEncoder:
             )
         text = self.forms.render(conversation)
         reading = self._spans_between_frames(text, conversation) or read_spans(self.forms, conversation, text)
-        if self.train_on == "everything":
-            return replace(reading, spans=[Span(0, len(reading.text))])
-        trained = trained_messages(conversation, self.train_on)
         weights = conversation.weights or (1.0,) * len(conversation.messages)
-        spans = [replace(span, weight=weights[span.message]) for span in reading.spans if span.message in trained]
-        return replace(reading, spans=spans)
+        replies = [replace(span, weight=weights[span.message]) for span in reading.spans]
+        if self.train_on == "everything":
+            return replace(reading, spans=_with_all_between(replies, len(reading.text)))
+        trained = trained_messages(conversation, self.train_on)
+        return replace(reading, spans=[span for span in replies if span.message in trained])
 
     def _spans_between_frames(self, text: str, conversation: Conversation) -> Reading | None:
         """Turns as what is between the template's frames; None if the text is not built that way."""
@@ -267,6 +267,16 @@ class ChatEncoder:
         return EncodedChat(
             ids, mask, bool(hidden), cut_at_border, reading.not_shown, () if is_plain else tuple(weights)
         )
+
+
+def _with_all_between(replies: Sequence[Span], length: int) -> list[Span]:
+    """All of a text but the replies of weight 0."""
+    spans, at = [], 0
+    for reply in replies:
+        spans += [Span(at, reply.start)] if reply.weight != 1 and at < reply.start else []
+        spans += [reply] if reply.weight not in (0, 1) else []
+        at = reply.end if reply.weight != 1 else at
+    return [*spans, Span(at, length)] if at < length else spans
 
 
 def _last_flags(items: Sequence[Any]) -> list[bool]:

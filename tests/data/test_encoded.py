@@ -13,8 +13,10 @@ from lora_core.data.chat import encode_chat
 from lora_core.data.counts import EncodedFile
 from lora_core.data.encoded import encode_file
 from lora_core.data.messages import RowShape
+from lora_core.data.split import hold_out
 from lora_core.errors import DataError
 from tests.conftest import chat, make_tokenizer
+from tests.data.test_chat import DROPS_REASONING
 
 
 def encode(path: Path, tokenizer: PreTrainedTokenizerFast, **changes: Any) -> EncodedFile:
@@ -185,3 +187,28 @@ def test_a_change_of_what_is_read_or_trained_is_encoded_anew(
     assert encode(path, tokenizer, train_on="last_assistant").counts.supervised_tokens < every
     swapped = encode(path, tokenizer, shape=RowShape(roles={"user": "assistant", "assistant": "user"}))
     assert swapped.dataset["loss_mask"][0] != encode(path, tokenizer).dataset["loss_mask"][0]
+
+
+def test_each_reply_can_be_an_example_of_its_own(write_rows: Any) -> None:
+    tokenizer = make_tokenizer(DROPS_REASONING)
+    rows = [chat("q", "<think>r</think>a", "q", "<think>s</think>b"), chat("q", "c")]
+    data = encode(write_rows(rows), tokenizer, split_turns=True)
+    trained = [
+        tokenizer.decode([t for t, flag in zip(row["input_ids"], row["loss_mask"], strict=True) if flag])
+        for row in data.dataset
+    ]
+    assert trained == ["<think>r</think>a<|im_end|>", "<think>s</think>b<|im_end|>", "c<|im_end|>"]
+    assert (data.dataset["line"][:], data.dataset["reply"][:]) == ([1, 1, 2], [1, 3, 1])
+    assert str(data.counts).startswith("2 rows read, split into 3 examples, 3 kept;")
+    train, held_out = hold_out(data, 0.34, 0)  # those of one row stay together
+    assert {*train.dataset["line"]} & {*held_out.dataset["line"]} == set()
+
+
+def test_everything_is_trained_but_replies_of_weight_0(write_rows: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    row = chat("q", "no", "p", "half")
+    row["messages"][1]["weight"], row["messages"][3]["weight"] = 0, 0.5
+    (encoded,) = encode(write_rows([row]), tokenizer, train_on="everything").dataset
+    ids, weights = encoded["input_ids"], encoded["loss_weights"]
+    assert tokenizer.decode([t for t, w in zip(ids, weights, strict=True) if w == 0.5]) == "half<|im_end|>"
+    left = tokenizer.decode([t for t, flag in zip(ids[1:], encoded["loss_mask"][1:], strict=True) if not flag])
+    assert left == "no<|im_end|>"
