@@ -146,6 +146,7 @@ class MaskReader:
         if any(not any(_loose(form) in loose for form in forms) for forms in own):
             return False
         said = "".join(_loose(form) for forms in _texts(messages[index], is_earlier=False) for form in forms)
+        said += _loose(messages[index]["content"])
         others = (_loose(form) for i, m in enumerate(messages) if i != index for f in _texts(m, True) for form in f)
         return not any(
             o in loose and o not in said and len(self._special.sub("", o)) >= _CERTAIN_CHARACTERS for o in others
@@ -154,12 +155,17 @@ class MaskReader:
     def _end(self, run: _Run, message: Message, same: Callable[[str], str]) -> int | None:
         """Where the reply should end: with the first token after the turn's own text that ends turns."""
         after_own = 0
-        for forms in _texts(message, False):
-            found = [(run.text.find(same(form), after_own), same(form)) for form in forms]
-            found = [pair for pair in found if pair[0] >= 0] or [
-                (run.text.find(same(form)), same(form)) for form in forms
-            ]
-            after_own = max([after_own, *(at + len(form) for at, form in found if at >= 0)])
+        # Content follows reasoning, which may be the same; of a call's parts each template has its own order.
+        for forms in _own_words(message, is_earlier=False):
+            found = [(run.text.find(one, after_own), one) for one in map(same, forms)]
+            if all(at < 0 for at, _ in found):
+                found = [(run.text.find(one), one) for one in map(same, forms)]
+            after_own = max([after_own, *(at + len(one) for at, one in found if at >= 0)])
+        ends: dict[str, int] = {}  # a part that is there twice is found twice
+        for one in (same(form) for forms in _call_texts(message) for form in dict.fromkeys(forms)):
+            at = run.text.find(one, ends.get(one, 0))
+            ends[one] = at + len(one) if at >= 0 else ends.get(one, 0)
+        after_own = max(after_own, *ends.values(), 0)
         whole = run.text + run.after
         stops = any_of(map(same, self._forms.stop_tokens))
         stop = stops.search(run.text, after_own)
@@ -194,7 +200,10 @@ class MaskReader:
             end = place + length
             return end <= len(run.before) and not gap[end : len(run.before)].strip(" ")
         if prompt:
-            return prompt.endswith(run.before[-_COMPARED_CHARACTERS:])
+            said = same(messages[index - 1]["content"]).strip() if index else ""
+            place = run.before.rfind(said) if said else -1
+            length = len(run.before) - place if place >= 0 else _COMPARED_CHARACTERS
+            return bool(run.before) and prompt.endswith(run.before[-length:])
         return same(messages[index]["content"]).strip().startswith(own.strip())
 
     def _gives_back(self, text: str) -> bool:
@@ -207,6 +216,11 @@ class MaskReader:
 
 def _texts(message: Message, is_earlier: bool) -> list[list[str]]:
     """The texts of a turn that a reply must hold, each in the forms that it may have there, its plain one last."""
+    return _own_words(message, is_earlier) + _call_texts(message)
+
+
+def _own_words(message: Message, is_earlier: bool) -> list[list[str]]:
+    """Reasoning, unless a later question lets templates leave it out, and content."""
     content = message["content"]
     reasoning = [[message["reasoning_content"].strip()]] if message.get("reasoning_content") else []
     inline = _INLINE_REASONING.fullmatch(content) if message["role"] == "assistant" else None
@@ -214,7 +228,11 @@ def _texts(message: Message, is_earlier: bool) -> list[list[str]]:
         pieces = (piece.strip() for piece in _TAG.split(inline[1]))
         reasoning += [[piece] for piece in pieces if piece]
         content = inline[2]
-    texts = ([] if is_earlier else reasoning) + ([[content, content.strip()]] if content.strip() else [])
+    return ([] if is_earlier else reasoning) + ([[content, content.strip()]] if content.strip() else [])
+
+
+def _call_texts(message: Message) -> list[list[str]]:
+    texts = []
     for call in message.get("tool_calls", []):
         function = call["function"]
         for value in (function["name"], *_leaves(function["arguments"])):
