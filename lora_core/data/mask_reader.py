@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,8 @@ class MaskReader:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = "all_assistant") -> None:
         self._tokenizer, self._train_on = tokenizer, train_on
         self._special = special_tokens(tokenizer)
+        special = (index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
+        self._special_ids = {*special, *tokenizer.all_special_ids}
         self._forms = TemplateForms(tokenizer)
 
     def read(self, conversation: Conversation, encoded: EncodedChat) -> MaskReading:
@@ -63,28 +65,32 @@ class MaskReader:
         if conversation.text is not None:
             whole = all(mask[1:]) and _loose(conversation.text) in _loose(text)
             return MaskReading(None if whole else f"its tokens read {_shortened(text)!r}, and not all are trained")
-        trained = trained_messages(conversation, self._train_on)
+        # Text that looks like a special token is read as a character of its own, so that it ends nothing.
+        safe, hidden = hide_specials(conversation, self._special)
+        stand_ins = {special: stand_in for stand_in, special in hidden.items()}
+        text = self._decode(ids, stand_ins)
+        trained = trained_messages(safe, self._train_on)
         try:
-            with template_limits(self._tokenizer, [conversation]) as next_one:
+            with template_limits(self._tokenizer, [safe]) as next_one:
                 next_one()
-                shown, prompts = self._shown(conversation, trained)
+                shown, prompts = self._shown(safe, trained)
         except ChatTemplateError:
             return MaskReading("the chat template refuses it now")
         # Some tokenizers do not give back every space, or compose characters: then both sides go without.
-        same = _plain if text.startswith(shown) or self._gives_back(shown) else _loose
+        same = _plain if text.startswith(shown) or self._gives_back(shown, hidden) else _loose
         added = same(text).removeprefix(same(shown))
         if added and added not in map(same, self._forms.stop_tokens):
             return MaskReading(f"its tokens read {_shortened(text)!r}, the template writes {_shortened(shown)!r}")
         if self._train_on == "everything":
             return MaskReading(None if all(mask[1:]) else "not all of its tokens are trained")
         runs = [
-            _Run(*(same(self._decode(part)) for part in (ids[:start], ids[start:end], ids[end:])))
+            _Run(*(same(self._decode(part, stand_ins)) for part in (ids[:start], ids[start:end], ids[end:])))
             for start, end in _runs(mask)
         ]
         # Earlier turns may be written in another way by then; so that the row does not begin with it.
         is_beginning = [bool(prompt) and shown.startswith(prompt) for prompt in prompts]
         given = [*zip(map(same, prompts), is_beginning, strict=True)]
-        return MaskReading(self._problem(conversation.messages, trained, runs, given, same))
+        return MaskReading(self._problem(safe.messages, trained, runs, given, same))
 
     def _shown(self, conversation: Conversation, trained: Sequence[int]) -> tuple[str, list[str]]:
         """What the template writes, and what generation gets before each of these turns; empty if it refuses that.
@@ -92,15 +98,13 @@ class MaskReader:
         Raises:
             ChatTemplateError: it refuses the row.
         """
-        safe, hidden = hide_specials(conversation, self._special)
-        back = str.maketrans(hidden)
-        shown = self._forms.render(safe).translate(back)
+        shown = self._forms.render(conversation)
         self._forms.prompt_beginnings, self._forms.ends  # noqa: B018  # ask the template, inside its limits
         prompts = []
         for index in trained:
             try:
-                before = replace(safe, messages=safe.messages[:index])
-                prompt = self._forms.render(before, add_generation_prompt=True).translate(back)
+                before = replace(conversation, messages=conversation.messages[:index])
+                prompt = self._forms.render(before, add_generation_prompt=True)
             except ChatTemplateError:  # for example nothing before the first turn
                 prompt = ""
             prompts.append(prompt)
@@ -206,11 +210,22 @@ class MaskReader:
             return bool(run.before) and prompt.endswith(run.before[-length:])
         return same(messages[index]["content"]).strip().startswith(own.strip())
 
-    def _gives_back(self, text: str) -> bool:
+    def _gives_back(self, shown: str, hidden: Mapping[str, str]) -> bool:
         """Whether this text comes out of the tokenizer as it went in."""
+        text = "".join(hidden.get(character, character) for character in shown)
         return self._decode(self._tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
-    def _decode(self, ids: Sequence[int]) -> str:
+    def _decode(self, ids: Sequence[int], stand_ins: Mapping[str, str] | None = None) -> str:
+        """The tokens as text, with these stand-ins for what looks like a special token and is none."""
+        if stand_ins:
+            pieces = [
+                (is_one, self._decode([*group])) for is_one, group in groupby(ids, self._special_ids.__contains__)
+            ]
+            looks_so = any_of(stand_ins)
+            return "".join(
+                piece if is_one else looks_so.sub(lambda match: stand_ins[match.group()], piece)
+                for is_one, piece in pieces
+            )
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
