@@ -188,7 +188,9 @@ class TemplateForms:
         if text.startswith(said) and floor <= len(said) <= letter:
             return len(said)
         # Earlier turns may be written in another way by now: then what follows the last letter must be the same.
-        context = max(floor - _CONTEXT_CHARACTERS, 0)
+        content = conversation.messages[index - 1]["content"] if index else ""
+        letters = max((at + 1 for at, character in enumerate(content) if character.isalnum()), default=1)
+        context = max(floor - min(letters, _CONTEXT_CHARACTERS), 0)
         ends = [end for end in range(floor, letter + 1) if floor and said.endswith(text[context:end])]
         if len(ends) != 1:
             raise ChatTemplateError(

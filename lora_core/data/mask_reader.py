@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,8 @@ class MaskReader:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = "all_assistant") -> None:
         self._tokenizer, self._train_on = tokenizer, train_on
         self._special = special_tokens(tokenizer)
+        special = (index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
+        self._special_ids = {*special, *tokenizer.all_special_ids}
         self._forms = TemplateForms(tokenizer)
 
     def read(self, conversation: Conversation, encoded: EncodedChat) -> MaskReading:
@@ -63,28 +65,32 @@ class MaskReader:
         if conversation.text is not None:
             whole = all(mask[1:]) and _loose(conversation.text) in _loose(text)
             return MaskReading(None if whole else f"its tokens read {_shortened(text)!r}, and not all are trained")
-        trained = trained_messages(conversation, self._train_on)
+        # Text that looks like a special token is read as a character of its own, so that it ends nothing.
+        safe, hidden = hide_specials(conversation, self._special)
+        stand_ins = {special: stand_in for stand_in, special in hidden.items()}
+        text = self._decode(ids, stand_ins)
+        trained = trained_messages(safe, self._train_on)
         try:
-            with template_limits(self._tokenizer, [conversation]) as next_one:
+            with template_limits(self._tokenizer, [safe]) as next_one:
                 next_one()
-                shown, prompts = self._shown(conversation, trained)
+                shown, prompts = self._shown(safe, trained)
         except ChatTemplateError:
             return MaskReading("the chat template refuses it now")
         # Some tokenizers do not give back every space, or compose characters: then both sides go without.
-        same = _plain if text.startswith(shown) or self._gives_back(shown) else _loose
+        same = _plain if text.startswith(shown) or self._gives_back(shown, hidden) else _loose
         added = same(text).removeprefix(same(shown))
         if added and added not in map(same, self._forms.stop_tokens):
             return MaskReading(f"its tokens read {_shortened(text)!r}, the template writes {_shortened(shown)!r}")
         if self._train_on == "everything":
             return MaskReading(None if all(mask[1:]) else "not all of its tokens are trained")
         runs = [
-            _Run(*(same(self._decode(part)) for part in (ids[:start], ids[start:end], ids[end:])))
+            _Run(*(same(self._decode(part, stand_ins)) for part in (ids[:start], ids[start:end], ids[end:])))
             for start, end in _runs(mask)
         ]
         # Earlier turns may be written in another way by then; so that the row does not begin with it.
         is_beginning = [bool(prompt) and shown.startswith(prompt) for prompt in prompts]
         given = [*zip(map(same, prompts), is_beginning, strict=True)]
-        return MaskReading(self._problem(conversation.messages, trained, runs, given, same))
+        return MaskReading(self._problem(safe.messages, trained, runs, given, same))
 
     def _shown(self, conversation: Conversation, trained: Sequence[int]) -> tuple[str, list[str]]:
         """What the template writes, and what generation gets before each of these turns; empty if it refuses that.
@@ -92,15 +98,13 @@ class MaskReader:
         Raises:
             ChatTemplateError: it refuses the row.
         """
-        safe, hidden = hide_specials(conversation, self._special)
-        back = str.maketrans(hidden)
-        shown = self._forms.render(safe).translate(back)
+        shown = self._forms.render(conversation)
         self._forms.prompt_beginnings, self._forms.ends  # noqa: B018  # ask the template, inside its limits
         prompts = []
         for index in trained:
             try:
-                before = replace(safe, messages=safe.messages[:index])
-                prompt = self._forms.render(before, add_generation_prompt=True).translate(back)
+                before = replace(conversation, messages=conversation.messages[:index])
+                prompt = self._forms.render(before, add_generation_prompt=True)
             except ChatTemplateError:  # for example nothing before the first turn
                 prompt = ""
             prompts.append(prompt)
@@ -146,6 +150,7 @@ class MaskReader:
         if any(not any(_loose(form) in loose for form in forms) for forms in own):
             return False
         said = "".join(_loose(form) for forms in _texts(messages[index], is_earlier=False) for form in forms)
+        said += _loose(messages[index]["content"])
         others = (_loose(form) for i, m in enumerate(messages) if i != index for f in _texts(m, True) for form in f)
         return not any(
             o in loose and o not in said and len(self._special.sub("", o)) >= _CERTAIN_CHARACTERS for o in others
@@ -154,12 +159,17 @@ class MaskReader:
     def _end(self, run: _Run, message: Message, same: Callable[[str], str]) -> int | None:
         """Where the reply should end: with the first token after the turn's own text that ends turns."""
         after_own = 0
-        for forms in _texts(message, False):
-            found = [(run.text.find(same(form), after_own), same(form)) for form in forms]
-            found = [pair for pair in found if pair[0] >= 0] or [
-                (run.text.find(same(form)), same(form)) for form in forms
-            ]
-            after_own = max([after_own, *(at + len(form) for at, form in found if at >= 0)])
+        # Content follows reasoning, which may be the same; of a call's parts each template has its own order.
+        for forms in _own_words(message, is_earlier=False):
+            found = [(run.text.find(one, after_own), one) for one in map(same, forms)]
+            if all(at < 0 for at, _ in found):
+                found = [(run.text.find(one), one) for one in map(same, forms)]
+            after_own = max([after_own, *(at + len(one) for at, one in found if at >= 0)])
+        ends: dict[str, int] = {}  # a part that is there twice is found twice
+        for one in (same(form) for forms in _call_texts(message) for form in dict.fromkeys(forms)):
+            at = run.text.find(one, ends.get(one, 0))
+            ends[one] = at + len(one) if at >= 0 else ends.get(one, 0)
+        after_own = max(after_own, *ends.values(), 0)
         whole = run.text + run.after
         stops = any_of(map(same, self._forms.stop_tokens))
         stop = stops.search(run.text, after_own)
@@ -194,19 +204,38 @@ class MaskReader:
             end = place + length
             return end <= len(run.before) and not gap[end : len(run.before)].strip(" ")
         if prompt:
-            return prompt.endswith(run.before[-_COMPARED_CHARACTERS:])
+            said = same(messages[index - 1]["content"]).strip() if index else ""
+            place = run.before.rfind(said) if said else -1
+            length = len(run.before) - place if place >= 0 else _COMPARED_CHARACTERS
+            return bool(run.before) and prompt.endswith(run.before[-length:])
         return same(messages[index]["content"]).strip().startswith(own.strip())
 
-    def _gives_back(self, text: str) -> bool:
+    def _gives_back(self, shown: str, hidden: Mapping[str, str]) -> bool:
         """Whether this text comes out of the tokenizer as it went in."""
+        text = "".join(hidden.get(character, character) for character in shown)
         return self._decode(self._tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
-    def _decode(self, ids: Sequence[int]) -> str:
+    def _decode(self, ids: Sequence[int], stand_ins: Mapping[str, str] | None = None) -> str:
+        """The tokens as text, with these stand-ins for what looks like a special token and is none."""
+        if stand_ins:
+            pieces = [
+                (is_one, self._decode([*group])) for is_one, group in groupby(ids, self._special_ids.__contains__)
+            ]
+            looks_so = any_of(stand_ins)
+            return "".join(
+                piece if is_one else looks_so.sub(lambda match: stand_ins[match.group()], piece)
+                for is_one, piece in pieces
+            )
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _texts(message: Message, is_earlier: bool) -> list[list[str]]:
     """The texts of a turn that a reply must hold, each in the forms that it may have there, its plain one last."""
+    return _own_words(message, is_earlier) + _call_texts(message)
+
+
+def _own_words(message: Message, is_earlier: bool) -> list[list[str]]:
+    """Reasoning, unless a later question lets templates leave it out, and content."""
     content = message["content"]
     reasoning = [[message["reasoning_content"].strip()]] if message.get("reasoning_content") else []
     inline = _INLINE_REASONING.fullmatch(content) if message["role"] == "assistant" else None
@@ -214,7 +243,11 @@ def _texts(message: Message, is_earlier: bool) -> list[list[str]]:
         pieces = (piece.strip() for piece in _TAG.split(inline[1]))
         reasoning += [[piece] for piece in pieces if piece]
         content = inline[2]
-    texts = ([] if is_earlier else reasoning) + ([[content, content.strip()]] if content.strip() else [])
+    return ([] if is_earlier else reasoning) + ([[content, content.strip()]] if content.strip() else [])
+
+
+def _call_texts(message: Message) -> list[list[str]]:
+    texts = []
     for call in message.get("tool_calls", []):
         function = call["function"]
         for value in (function["name"], *_leaves(function["arguments"])):

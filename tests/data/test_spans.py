@@ -114,7 +114,8 @@ FAMILIES = {
     "no header, ids of nine characters": Family(
         _LAST + "<s>{% for m in messages %}{% if m.role == 'user' %}{% if tools and loop.index0 == ns.q %}"
         "[T]{{ tools | tojson }}[/T]{% endif %}[Q] {{ m.content }} [/Q]"
-        "{% elif m.role == 'assistant' and m.tool_calls %}[CALLS] [{% for c in m.tool_calls %}{% if c.id is not defined or c.id | length != 9 %}"
+        "{% elif m.role == 'assistant' and m.tool_calls %}[CALLS] ["
+        "{% for c in m.tool_calls %}{% if c.id is not defined or c.id | length != 9 %}"
         "{{ raise_exception('ids have nine characters') }}{% endif %}"
         '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}, "id": "{{ c.id }}"}'
         "{{ ', ' if not loop.last }}{% endfor %}]</s>{% elif m.role == 'assistant' %} {{ m.content }}</s>"
