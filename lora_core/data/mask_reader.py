@@ -82,7 +82,8 @@ class MaskReader:
         if added and added not in map(same, self._forms.stop_tokens):
             return MaskReading(f"its tokens read {_shortened(text)!r}, the template writes {_shortened(shown)!r}")
         if self._train_on == "everything":
-            return MaskReading(None if all(mask[1:]) else "not all of its tokens are trained")
+            may_leave_out = 0 in (safe.weights or ())  # a reply of weight 0
+            return MaskReading(None if all(mask[1:]) or may_leave_out else "not all of its tokens are trained")
         runs = [
             _Run(*(same(self._decode(part, stand_ins)) for part in (ids[:start], ids[start:end], ids[end:])))
             for start, end in _runs(mask)
