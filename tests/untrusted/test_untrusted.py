@@ -98,7 +98,7 @@ RIGHT: dict[str, set[str]] = {
     "value": {"text", "empty text", "list"},
     "prompt": {"text", "empty text", "list"},
     "completion": {"text", "empty text", "list"},
-    "instruction": {"text", "empty text", "list"},
+    "instruction": {"null", "text", "empty text", "list"},  # without it, input and output are a pair
     "output": {"text", "empty text", "list"},
     "input": {*NOTHING, "text", "object"},
     "text": {"text", "empty text"},
@@ -209,7 +209,7 @@ LINES: dict[str, bytes] = {
     "a row of 50 MB": b'{"prompt": "q", "completion": "%s"}' % (b"word " * 10_000_000),
     **{
         f"role {role!r}": json.dumps({"messages": [{"role": role, "content": "q"}]}).encode()
-        for role in ("", "User", "ASSISTANT", "user ", "developer", "ipython", "\x1b[2J", "\u202e", "\0", "роль", "🙂")
+        for role in ("", "User", "ASSISTANTS", "user ", "developer", "ipython", "\x1b[2J", "\u202e", "\0", "роль", "🙂")
     },
     **dict(wrong_types()),
 }
