@@ -44,6 +44,7 @@ def file_of(rows: list[tuple[str, int, int]]) -> EncodedFile:
         "line": list(range(1, len(rows) + 1)),
         "reply": [-1] * len(rows),
         "left_out": [""] * len(rows),
+        "loss_weights": [[] for _ in rows],
         "num_supervised": supervised,
         "truncated_tokens": [n % 2 for n in num_tokens],
         "truncated_supervised": [n % 2 for n in num_tokens],
