@@ -62,7 +62,7 @@ FATES = st.sampled_from(["kept", "kept", "kept", "unsupervised", "bad"])
 ROWS = st.lists(st.tuples(FATES, st.integers(0, 12), st.integers(0, 12)), min_size=1, max_size=14)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(rows=ROWS, fraction=st.floats(0.001, 0.999), seed=st.integers(0, 5))
 def test_every_row_of_the_file_is_on_one_side_or_dropped_and_duplicates_stay_together(
     rows: list[tuple[str, int, int]], fraction: float, seed: int
