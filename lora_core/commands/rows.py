@@ -85,11 +85,12 @@ def _describe(encoder: ChatEncoder, config: RunConfig, text: str, place: str) ->
 
 def _coloured(tokenizer: Any, ids: list[int], mask: list[bool]) -> str:
     """Loss tokens green, or between [[ and ]] where the output is no terminal."""
+    from lora_core.data.chat import text_spans
+
     is_terminal = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     before, after = ("\x1b[32;1m", "\x1b[0m") if is_terminal else ("[[", "]]")
     pieces = []
-    for is_loss, group in itertools.groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1]):
-        decoded = str(tokenizer.decode([token for token, _ in group]))
+    for decoded, is_loss in text_spans(tokenizer, ids, mask):
         # Control characters in training text must not reach the terminal.
         text = "\n".join(map(printable, decoded.split("\n")))
         pieces.append(f"{before}{text}{after}" if is_loss else text)

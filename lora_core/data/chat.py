@@ -92,6 +92,17 @@ def show_chat(tokenizer: PreTrainedTokenizerBase, encoded: EncodedChat) -> str:
     return "|".join(pieces)
 
 
+def text_spans(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], mask: Sequence[bool]
+) -> Iterator[tuple[str, bool]]:
+    """(text, whether of loss tokens) for each run of tokens of one kind.
+
+    Decoded in one piece: a character of several tokens has no text of its own in any of them.
+    """
+    for is_loss, group in itertools.groupby(zip(ids, mask, strict=True), key=lambda pair: bool(pair[1])):
+        yield str(tokenizer.decode([token for token, _ in group])), is_loss
+
+
 class ChatEncoder:
     """`encode_chat` for many rows with one tokenizer."""
 
@@ -207,7 +218,7 @@ class ChatEncoder:
 
     def _encode_text(self, text: str) -> EncodedChat:
         """A text without turns: all of it is trained, and the token that ends it."""
-        ids = list(self.tokenizer(text)["input_ids"])
+        ids = list(self.tokenizer(text, split_special_tokens=True)["input_ids"])
         eos = self.tokenizer.eos_token_id
         if isinstance(eos, int) and ids[-1:] != [eos]:
             ids.append(eos)

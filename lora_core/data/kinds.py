@@ -290,7 +290,7 @@ def _refusal(head: bytes, path: Path) -> str | None:
         if b"[Content_Types].xml" in head[:4096] or path.suffix.lower() in (".xlsx", ".docx", ".ods"):
             return "an Office file (.xlsx, .docx), not rows; fix: save the sheet as CSV UTF-8 and name that file"
         folder = _quoted(_new_path(path, ".files"))
-        return f"a zip archive; fix: unzip {file} -d {folder}, and name that folder"
+        return f"a zip archive; fix: python -m zipfile -e {file} {folder}, and name that folder"
     if head[257:262] == b"ustar":
         folder = _quoted(_new_path(path, ".files"))
         return f"a tar archive; fix: mkdir {folder} && tar -xf {file} -C {folder}, and name that folder"

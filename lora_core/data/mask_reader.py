@@ -70,6 +70,12 @@ class MaskReader:
         stand_ins = {special: stand_in for stand_in, special in hidden.items()}
         text = self._decode(ids, stand_ins)
         trained = trained_messages(safe, self._train_on)
+        if self._train_on == "everything":  # what is left out must be the replies of weight 0
+            weights = safe.weights or (1.0,) * len(safe.messages)
+            trained = [
+                i for i, message in enumerate(safe.messages) if message["role"] == "assistant" and not weights[i]
+            ]
+            mask = [False, *(not flag for flag in mask[1:])]
         try:
             with template_limits(self._tokenizer, [safe]) as next_one:
                 next_one()
@@ -81,9 +87,6 @@ class MaskReader:
         added = same(text).removeprefix(same(shown))
         if added and added not in map(same, self._forms.stop_tokens):
             return MaskReading(f"its tokens read {_shortened(text)!r}, the template writes {_shortened(shown)!r}")
-        if self._train_on == "everything":
-            may_leave_out = 0 in (safe.weights or ())  # a reply of weight 0
-            return MaskReading(None if all(mask[1:]) or may_leave_out else "not all of its tokens are trained")
         runs = [
             _Run(*(same(self._decode(part, stand_ins)) for part in (ids[:start], ids[start:end], ids[end:])))
             for start, end in _runs(mask)

@@ -180,7 +180,7 @@ def _weight(turn: Mapping[str, Any], role: str, where: str) -> float:
     if weight != 0 and given[0] in ("train", "training", "loss"):
         raise RowError(
             f"{where}: {given[0]}={quoted(turn[given[0]])} on a {role} turn, and only assistant turns are trained; "
-            "fix: data.train_on=everything, or leave the key out"
+            "fix: leave the key out (data.train_on=everything trains all text)"
         )
     return 1.0
 

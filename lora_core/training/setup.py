@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from lora_core.config.schema import RunConfig
+from lora_core.data.chat import text_spans
 from lora_core.data.counts import EncodedFile
 from lora_core.data.encoded import load_data, pad_id
 from lora_core.data.in_memory import with_rows
@@ -204,19 +204,12 @@ def describe_plan(plan: SchedulePlan, config: RunConfig) -> str:
 
 def rows_as_seen(tokenizer: PreTrainedTokenizerBase, data: EncodedFile, num_rows: int = 12) -> list[dict[str, Any]]:
     """The first rows as the model sees them: line, numbers of tokens, spans of text (and whether of loss tokens)."""
-
-    def spans(row: dict[str, Any]) -> list[tuple[str, bool]]:
-        # Decoded in one piece: a character of several tokens has no text of its own in any of them.
-        pairs = zip(row["input_ids"], row["loss_mask"], strict=True)
-        groups = itertools.groupby(pairs, key=lambda pair: bool(pair[1]))
-        return [(str(tokenizer.decode([token for token, _ in group])), is_loss) for is_loss, group in groups]
-
     return [
         {
             "line": data.places.mark(row["line"]),
             "num_tokens": len(row["input_ids"]),
             "num_supervised": sum(row["loss_mask"]),
-            "spans": spans(row),
+            "spans": [*text_spans(tokenizer, row["input_ids"], row["loss_mask"])],
         }
         for row in (data.dataset[index] for index in range(min(num_rows, len(data.lengths))))
     ]

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lora_core.data.chat import encode_chat
+from lora_core.data.chat import ChatEncoder, EncodedChat, encode_chat
 from lora_core.data.counts import EncodedFile
 from lora_core.data.encoded import encode_file
-from lora_core.data.messages import RowShape
+from lora_core.data.mask_reader import MaskReader
+from lora_core.data.messages import RowShape, parse_row
 from lora_core.data.split import hold_out
 from lora_core.errors import DataError
 from tests.conftest import chat, make_tokenizer
@@ -212,3 +213,9 @@ def test_everything_is_trained_but_replies_of_weight_0(write_rows: Any, tokenize
     assert tokenizer.decode([t for t, w in zip(ids, weights, strict=True) if w == 0.5]) == "half<|im_end|>"
     left = tokenizer.decode([t for t, flag in zip(ids[1:], encoded["loss_mask"][1:], strict=True) if not flag])
     assert left == "no<|im_end|>"
+    reader, conversation = MaskReader(tokenizer, "everything"), parse_row(row)
+    (whole,) = ChatEncoder(tokenizer, "everything").encode_batch([conversation])
+    assert isinstance(whole, EncodedChat)
+    assert reader.read(conversation, whole).problem is None
+    for mask in ([True] * len(ids), [False] * len(ids)):
+        assert reader.read(conversation, EncodedChat(whole.input_ids, mask)).problem is not None

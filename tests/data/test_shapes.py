@@ -106,7 +106,10 @@ def test_a_text_is_trained_whole_with_an_end() -> None:
     encoded = encode(row)
     assert tokenizer.decode(encoded.input_ids) == "one two<|im_end|>"
     assert all(encoded.loss_mask)
-    assert encode(parse_row({"text": "one<|im_end|>"})).input_ids[-1] == tokenizer.eos_token_id
+    special = encode(parse_row({"text": "one<|im_end|>"}))  # typed, so it ends nothing
+    assert special.holds_special_text
+    assert special.input_ids.index(tokenizer.eos_token_id) == len(special.input_ids) - 1
+    assert tokenizer.decode(special.input_ids) == "one<|im_end|><|im_end|>"
     assert parse_row({"text": "one two", "messages": []}).text == "one two"
 
 
