@@ -28,13 +28,13 @@ with heavy_imports():  # as the commands do
     from lora_core.config.load import load_config
     from lora_core.config.schema import RunConfig
     from lora_core.data.counts import EncodedFile
-    from lora_core.data.messages import parse_json_row
     from lora_core.data.packing import Batching, step_rows
     from lora_core.model.attention import use_segment_attention
     from lora_core.model.base import add_adapter
     from lora_core.model.loss import CausalLMLoss
     from lora_core.model.optimizer import build_optimizer, build_scheduler
     from lora_core.preflight.preflight import plan_for
+    from lora_core.rows.messages import parse_json_row
     from lora_core.runtime.devices import build_accelerator
     from lora_core.schedule import SchedulePlan
     from lora_core.training.step import StepResult, train_step

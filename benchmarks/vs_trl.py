@@ -41,10 +41,10 @@ import torch
 
 from lora_core.config.schema import ALL_SEVEN_PROJECTIONS
 from lora_core.data.encoded import load_data
-from lora_core.data.messages import parse_json_row
 from lora_core.data.packing import step_rows
 from lora_core.model.base import load_tokenizer
 from lora_core.report.read import read_run
+from lora_core.rows.messages import parse_json_row
 from lora_core.runtime.devices import use_all_cores
 
 CONVERSATIONS_PER_STEP = 8

@@ -19,8 +19,8 @@ def count_exact(config: RunConfig, adapter_dir: str | Path) -> str:
     Raises:
         ConfigError: the configuration names no eval file, or the model cannot be loaded.
     """
-    from lora_core.data.messages import parse_json_row
     from lora_core.model.base import load_tokenizer
+    from lora_core.rows.messages import parse_json_row
     from lora_core.runtime.devices import build_accelerator, with_precision
     from lora_core.training.adapter_folder import load_adapter
     from lora_core.training.replies import sample_reply

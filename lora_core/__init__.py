@@ -17,11 +17,10 @@ from lora_core._version import __version__
 if TYPE_CHECKING:
     from lora_core.config.load import load_config, with_overrides
     from lora_core.config.schema import DataConfig, LoraConfig, ModelConfig, PreflightConfig, RunConfig, TrainConfig
-    from lora_core.data.chat import ChatEncoder, EncodedChat, encode_chat, show_chat
     from lora_core.data.counts import EncodedFile, RowCounts
     from lora_core.data.encoded import encode_file
-    from lora_core.data.messages import Conversation, parse_row
     from lora_core.data.packing import Batching
+    from lora_core.encoding.chat import ChatEncoder, EncodedChat, encode_chat, show_chat
     from lora_core.errors import (
         ChatTemplateError,
         ConfigError,
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from lora_core.preflight.findings import Facts, Finding
     from lora_core.preflight.preflight import look_at_run, run_checks
     from lora_core.report.page import compare_reports, write_report
+    from lora_core.rows.messages import Conversation, parse_row
     from lora_core.schedule import SchedulePlan, plan_schedule
     from lora_core.training.adapter_folder import load_adapter
     from lora_core.training.callbacks import Callback
@@ -51,10 +51,10 @@ if TYPE_CHECKING:
 _HOME = {
     "config.load": ("load_config", "with_overrides"),
     "config.schema": ("DataConfig", "LoraConfig", "ModelConfig", "PreflightConfig", "RunConfig", "TrainConfig"),
-    "data.chat": ("ChatEncoder", "EncodedChat", "encode_chat", "show_chat"),
+    "encoding.chat": ("ChatEncoder", "EncodedChat", "encode_chat", "show_chat"),
     "data.counts": ("EncodedFile", "RowCounts"),
     "data.encoded": ("encode_file",),
-    "data.messages": ("Conversation", "parse_row"),
+    "rows.messages": ("Conversation", "parse_row"),
     "data.packing": ("Batching",),
     "errors": (
         "ChatTemplateError",

@@ -11,10 +11,10 @@ from typing import Any
 from lora_core.commands.command_line import Command, add_config_arguments
 from lora_core.config.load import load_config
 from lora_core.config.schema import DataConfig
-from lora_core.data.messages import Conversation, Message, parse_json_row, shape_of
-from lora_core.data.places import Places
-from lora_core.data.sources import as_jsonl
 from lora_core.errors import ConfigError, DataError, RowError, counted, problem_list
+from lora_core.rows.messages import Conversation, Message, parse_json_row, shape_of
+from lora_core.sources.files import as_jsonl
+from lora_core.sources.places import Places
 from lora_core.untrusted.text import showable
 
 

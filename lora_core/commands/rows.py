@@ -17,8 +17,8 @@ from lora_core.errors import DataError, RowError, counted
 from lora_core.untrusted.text import printable, showable
 
 if TYPE_CHECKING:
-    from lora_core.data.chat import ChatEncoder
-    from lora_core.data.places import Places
+    from lora_core.encoding.chat import ChatEncoder
+    from lora_core.sources.places import Places
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -35,9 +35,9 @@ def _run(arguments: Namespace) -> None:
     config = load_config(arguments.cfg, [*arguments.overrides, train_file], arguments.model)
     with heavy_imports():
         quiet_libraries()
-        from lora_core.data.chat import ChatEncoder
-        from lora_core.data.sources import as_jsonl
+        from lora_core.encoding.chat import ChatEncoder
         from lora_core.model.base import load_tokenizer
+        from lora_core.sources.files import as_jsonl
 
     encoder = ChatEncoder(load_tokenizer(config.model, config.data), config.data.train_on)
     places = as_jsonl(config.data.train_file, config.data.cache_dir, key="data.train_file")
@@ -62,7 +62,7 @@ def _rows(places: Places, wanted: int | None) -> Iterator[tuple[int, str]]:
 
 def _describe(encoder: ChatEncoder, config: RunConfig, text: str, place: str) -> list[str]:
     """The row for the terminal: place and counts, what is not shown, and its text."""
-    from lora_core.data.messages import parse_json_row, shape_of
+    from lora_core.rows.messages import parse_json_row, shape_of
 
     try:
         conversation = parse_json_row(text, shape_of(config.data))
@@ -85,7 +85,7 @@ def _describe(encoder: ChatEncoder, config: RunConfig, text: str, place: str) ->
 
 def _coloured(tokenizer: Any, ids: list[int], mask: list[bool]) -> str:
     """Loss tokens green, or between [[ and ]] where the output is no terminal."""
-    from lora_core.data.chat import text_spans
+    from lora_core.encoding.chat import text_spans
 
     is_terminal = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     before, after = ("\x1b[32;1m", "\x1b[0m") if is_terminal else ("[[", "]]")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from lora_core.data.places import Places
 from lora_core.errors import DataError, counted, problem_list
+from lora_core.sources.places import Places
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -22,16 +22,17 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_core.config.schema import RunConfig, TrainFile
-from lora_core.data import chat, forms, json_values, messages, provenance, spans, template, tool_use, turns
 from lora_core.data.cache import cache_folder, make_entry, naming_cache_folder, take_entry
-from lora_core.data.chat import ChatEncoder, EncodedChat
 from lora_core.data.counts import EncodedFile, Truncation, account
-from lora_core.data.json_values import strings
-from lora_core.data.messages import Conversation, RowShape, TrainOn, one_for_each_reply, parse_json_row, shape_of
-from lora_core.data.places import Places
-from lora_core.data.sources import as_jsonl
 from lora_core.data.split import hold_out
+from lora_core.encoding import chat, forms, provenance, spans, template
+from lora_core.encoding.chat import ChatEncoder, EncodedChat
 from lora_core.errors import ConfigError, DataError, RowError
+from lora_core.rows import json_values, messages, tool_use, turns
+from lora_core.rows.json_values import strings
+from lora_core.rows.messages import Conversation, RowShape, TrainOn, one_for_each_reply, parse_json_row, shape_of
+from lora_core.sources.files import as_jsonl
+from lora_core.sources.places import Places
 from lora_core.untrusted.limits import allowed_cores
 
 if TYPE_CHECKING:

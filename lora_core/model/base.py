@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lora_core.config.schema import DataConfig, LoraConfig, ModelConfig
-from lora_core.data.named_templates import set_template
+from lora_core.encoding.named_templates import set_template
 from lora_core.errors import ConfigError, counted
 from lora_core.model.attention import (
     SEGMENT_ATTENTION,

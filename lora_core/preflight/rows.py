@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from lora_core.data.spans import EARLIER_REASONING
-from lora_core.data.template import render_chat
+from lora_core.encoding.spans import EARLIER_REASONING
+from lora_core.encoding.template import render_chat
 from lora_core.errors import ChatTemplateError, counted
 from lora_core.preflight.findings import Facts, Finding, length_that_keeps
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lora_core.data.named_templates import folds_system, missing_end_token
+from lora_core.encoding.named_templates import folds_system, missing_end_token
 from lora_core.errors import counted
 from lora_core.preflight.findings import Facts, Finding
 

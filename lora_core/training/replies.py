@@ -12,9 +12,9 @@ from torch import nn
 
 from lora_core.config.schema import RunConfig
 from lora_core.data.counts import EncodedFile
-from lora_core.data.forms import render_prompt
-from lora_core.data.messages import Conversation, Message, parse_json_row, shape_of
+from lora_core.encoding.forms import render_prompt
 from lora_core.errors import DataError
+from lora_core.rows.messages import Conversation, Message, parse_json_row, shape_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -12,11 +12,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from lora_core.config.schema import RunConfig
-from lora_core.data.chat import text_spans
 from lora_core.data.counts import EncodedFile
 from lora_core.data.encoded import load_data, pad_id
 from lora_core.data.in_memory import with_rows
 from lora_core.data.packing import train_batching
+from lora_core.encoding.chat import text_spans
 from lora_core.errors import counted
 from lora_core.model.base import add_adapter, compile_layers, describe_parameters, load_base_model, load_tokenizer
 from lora_core.model.loss import CausalLMLoss, check_head

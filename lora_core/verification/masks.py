@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_core.config.schema import DataConfig
-from lora_core.data.chat import ChatEncoder, EncodedChat
 from lora_core.data.counts import EncodedFile
-from lora_core.data.mask_reader import MaskReader, MaskReading
-from lora_core.data.messages import Conversation, parse_json_row, shape_of, up_to_reply
+from lora_core.encoding.chat import ChatEncoder, EncodedChat
+from lora_core.encoding.mask_reader import MaskReader, MaskReading
 from lora_core.errors import DataError, counted
+from lora_core.rows.messages import Conversation, parse_json_row, shape_of, up_to_reply
 from lora_core.verification.table import Check
 
 if TYPE_CHECKING:

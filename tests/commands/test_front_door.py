@@ -68,8 +68,8 @@ def test_shipped_configurations_are_the_ones_at_the_top_of_the_checkout(installe
 
 
 def test_the_named_templates_are_in_the_wheel(installed: Path) -> None:
-    names = {path.name for path in (ROOT / "lora_core/data/templates").iterdir()}
-    assert {path.name for path in (installed / "lora_core/data/templates").iterdir()} == names
+    names = {path.name for path in (ROOT / "lora_core/encoding/templates").iterdir()}
+    assert {path.name for path in (installed / "lora_core/encoding/templates").iterdir()} == names
 
 
 def test_python_m_is_the_command(empty: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lora_core.commands.main import main
-from lora_core.data.messages import parse_json_row
+from lora_core.rows.messages import parse_json_row
 from tests.conftest import chat
 
 TOOLS = [{"name": "f", "parameters": {"type": "object"}}]

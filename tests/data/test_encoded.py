@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lora_core.data.chat import ChatEncoder, EncodedChat, encode_chat
 from lora_core.data.counts import EncodedFile
 from lora_core.data.encoded import encode_file
-from lora_core.data.mask_reader import MaskReader
-from lora_core.data.messages import RowShape, parse_row
 from lora_core.data.split import hold_out
+from lora_core.encoding.chat import ChatEncoder, EncodedChat, encode_chat
+from lora_core.encoding.mask_reader import MaskReader
 from lora_core.errors import DataError
+from lora_core.rows.messages import RowShape, parse_row
 from tests.conftest import chat, make_tokenizer
-from tests.data.test_chat import DROPS_REASONING
+from tests.encoding.test_chat import DROPS_REASONING
 
 
 def encode(path: Path, tokenizer: PreTrainedTokenizerFast, **changes: Any) -> EncodedFile:
@@ -120,7 +120,7 @@ def test_a_second_start_reuses_the_encoded_rows_and_any_change_does_not(
         raise AssertionError("encoded again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lora_core.data.chat.ChatEncoder.encode_batch", never)
+        patch.setattr("lora_core.encoding.chat.ChatEncoder.encode_batch", never)
         assert encode(path, tokenizer).dataset.to_dict() == first.dataset.to_dict()
     cached = len(list((path.parent / "cache").iterdir()))
     encode(path, tokenizer, max_seq_length=100)

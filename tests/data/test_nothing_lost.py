@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lora_core.commands.convert import as_row
-from lora_core.data.json_values import strings
-from lora_core.data.messages import Conversation, parse_json_row, parse_row
 from lora_core.errors import RowError
+from lora_core.rows.json_values import strings
+from lora_core.rows.messages import Conversation, parse_json_row, parse_row
 
 # Drawing rows takes as long as the machine is busy: not what is tested.
 of_rows = settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=400)

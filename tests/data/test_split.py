@@ -18,12 +18,12 @@ from transformers import PreTrainedTokenizerFast
 from lora_core.config.load import load_config
 from lora_core.data.counts import EncodedFile, account
 from lora_core.data.encoded import encode_file, load_data
-from lora_core.data.places import Places
 from lora_core.data.split import choose_groups, duplicate_groups, hold_out
 from lora_core.errors import DataError
 from lora_core.preflight.preflight import describe, gather_facts, report, run_checks
 from lora_core.report.page import write_report
 from lora_core.runtime.devices import look_around
+from lora_core.sources.places import Places
 from lora_core.training.setup import train
 from tests.conftest import chat
 

@@ -19,11 +19,11 @@ from torch.distributed.run import get_args_parser
 
 from lora_core.commands.main import build_parser
 from lora_core.config.load import load_config
-from lora_core.data.messages import _PAIRS as PAIRS
-from lora_core.data.messages import _TURNS as TURNS
-from lora_core.data.messages import Conversation, parse_json_row, parse_row
-from lora_core.data.turns import ROLES, WEIGHTS
 from lora_core.errors import RowError
+from lora_core.rows.messages import _PAIRS as PAIRS
+from lora_core.rows.messages import _TURNS as TURNS
+from lora_core.rows.messages import Conversation, parse_json_row, parse_row
+from lora_core.rows.turns import ROLES, WEIGHTS
 from tests.conftest import ROOT, chat
 from tests.docs.pages import PAGES, Block, code_blocks, sections
 from tests.tiny import write_jsonl

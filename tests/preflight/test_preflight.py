@@ -270,7 +270,7 @@ def test_every_finding_that_a_check_may_yield_is_tripped_here() -> None:
         "template_uses_date",
         "bos_doubled",
         "tokens_cut_at_border",
-        # In tests/data/test_named_templates.py.
+        # In tests/encoding/test_named_templates.py.
         "template_end_token",
         "system_folded",
     }

@@ -30,14 +30,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-import lora_core.data.template
+import lora_core.encoding.template
 from lora_core.config.keys import config_keys
 from lora_core.config.load import load_config
 from lora_core.config.schema import DataConfig, ModelConfig, RunConfig
-from lora_core.data.chat import encode_chat
 from lora_core.data.counts import EncodedFile, RowCounts
 from lora_core.data.encoded import encode_file
-from lora_core.data.template import render_chat
+from lora_core.encoding.chat import encode_chat
+from lora_core.encoding.template import render_chat
 from lora_core.errors import ChatTemplateError, ConfigError, DataError, LoraCoreError
 from lora_core.model.base import load_base_model, load_model_config, load_tokenizer
 from lora_core.runtime.run_folder import MetricsFile, write_json, write_text
@@ -447,7 +447,7 @@ REFUSED: dict[str, str] = {
 def test_a_runaway_template_is_stopped(
     tmp_path: Path, write_rows: Any, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(lora_core.data.template, "_TEMPLATE_SECONDS", 1.0)
+    monkeypatch.setattr(lora_core.encoding.template, "_TEMPLATE_SECONDS", 1.0)
     path = write_rows([chat("question", "answer"), chat("another", "answer")])
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.monotonic()
@@ -485,11 +485,11 @@ def test_a_template_that_hangs_inside_one_instruction_ends_its_process(tmp_path:
     path = write_rows([chat("question", "answer"), chat("question", "answer")])
     code = f"""
 import sys
-import lora_core.data.template
+import lora_core.encoding.template
 from lora_core.data.encoded import encode_file
 from lora_core.errors import DataError
 from tests.conftest import make_tokenizer
-lora_core.data.template._TEMPLATE_SECONDS = 0.3
+lora_core.encoding.template._TEMPLATE_SECONDS = 0.3
 try:
     encode_file({str(path)!r}, make_tokenizer({template!r}), max_seq_length=8, cache_dir={str(tmp_path)!r},
                 num_proc=int(sys.argv[1]))
@@ -515,7 +515,7 @@ def test_a_tool_schema_indented_by_the_template_is_within_its_limits(tokenizer: 
 
 
 def test_other_renderings_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora_core.data.template, "_TEMPLATE_SECONDS", 1.0)
+    monkeypatch.setattr(lora_core.encoding.template, "_TEMPLATE_SECONDS", 1.0)
     with pytest.raises(ConfigError, match="ran for more than 1 s"):
         render_chat(make_tokenizer(FOR_EVER + END), chat("q")["messages"])
     with pytest.raises(ChatTemplateError, match="refuses it"):

@@ -21,14 +21,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lora_core.config.load import load_config, with_overrides
 from lora_core.config.schema import RunConfig
-from lora_core.data import chat as chat_module
 from lora_core.data import packing
-from lora_core.data.chat import ChatEncoder, EncodedChat, encode_chat
 from lora_core.data.encoded import encode_file, load_data
-from lora_core.data.mask_reader import MaskReader, MaskReading
-from lora_core.data.messages import parse_row
+from lora_core.encoding import chat as chat_module
+from lora_core.encoding.chat import ChatEncoder, EncodedChat, encode_chat
+from lora_core.encoding.mask_reader import MaskReader, MaskReading
 from lora_core.model.base import load_tokenizer
 from lora_core.model.optimizer import build_scheduler
+from lora_core.rows.messages import parse_row
 from lora_core.training.setup import train
 from lora_core.training.step import StepResult, train_step
 from lora_core.verification import gradients
@@ -38,7 +38,7 @@ from lora_core.verification.reload import check_merge, check_reload
 from lora_core.verification.runs import Interrupted, ShortRun, check_plan, check_resume, run_whole, short_run
 from lora_core.verification.table import Check
 from tests.conftest import CHATML, ROOT, chat, make_tokenizer
-from tests.data.test_chat import DROPS_REASONING
+from tests.encoding.test_chat import DROPS_REASONING
 
 ROWS = [chat(f"question {i}", f"answer {i} " * (i % 5 + 1), "sure?", "yes" * (i % 3)) for i in range(30)]
 CONFIG = "demo"

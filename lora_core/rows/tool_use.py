@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lora_core.data.json_values import check_plain, checked_text, from_json, is_empty, kind
 from lora_core.errors import RowError
+from lora_core.rows.json_values import check_plain, checked_text, from_json, is_empty, kind
 from lora_core.untrusted.text import quoted
 
 _ARGUMENTS = ("arguments", "parameters", "args", "input")

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_core.data.json_values import checked_text, is_empty, key_names, kind
-from lora_core.data.tool_use import parse_call, parse_calls, tool_answer
 from lora_core.errors import RowError
+from lora_core.rows.json_values import checked_text, is_empty, key_names, kind
+from lora_core.rows.tool_use import parse_call, parse_calls, tool_answer
 from lora_core.untrusted.text import quoted
 
 Message = dict[str, Any]

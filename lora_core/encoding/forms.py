@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from lora_core.data.messages import Conversation, Message
-from lora_core.data.template import apply_template, template_limits
+from lora_core.encoding.template import apply_template, template_limits
 from lora_core.errors import ChatTemplateError
+from lora_core.rows.messages import Conversation, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

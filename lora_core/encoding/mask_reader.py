@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from lora_core.data.chat import EncodedChat
-from lora_core.data.forms import TemplateForms, any_of, special_tokens
-from lora_core.data.messages import Conversation, Message, TrainOn, trained_messages
-from lora_core.data.provenance import hide_specials
-from lora_core.data.template import template_limits
+from lora_core.encoding.chat import EncodedChat
+from lora_core.encoding.forms import TemplateForms, any_of, special_tokens
+from lora_core.encoding.provenance import hide_specials
+from lora_core.encoding.template import template_limits
 from lora_core.errors import ChatTemplateError
+from lora_core.rows.messages import Conversation, Message, TrainOn, trained_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
-from lora_core.data.json_stream import MAX_VALUE_CHARACTERS, JsonProblem, JsonStream
 from lora_core.errors import DataError
+from lora_core.sources.json_stream import MAX_VALUE_CHARACTERS, JsonProblem, JsonStream
 
 Name = Literal[
     "JSONL", "a JSON list", "a JSON object", "JSON objects", "CSV", "TSV", "Parquet", "Arrow", "Arrow stream"

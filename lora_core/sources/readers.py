@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from lora_core.data.json_stream import JsonStream, on_one_line
-from lora_core.data.kinds import Kind, damage_errors, open_file
 from lora_core.errors import DataError
+from lora_core.sources.json_stream import JsonStream, on_one_line
+from lora_core.sources.kinds import Kind, damage_errors, open_file
 from lora_core.untrusted.text import quoted
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from lora_core.data.chat import ChatEncoder, EncodedChat
-from lora_core.data.mask_reader import MaskReader
-from lora_core.data.messages import Message, parse_row
+from lora_core.encoding.chat import ChatEncoder, EncodedChat
+from lora_core.encoding.mask_reader import MaskReader
 from lora_core.errors import RowError
+from lora_core.rows.messages import Message, parse_row
 from tests.conftest import chat, make_tokenizer
 
 Row = dict[str, Any]

@@ -25,11 +25,11 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_core.config.schema import TrainFile
-from lora_core.data import json_stream, kinds, readers
-from lora_core.data.kinds import COMPRESSED_ENDINGS, ENDINGS, Kind, damage_errors, kind_of
-from lora_core.data.places import NewRows, Part, Places, new_rows
-from lora_core.data.readers import Row, dataset_rows, read_rows
 from lora_core.errors import DataError, counted
+from lora_core.sources import json_stream, kinds, readers
+from lora_core.sources.kinds import COMPRESSED_ENDINGS, ENDINGS, Kind, damage_errors, kind_of
+from lora_core.sources.places import NewRows, Part, Places, new_rows
+from lora_core.sources.readers import Row, dataset_rows, read_rows
 from lora_core.untrusted.text import without_secrets
 
 if TYPE_CHECKING:

@@ -25,12 +25,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lora_core.data.forms import Span, TemplateForms, special_tokens
-from lora_core.data.messages import Conversation, Message, TrainOn, parse_row, trained_messages
-from lora_core.data.provenance import hide_specials
-from lora_core.data.spans import Reading, read_spans
-from lora_core.data.template import template_limits
+from lora_core.encoding.forms import Span, TemplateForms, special_tokens
+from lora_core.encoding.provenance import hide_specials
+from lora_core.encoding.spans import Reading, read_spans
+from lora_core.encoding.template import template_limits
 from lora_core.errors import ChatTemplateError, RowError
+from lora_core.rows.messages import Conversation, Message, TrainOn, parse_row, trained_messages
 from lora_core.untrusted.text import printable
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lora_core.data.chat import ChatEncoder, EncodedChat, _mask_tokens, encode_chat, show_chat
-from lora_core.data.forms import Span
-from lora_core.data.mask_reader import MaskReader
-from lora_core.data.messages import parse_row
+from lora_core.encoding.chat import ChatEncoder, EncodedChat, _mask_tokens, encode_chat, show_chat
+from lora_core.encoding.forms import Span
+from lora_core.encoding.mask_reader import MaskReader
 from lora_core.errors import ChatTemplateError, RowError
+from lora_core.rows.messages import parse_row
 from tests.conftest import CHATML, DEMO_MODEL, chat, make_tokenizer
 
 # The ways that the templates of real model families differ, each in its smallest form.

@@ -20,10 +20,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lora_core.config.schema import DataConfig
-from lora_core.data.json_values import checked_text, from_json, is_empty, key_names, kind, read_json
-from lora_core.data.tool_use import parse_tools
-from lora_core.data.turns import Message, Turn, parse_turn
 from lora_core.errors import RowError
+from lora_core.rows.json_values import checked_text, from_json, is_empty, key_names, kind, read_json
+from lora_core.rows.tool_use import parse_tools
+from lora_core.rows.turns import Message, Turn, parse_turn
 from lora_core.untrusted.text import quoted
 
 __all__ = [

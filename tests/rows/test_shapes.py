@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from lora_core.data.chat import ChatEncoder, EncodedChat
-from lora_core.data.messages import _PAIRS as PAIRS
-from lora_core.data.messages import _TURNS as TURNS
-from lora_core.data.messages import Conversation, RowShape, parse_row
-from lora_core.data.turns import ROLES, WEIGHTS
+from lora_core.encoding.chat import ChatEncoder, EncodedChat
 from lora_core.errors import RowError
+from lora_core.rows.messages import _PAIRS as PAIRS
+from lora_core.rows.messages import _TURNS as TURNS
+from lora_core.rows.messages import Conversation, RowShape, parse_row
+from lora_core.rows.turns import ROLES, WEIGHTS
 from tests.conftest import make_tokenizer
 
 Row = dict[str, Any]

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lora_core.data.json_values import strings
-from lora_core.data.messages import Conversation, Message
 from lora_core.errors import ChatTemplateError, ConfigError, counted
+from lora_core.rows.json_values import strings
+from lora_core.rows.messages import Conversation, Message
 from lora_core.untrusted.limits import OutOfTime, limited
 
 if TYPE_CHECKING:

@@ -35,16 +35,16 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_core.config.load import load_config, with_overrides
 from lora_core.config.schema import RunConfig, TrainFile
-from lora_core.data import json_stream
 from lora_core.data.counts import EncodedFile
 from lora_core.data.encoded import encode_file, load_data
 from lora_core.data.in_memory import with_rows
-from lora_core.data.json_stream import JsonStream, on_one_line
-from lora_core.data.kinds import kind_of
-from lora_core.data.places import Places
-from lora_core.data.readers import read_rows
-from lora_core.data.sources import as_jsonl
 from lora_core.errors import ConfigError, DataError
+from lora_core.sources import json_stream
+from lora_core.sources.files import as_jsonl
+from lora_core.sources.json_stream import JsonStream, on_one_line
+from lora_core.sources.kinds import kind_of
+from lora_core.sources.places import Places
+from lora_core.sources.readers import read_rows
 from lora_core.training.replies import sample_prompts
 from tests.conftest import chat
 
@@ -630,7 +630,7 @@ def test_a_second_start_finds_what_was_written_and_a_changed_file_is_read_anew(
     path.write_text(json.dumps(ROWS), encoding="utf-8")
     first = as_jsonl(path, tmp_path / "cache")
     with monkeypatch.context() as patch:
-        patch.setattr("lora_core.data.sources._write", None)
+        patch.setattr("lora_core.sources.files._write", None)
         assert as_jsonl(path, tmp_path / "cache") == first
     path.write_text(json.dumps(ROWS[:3]), encoding="utf-8")
     assert read(path, tmp_path / "cache") == ROWS[:3]

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lora_core.data.json_values import strings
-from lora_core.data.messages import Conversation, Message
+from lora_core.rows.json_values import strings
+from lora_core.rows.messages import Conversation, Message
 
 TOOLS = -1
 """In place of a message's index: the schemas of tools."""

@@ -15,10 +15,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lora_core.config.load import load_config, with_overrides
 from lora_core.config.schema import DataConfig, ModelConfig, RunConfig
-from lora_core.data.chat import encode_chat
 from lora_core.data.encoded import encode_file
-from lora_core.data.named_templates import FOLDER, NAMED_TEMPLATES, folds_system, set_template, with_arguments
-from lora_core.data.template import render_chat
+from lora_core.encoding.chat import encode_chat
+from lora_core.encoding.named_templates import FOLDER, NAMED_TEMPLATES, folds_system, set_template, with_arguments
+from lora_core.encoding.template import render_chat
 from lora_core.errors import ChatTemplateError, ConfigError
 from lora_core.model.base import load_tokenizer
 from lora_core.preflight.preflight import look_at_run, run_checks

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lora_core.data.messages import parse_json_row, parse_row
 from lora_core.errors import RowError
+from lora_core.rows.messages import parse_json_row, parse_row
 
 USER = {"role": "user", "content": "q"}
 ASSISTANT = {"role": "assistant", "content": "a"}

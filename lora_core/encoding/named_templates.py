@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_core.config.schema import DataConfig
-from lora_core.data.template import render_chat
+from lora_core.encoding.template import render_chat
 from lora_core.errors import ChatTemplateError, ConfigError
 
 if TYPE_CHECKING:

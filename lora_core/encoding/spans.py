@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_core.data.forms import Span, TemplateForms
-from lora_core.data.json_values import strings
-from lora_core.data.messages import Conversation
-from lora_core.data.provenance import TOOLS, MarkedRow, Text, TooManyLettersError, mark
+from lora_core.encoding.forms import Span, TemplateForms
+from lora_core.encoding.provenance import TOOLS, MarkedRow, Text, TooManyLettersError, mark
 from lora_core.errors import ChatTemplateError
+from lora_core.rows.json_values import strings
+from lora_core.rows.messages import Conversation
 
 EARLIER_REASONING = "reasoning of earlier turns"
 # What a row can do without; it is counted.
