@@ -56,7 +56,8 @@ class CausalLMLoss(nn.Module):
 
     def generate(self, **inputs: Any) -> Tensor:
         """transformers' `generate`, of the model inside; (1, T) ids of prompt and reply."""
-        ids: Tensor = self.model.generate(**inputs)
+        model: Any = self.model
+        ids: Tensor = model.generate(**inputs)
         return ids
 
     def forward(

@@ -120,7 +120,7 @@ def reply_to_all(
     # Generation takes a token at a time and grows a cache: train.torch_compile would compile for that anew.
     with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
         replies = [
-            (i, sample_reply(unwrapped, tokenizer, prompts[i]["messages"], prompts[i]["tools"], max_new_tokens, sharded))
-            for i in mine
+            (i, sample_reply(unwrapped, tokenizer, asked["messages"], asked["tools"], max_new_tokens, sharded))
+            for i, asked in ((i, prompts[i]) for i in mine)
         ]
     return [reply for _, reply in sorted(replies if sharded else gather_object(replies))]
