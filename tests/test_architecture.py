@@ -23,7 +23,7 @@ ORDER: dict[str, list[str]] = {
     "encoding": ["template", "named_templates", "provenance", "forms", "spans", "reasoning", "chat", "mask_reader"],
     "data": ["counts", "packing", "split", "cache", "encoded", "in_memory"],
     "model": ["attention", "lora_linear", "base", "loss", "optimizer"],
-    "runtime": ["run_folder", "launcher", "devices", "faults"],
+    "runtime": ["run_folder", "launcher", "sharding", "devices", "faults"],
     "memory": ["micro_batch", "live_bytes", "without_storage", "simulate", "plan"],
     "preflight": [
         "model_facts",
@@ -71,6 +71,7 @@ MODULES = [f"{room}.{module}" if modules else room for room, modules in ORDER.it
 NEEDS_TORCH = {
     "model",
     "memory",
+    "runtime.sharding",
     "runtime.devices",
     "runtime.faults",
     "preflight.model_facts",

@@ -25,6 +25,7 @@ from lora_core.config.schema import RunConfig
 from lora_core.errors import ConfigError
 from lora_core.runtime.launcher import asked_processes, omp_num_threads
 from lora_core.runtime.run_folder import check_run_folder
+from lora_core.runtime.sharding import fsdp_plugin, uses_fsdp
 from lora_core.untrusted.limits import allowed_cores
 
 
@@ -72,6 +73,7 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         mixed_precision="bf16" if config.train.bf16 is True else "no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         dynamo_backend="no",
+        fsdp_plugin=fsdp_plugin(config),
         # Not said, Accelerate runs each rank of a CPU launch as if it were alone.
         cpu=not torch.accelerator.is_available(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.train.rank_timeout_s))],
@@ -185,7 +187,7 @@ def look_around(config: RunConfig, num_processes: int, gpu_memory_gib: float | N
         else DeviceMemory("cuda", round(gpu_memory_gib * 2**30)),
         num_processes=num_processes,
         asked_processes=asked_processes(),
-        sharding="fsdp" if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") else "ddp",
+        sharding="fsdp" if uses_fsdp() else "ddp",
         bf16="native" if gpu_memory_gib is not None else _bf16(),
         has_bitsandbytes=find_spec("bitsandbytes") is not None,
         free_disk_bytes=shutil.disk_usage(existing).free,

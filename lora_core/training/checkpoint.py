@@ -34,6 +34,8 @@ from lora_core.config.schema import RunConfig
 from lora_core.data.counts import EncodedFile
 from lora_core.errors import ConfigError
 from lora_core.runtime.run_folder import json_text, remove_leftovers, whole_folder, write_json
+from lora_core.runtime.sharding import shared_out_as, whole
+from lora_core.training.adapter_folder import named_trainable, trainable_tensors
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
@@ -103,7 +105,7 @@ def take_snapshot(
     optimizer_tensors, scalars = _optimizer_state(model, optimizer)
     return Snapshot(
         tensors={
-            "adapter.safetensors": _trainable(model),
+            "adapter.safetensors": trainable_tensors(model),
             "optimizer.safetensors": optimizer_tensors,
             **{f"rng-{rank:05d}.safetensors": random_state for rank, random_state in enumerate(random_states)},
         },
@@ -260,7 +262,7 @@ def restore(
 ) -> None:
     """Put adapter, optimizer, schedule and random states back as they were; call it in every rank."""
     restore_adapter(checkpoint, model)
-    _restore_optimizer(checkpoint, dict(_named_trainable(model)), optimizer)
+    _restore_optimizer(checkpoint, dict(named_trainable(model)), optimizer)
     # The lambdas are code: the plan has made them anew.
     lambdas = [None] * len(optimizer.param_groups)
     scheduler.load_state_dict({**checkpoint.state["schedule"], "lr_lambdas": lambdas})
@@ -275,9 +277,9 @@ def restore(
 @torch.no_grad()
 def restore_adapter(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Put what trains back as it was; call it in every rank."""
-    trainable = dict(_named_trainable(model))
+    trainable = dict(named_trainable(model))
     for name, tensor in load_file(checkpoint.path / "adapter.safetensors").items():
-        trainable[name].copy_(tensor)
+        trainable[name].copy_(shared_out_as(trainable[name], tensor))
 
 
 def data_hash(train_data: EncodedFile, eval_data: EncodedFile | None) -> str:
@@ -293,25 +295,17 @@ def data_hash(train_data: EncodedFile, eval_data: EncodedFile | None) -> str:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _named_trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name.removeprefix("module."), p) for name, p in model.named_parameters() if p.requires_grad]
-
-
-def _trainable(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().cpu().clone().contiguous() for name, parameter in _named_trainable(model)}
-
-
 def _optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """(tensors, plain values) of the optimizer, by parameter."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
-    for name, parameter in _named_trainable(model):
+    for name, parameter in named_trainable(model):
         for key, value in optimizer.state[parameter].items():
             if isinstance(value, Tensor):
                 # A copy: parameters share bitsandbytes' tables, and safetensors stores no tensor twice.
-                tensors[f"{name}/{key}"] = value.detach().cpu().clone().contiguous()
+                tensors[f"{name}/{key}"] = whole(value.detach()).cpu().clone().contiguous()
             else:
                 scalars.setdefault(name, {})[key] = value
     return tensors, scalars
@@ -332,7 +326,10 @@ def _restore_optimizer(
             inner.state[parameter][key] = buffer
         else:
             # The counter of steps too: torch's fused AdamW, which is the one we build, wants it beside its parameter.
-            inner.state[parameter][key] = tensor.to(parameter.device)
+            of_whole_run = tensor.dim() == 0
+            inner.state[parameter][key] = (
+                tensor.to(parameter.device) if of_whole_run else shared_out_as(parameter, tensor)
+            )
 
 
 def _random_state() -> dict[str, Tensor]:

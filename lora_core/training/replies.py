@@ -28,12 +28,18 @@ def sample_reply(
     messages: Sequence[Message],
     tools: Any,
     max_new_tokens: int,
+    in_step: bool = False,
 ) -> str:
-    """The model's greedy reply to messages that end with a user's turn."""
+    """The model's greedy reply to messages that end with a user's turn.
+
+    Args:
+        model: with `generate`, such as transformers' own or a `CausalLMLoss`.
+        in_step: all ranks answer, and none stops before the others: each token needs weights of all.
+    """
     was_training = model.training
     model.eval()
     text = render_prompt(tokenizer, Conversation(list(messages), tools))
-    prompt = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
+    prompt = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(next(model.parameters()).device)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     output = model.generate(
         **prompt,
@@ -44,6 +50,7 @@ def sample_reply(
         top_k=None,
         use_cache=True,
         pad_token_id=pad_token_id,
+        synced_gpus=in_step,
     )
     model.train(was_training)
     reply = str(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
@@ -102,17 +109,18 @@ def reply_to_all(
     prompts: Sequence[dict[str, Any]],
     max_new_tokens: int,
 ) -> list[str]:
-    """Every rank answers its share; all get all answers, in order."""
+    """Every rank answers its share; all get all answers, in order. Under FSDP all ranks answer all, together."""
     from accelerate.utils import gather_object
 
     if not prompts:
         return []
-    adapted = accelerator.unwrap_model(model).model
-    mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
+    sharded = accelerator.is_fsdp2
+    unwrapped = accelerator.unwrap_model(model)
+    mine = range(len(prompts)) if sharded else range(accelerator.process_index, len(prompts), accelerator.num_processes)
     # Generation takes a token at a time and grows a cache: train.torch_compile would compile for that anew.
     with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
         replies = [
-            (i, sample_reply(adapted, tokenizer, prompts[i]["messages"], prompts[i]["tools"], max_new_tokens))
-            for i in mine
+            (i, sample_reply(unwrapped, tokenizer, asked["messages"], asked["tools"], max_new_tokens, sharded))
+            for i, asked in ((i, prompts[i]) for i in mine)
         ]
-    return [reply for _, reply in sorted(gather_object(replies))]
+    return [reply for _, reply in sorted(replies if sharded else gather_object(replies))]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from lora_core.config.schema import RunConfig
 from lora_core.data.counts import EncodedFile
@@ -156,6 +157,7 @@ def _set_up(
     optimizer = build_optimizer(adapted, config.train, accelerator.device)
     scheduler = build_scheduler(optimizer, plan)
     model, optimizer = accelerator.prepare(CausalLMLoss(adapted), optimizer)
+    register_fsdp_forward_method(model, "generate")  # it gathers embedding and head; without FSDP this does nothing
     seed_everything(config.train.seed, accelerator.process_index)
     run = Run(
         config=config,

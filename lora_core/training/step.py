@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_core.data.packing import to_device
 from lora_core.errors import TrainingError
+from lora_core.runtime.sharding import whole
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
@@ -73,7 +74,7 @@ def train_step(
     loss = float(_sum_over_ranks(accelerator, loss_sum)) / total_weight
 
     limit = math.inf if max_grad_norm is None else max_grad_norm
-    grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), limit))
+    grad_norm = float(whole(accelerator.clip_grad_norm_(model.parameters(), limit)))
     result = StepResult(loss, grad_norm, learning_rate, int(num_tokens))
     if result.is_finite:
         optimizer.step()
