@@ -35,7 +35,8 @@ class ModelConfig(Section):
         default="none", description="nf4 is QLoRA: 4 bits, double quantization, bfloat16 compute"
     )
     quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = Field(
-        default="uint8", description="what nf4 weights are stored as; under FSDP it must be the same as dtype"
+        default="uint8",
+        description="what nf4 weights are stored as; under FSDP it must be what is computed in, such as bfloat16",
     )
     attn_implementation: str = Field(
         default="sdpa", description="as transformers names it: sdpa, eager, flash_attention_2"

@@ -19,10 +19,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
+from torch import Tensor
 
 from lora_core.config.load import with_overrides
 from lora_core.config.schema import RunConfig
-from lora_core.errors import ConfigError
+from lora_core.errors import ConfigError, counted
+from lora_core.runtime import ranks
 from lora_core.runtime.launcher import asked_processes, omp_num_threads
 from lora_core.runtime.run_folder import check_run_folder
 from lora_core.runtime.sharding import fsdp_plugin, uses_fsdp
@@ -57,6 +59,13 @@ def build_accelerator(config: RunConfig) -> Accelerator:
             f"train.bf16=true: {torch.cuda.get_device_name()} has no bfloat16; fix: train.bf16=false",
             "bf16_unsupported",
         )
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if torch.cuda.is_available() and local_processes > torch.cuda.device_count():
+        raise ConfigError(
+            f"{local_processes} processes were started on this machine, which has "
+            f"{counted(torch.cuda.device_count(), 'GPU')}: each needs one of its own; fix: accelerate launch "
+            f"--num_processes {torch.cuda.device_count()} (times the number of machines)"
+        )
     if not torch.accelerator.is_available():
         use_all_cores()
         bound_shape_caches()
@@ -76,7 +85,9 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         fsdp_plugin=fsdp_plugin(config),
         # Not said, Accelerate runs each rank of a CPU launch as if it were alone.
         cpu=not torch.accelerator.is_available(),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.train.rank_timeout_s))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(ranks.backend(), timeout=timedelta(seconds=config.train.rank_timeout_s))
+        ],
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
@@ -224,9 +235,24 @@ def _bf16() -> Literal["native", "emulated", "none"]:
 
 def seed_everything(seed: int, rank: int) -> None:
     """Dropout masks differ by rank and repeat from run to run. (Row order and initial adapter have the plain seed.)"""
-    torch.manual_seed(seed + rank)
-    if torch.cuda.is_available():
-        torch.cuda.manual_seed_all(seed + rank)
+    torch.manual_seed(seed + rank)  # of all devices
+
+
+def random_states() -> dict[str, Tensor]:
+    """The states of this process's random numbers, by kind of device: what dropout draws next."""
+    return {"cpu": torch.get_rng_state()} | {kind: getattr(torch, kind).get_rng_state() for kind in _device_kinds()}
+
+
+def set_random_states(states: dict[str, Tensor]) -> None:
+    """Put back what `random_states` gave."""
+    torch.set_rng_state(states["cpu"])
+    for kind in _device_kinds():
+        if kind in states:  # not in those of a run on a CPU
+            getattr(torch, kind).set_rng_state(states[kind])
+
+
+def _device_kinds() -> list[str]:
+    return [kind for kind in ("cuda", "xpu", "mps") if getattr(torch, kind).is_available()]
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -17,6 +17,7 @@ from lora_core.data.counts import RowCounts
 from lora_core.model.base import load_base_model
 from lora_core.model.lora_linear import use_lean_lora
 from lora_core.runtime.devices import with_precision
+from lora_core.runtime.ranks import meet
 from lora_core.runtime.run_folder import whole_folder, write_json, write_text
 from lora_core.runtime.sharding import whole
 from lora_core.untrusted.text import values_without_secrets
@@ -73,7 +74,7 @@ def save_adapter(
             # PEFT wrote the model's name into it.
             adapter_config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
             write_json(folder / "adapter_config.json", adapter_config)
-    accelerator.wait_for_everyone()
+    meet()
 
 
 def model_card(config: RunConfig, counts: RowCounts) -> str:

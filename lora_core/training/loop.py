@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +22,7 @@ from lora_core.data.packing import Batching, BatchPrefetcher, RowIndices, StepBa
 from lora_core.errors import RankFault, RunStopped, TrainingError, counted
 from lora_core.preflight.findings import Facts
 from lora_core.preflight.memory import cheapest_change
-from lora_core.runtime.devices import peak_memory_bytes
+from lora_core.runtime.devices import peak_memory_bytes, random_states, set_random_states
 from lora_core.runtime.faults import StopSignals, free_memory, is_out_of_memory
 from lora_core.runtime.run_folder import MetricsFile
 from lora_core.schedule import SchedulePlan
@@ -31,7 +31,7 @@ from lora_core.training.checkpoint import CheckpointWriter, take_snapshot
 from lora_core.training.evaluate import EvalResult, ExampleLosses, evaluate_examples, write_examples
 from lora_core.training.progress import Progress
 from lora_core.training.replies import reply_to_all
-from lora_core.training.step import StepResult, train_step
+from lora_core.training.step import StepDropped, StepResult, train_step
 from lora_core.untrusted.text import showable
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ class Run:
     """A run between its setup and its summary: the parts, and what is done with them."""
 
     config: RunConfig
+    asked_config: RunConfig
+    """As it was asked for: a run that resumed on another number of processes has other accumulation steps."""
     accelerator: Accelerator
     facts: Facts
     fingerprint: str
@@ -80,7 +82,11 @@ class Run:
         bar = tqdm(total=total, initial=progress.step, unit="step", disable=hidden, dynamic_ncols=True)
         with bar, StopSignals() as signals:
             while progress.step < total and progress.evaluations_since_best < patience:
-                result, tokens_per_s = self.take_step()
+                try:
+                    result, tokens_per_s = self.take_step(lambda: signals.any_rank() is not None)
+                except StepDropped:
+                    self.save()
+                    self.stop(signals)
                 bar.set_postfix(
                     loss=f"{result.loss:.3f}",
                     lr=f"{result.learning_rate:.1e}",
@@ -100,7 +106,7 @@ class Run:
                     measured = self.measure()
                     is_best = measured is not None and progress.note_evaluation(measured)
                 is_last = is_last or progress.evaluations_since_best >= patience
-                stopped = signals.any_rank(self.accelerator)
+                stopped = signals.any_rank() is not None
                 keeps_best = is_best and config.keep_adapter == "best"
                 gives_up = progress.skipped_in_a_row >= config.max_skipped_steps
                 if not is_last and (stopped or gives_up or keeps_best or progress.step % save_every == 0):
@@ -115,11 +121,7 @@ class Run:
                         + "; fix: the rows above, a lower train.learning_rate, or train.bf16=true instead of float16"
                     )
                 if stopped and not is_last:
-                    self.finish_saving()
-                    raise RunStopped(
-                        f"stopped by {stopped} after step {progress.step} of {total}; a checkpoint is "
-                        f"in {self.folder / 'checkpoints'}; fix: --resume"
-                    )
+                    self.stop(signals)
         self.finish_saving()
         if progress.step < total:
             log(
@@ -134,11 +136,24 @@ class Run:
                 f"{total} optimizer steps were planned and taken, but the schedule is at {self.scheduler.last_epoch}"
             )
 
-    def take_step(self) -> tuple[StepResult, float]:
-        """The next optimizer step -> (its result, tokens/s). Where memory runs out, in smaller micro-batches."""
+    def stop(self, signals: StopSignals) -> NoReturn:
+        """End the run for a signal, with the checkpoint that was begun."""
+        self.finish_saving()
+        total = self.facts.plan.total_optimizer_steps
+        raise RunStopped(
+            f"stopped by {signals.any_rank()} after step {self.progress.step} of {total}; "
+            f"a checkpoint is in {self.folder / 'checkpoints'}; fix: --resume"
+        )
+
+    def take_step(self, should_stop: Callable[[], bool]) -> tuple[StepResult, float]:
+        """The next optimizer step -> (its result, tokens/s). Where memory runs out, in smaller micro-batches.
+
+        Raises:
+            StepDropped: `should_stop` said so between two micro-batches; all is as it was before the step.
+        """
         started = time.monotonic()
         step, lengths = self.progress.step, self.facts.train_data.lengths
-        random_state = torch.get_rng_state()
+        states = random_states()
         while True:
             taken = self.prefetcher.take(step, self.batching)
             try:
@@ -149,8 +164,12 @@ class Run:
                     self.scheduler,
                     taken.batches,
                     self.config.train.max_grad_norm,
+                    should_stop,
                 )
                 break
+            except StepDropped:
+                set_random_states(states)
+                raise
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -159,7 +178,7 @@ class Run:
                     raise self.out_of_memory(error) from error
             # Past the except, whose traceback would hold the step's tensors.
             self.optimizer.zero_grad()
-            torch.set_rng_state(random_state)
+            set_random_states(states)
             self.batching, self.progress.micro_batch_limit = smaller, smaller.limit
             log(
                 self.accelerator,
@@ -265,7 +284,12 @@ class Run:
     def save(self) -> None:
         """Begin to write a checkpoint of now."""
         self.finish_saving()
-        state = {**self.progress.to_dict(), "config": self.config.to_dict(), "data": self.fingerprint}
+        state = {
+            **self.progress.to_dict(),
+            "config": self.asked_config.to_dict(),
+            "rows_per_optimizer_step": self.facts.plan.rows_per_optimizer_step,
+            "data": self.fingerprint,
+        }
         snapshot = take_snapshot(self.accelerator, self.model, self.optimizer, self.scheduler, state)
         keeps_best = self.config.train.keep_adapter == "best" and self.progress.best is not None
         best = self.checkpoint_path(self.progress.best_step).name if keeps_best else None

@@ -15,6 +15,7 @@ from lora_core.data.counts import EncodedFile
 from lora_core.encoding.forms import render_prompt
 from lora_core.errors import DataError
 from lora_core.rows.messages import Conversation, Message, parse_json_row, shape_of
+from lora_core.runtime.ranks import gather_from_ranks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -110,8 +111,6 @@ def reply_to_all(
     max_new_tokens: int,
 ) -> list[str]:
     """Every rank answers its share; all get all answers, in order. Under FSDP all ranks answer all, together."""
-    from accelerate.utils import gather_object
-
     if not prompts:
         return []
     sharded = accelerator.is_fsdp2
@@ -123,4 +122,6 @@ def reply_to_all(
             (i, sample_reply(unwrapped, tokenizer, asked["messages"], asked["tools"], max_new_tokens, sharded))
             for i, asked in ((i, prompts[i]) for i in mine)
         ]
-    return [reply for _, reply in sorted(replies if sharded else gather_object(replies))]
+    if not sharded:
+        replies = [each for of_rank in gather_from_ranks(replies) for each in of_rank]
+    return [reply for _, reply in sorted(replies)]
