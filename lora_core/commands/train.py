@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_core.commands.command_line import Command, add_config_arguments, heavy_imports, quiet_libraries, say_first
 from lora_core.config.load import load_config
-from lora_core.errors import ConfigError
+from lora_core.errors import ConfigError, RunStopped
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -28,9 +28,15 @@ def _run(arguments: Namespace) -> None:
     say_first("importing PyTorch and transformers ...")
     with heavy_imports():
         quiet_libraries()
+        from lora_core.runtime.ranks import leave
         from lora_core.training.setup import train
 
-    train(config, arguments.resume)
+    try:
+        train(config, arguments.resume)
+    except RunStopped:
+        leave()  # all ranks are here; after another error some may be gone, and this would wait for them
+        raise
+    leave()
 
 
 COMMAND = Command("fine-tune: lora-core train --cfg NAME [--resume [CHECKPOINT]] [key=value ...]", _add_arguments, _run)

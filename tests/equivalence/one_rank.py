@@ -59,8 +59,10 @@ def set_distributed_type(accelerator: Accelerator, kind: DistributedType) -> Non
 def run(sharding: str, settings: list[str], copy: str | None = None, resume: int | None = None) -> None:
     setup: Any = importlib.import_module("lora_core.training.setup")
     setup.build_accelerator = build_sharding_accelerator if sharding == "fsdp2" else build_copying_accelerator
-    config = load_config("demo", settings)
-    folder = Path(config.output_dir)
+    folder = Path(load_config("demo", settings).output_dir)
+    # The other ranks may be on other machines, which know nothing of the run's folder.
+    elsewhere = [] if os.environ["RANK"] == "0" else [f"output_dir={folder.parent / 'elsewhere'}"]
+    config = load_config("demo", [*settings, *elsewhere])
     if copy is not None and os.environ["RANK"] == "0":
         shutil.copytree(copy, folder)
     train(config, None if resume is None else folder / f"checkpoints/step-{resume:06d}")

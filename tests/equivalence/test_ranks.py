@@ -148,6 +148,10 @@ def test_the_adapter_of_fsdp2_is_whole_and_loads_with_peft_alone(runs: Path, tin
     assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
 
 
+def test_only_the_first_rank_needs_the_run_folder(runs: Path) -> None:
+    assert not (runs / "elsewhere").exists()
+
+
 def test_sample_replies_of_fsdp2_are_those_of_one_rank(runs: Path) -> None:
     replies = [[e["before"] for e in events(runs / name, "sample")] for name in ("one", "fsdp2", "ddp")]
     assert replies[0] == replies[1] == replies[2]
