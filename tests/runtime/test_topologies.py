@@ -1,4 +1,4 @@
-"""The shipped Accelerate configurations are ones that Accelerate takes, and FSDP settings that do not work are refused."""
+"""The shipped Accelerate configurations are ones that Accelerate takes; FSDP settings that do not work are refused."""
 
 from __future__ import annotations
 
