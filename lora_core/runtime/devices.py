@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil  # comes with Accelerate
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, parse_flag_from_env
 from torch import Tensor
 
 from lora_core.config.load import with_overrides
@@ -60,7 +60,8 @@ def build_accelerator(config: RunConfig) -> Accelerator:
             "bf16_unsupported",
         )
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if torch.cuda.is_available() and local_processes > torch.cuda.device_count():
+    on_gpus = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+    if on_gpus and local_processes > torch.cuda.device_count():
         raise ConfigError(
             f"{local_processes} processes were started on this machine, which has "
             f"{counted(torch.cuda.device_count(), 'GPU')}: each needs one of its own; fix: accelerate launch "
@@ -240,19 +241,25 @@ def seed_everything(seed: int, rank: int) -> None:
 
 def random_states() -> dict[str, Tensor]:
     """The states of this process's random numbers, by kind of device: what dropout draws next."""
-    return {"cpu": torch.get_rng_state()} | {kind: getattr(torch, kind).get_rng_state() for kind in _device_kinds()}
+    kind, device = _accelerator()
+    return {"cpu": torch.get_rng_state()} | ({} if kind is None else {kind: device.get_rng_state()})
 
 
 def set_random_states(states: dict[str, Tensor]) -> None:
     """Put back what `random_states` gave."""
     torch.set_rng_state(states["cpu"])
-    for kind in _device_kinds():
-        if kind in states:  # not in those of a run on a CPU
-            getattr(torch, kind).set_rng_state(states[kind])
+    kind, device = _accelerator()
+    if kind in states:  # not in those of a run on a CPU
+        device.set_rng_state(states[kind])
 
 
-def _device_kinds() -> list[str]:
-    return [kind for kind in ("cuda", "xpu", "mps") if getattr(torch, kind).is_available()]
+def _accelerator() -> tuple[str | None, Any]:
+    """("cuda", torch.cuda) where there is such a device, as for xpu, mps, npu; (None, None) where there is none."""
+    if not torch.accelerator.is_available():
+        return None, None
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    return device.type, torch.get_device_module(device)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -69,9 +69,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def free_memory() -> None:
     """Free what a failed step used."""
     gc.collect()
-    for device in (torch.cuda, torch.xpu, torch.mps):
-        if device.is_available():
-            device.empty_cache()
+    if torch.accelerator.is_available():
+        torch.get_device_module().empty_cache()
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
 from lora_core.errors import LoraCoreError
@@ -24,7 +25,12 @@ _turns = itertools.count()  # of `first_on_each_machine`, the same in all ranks
 
 
 def backend() -> str | None:
-    """For `torch.distributed`: one backend for the device, and gloo for the CPU; None leaves it to Accelerate."""
+    """For `torch.distributed`: one backend for the device, and gloo for the CPU; None leaves it to Accelerate.
+
+    Accelerate takes a backend for a process of a launch alone, and none of a GPU where it was told to use the CPU.
+    """
+    if "LOCAL_RANK" not in os.environ or parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return None
     if torch.cuda.is_available():
         return "cuda:nccl,cpu:gloo"
     return "xpu:xccl,cpu:gloo" if torch.xpu.is_available() else None
