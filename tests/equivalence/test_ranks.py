@@ -123,9 +123,6 @@ def test_a_run_on_two_ranks_goes_on_with_one(
     assert "resume: 4 accumulation steps in place of 2 on 1 process, so that an optimizer step has 8 examples" in said
     assert "(2 per device x 4 accumulation steps x 1 process) = 3 optimizer steps per epoch, 9 in all" in said
     assert_same_run(runs / name, runs / "one")
-    # And once more: the checkpoint is now one of this run, and the command is still the first.
-    train(load_config("demo", own), runs / name / "checkpoints/step-000008")
-    assert_same_run(runs / name, runs / "one")
 
 
 def test_fsdp2_resumes_bit_for_bit_and_draws_the_same_dropout_when_it_recomputes(runs: Path) -> None:
