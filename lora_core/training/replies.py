@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Reply:
+    """What a model answered."""
+
+    text: str
+    ended: bool
+    """It came to its end, and was not cut off after so many tokens."""
+
+
 def sample_reply(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -29,6 +38,18 @@ def sample_reply(
     tools: Any,
     max_new_tokens: int,
 ) -> str:
+    """The text of `greedy_reply`."""
+    return greedy_reply(model, tokenizer, messages, tools, max_new_tokens).text
+
+
+@torch.no_grad()
+def greedy_reply(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: Any,
+    max_new_tokens: int,
+) -> Reply:
     """The model's greedy reply to messages that end with a user's turn."""
     was_training = model.training
     model.eval()
@@ -46,8 +67,10 @@ def sample_reply(
         pad_token_id=pad_token_id,
     )
     model.train(was_training)
-    reply = str(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
-    return reply.strip()
+    tokens = output[0, prompt["input_ids"].shape[1] :].tolist()
+    stops = model.generation_config.eos_token_id
+    ended = bool(tokens) and tokens[-1] in ([stops] if isinstance(stops, int) else stops or [])
+    return Reply(str(tokenizer.decode(tokens, skip_special_tokens=True)).strip(), ended)
 
 
 def sample_prompts(config: RunConfig, train_data: EncodedFile, eval_data: EncodedFile | None) -> list[dict[str, Any]]:
@@ -95,13 +118,18 @@ def _lines(path: Path, wanted: set[int]) -> dict[int, str]:
     return found
 
 
+def describe_reply(prompt: dict[str, Any], reply: Reply) -> dict[str, Any]:
+    """For metrics.jsonl: what was asked, and what was answered."""
+    return {"prompt": prompt["messages"][-1]["content"], "reply": reply.text, "ended": reply.ended}
+
+
 def reply_to_all(
     accelerator: Accelerator,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[dict[str, Any]],
     max_new_tokens: int,
-) -> list[str]:
+) -> list[Reply]:
     """Every rank answers its share; all get all answers, in order."""
     from accelerate.utils import gather_object
 
@@ -112,7 +140,7 @@ def reply_to_all(
     # Generation takes a token at a time and grows a cache: train.torch_compile would compile for that anew.
     with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
         replies = [
-            (i, sample_reply(adapted, tokenizer, prompts[i]["messages"], prompts[i]["tools"], max_new_tokens))
+            (i, greedy_reply(adapted, tokenizer, prompts[i]["messages"], prompts[i]["tools"], max_new_tokens))
             for i in mine
         ]
-    return [reply for _, reply in sorted(gather_object(replies))]
+    return [reply for _, reply in sorted(gather_object(replies), key=lambda numbered: numbered[0])]
