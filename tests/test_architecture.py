@@ -37,7 +37,7 @@ ORDER: dict[str, list[str]] = {
         "catalogue",
         "preflight",
     ],
-    "report": ["read", "words", "verdict", "plots", "page"],
+    "report": ["read", "words", "verdict", "plots", "page", "folders"],
     "training": [
         "step",
         "adapter_folder",
@@ -65,6 +65,7 @@ ORDER: dict[str, list[str]] = {
         "verify",
         "evaluate",
         "report",
+        "runs",
         "rows",
         "convert",
         "demo",

@@ -64,4 +64,4 @@ def _may_be_at_work(values: dict[str, Any]) -> bool:
     except (psutil.Error, ValueError, TypeError, KeyError):
         return False
     # Another process may have the number by now.
-    return abs(started - float(values.get("process_started", 0))) < 1.0
+    return bool(abs(started - float(values.get("process_started", 0))) < 1.0)

@@ -5,6 +5,7 @@ Every rank sees the same figures and raises the same alarms, so that all stop or
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,7 +128,7 @@ class Lookout:
         total = torch.stack(squares).sum().float().to(self._accelerator.device)
         summed = self._accelerator.reduce(total, "sum")
         assert isinstance(summed, Tensor)
-        return float(summed) ** 0.5
+        return math.sqrt(float(summed))
 
 
 def _values(parameter: nn.Parameter) -> Tensor:

@@ -68,4 +68,4 @@ class Pace:
         """
         if "step" not in self._seconds:
             return None
-        return sum(getattr(left, part) * sum(seen) / len(seen) for part, seen in self._seconds.items())
+        return sum(float(getattr(left, part)) * sum(seen) / len(seen) for part, seen in self._seconds.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class Trackers(Callback):
     def __init__(self, trackers: Mapping[Tracker, GeneralTracker], console: Console) -> None:
         self._trackers = trackers
         self._console = console
-        self.failures: dict[str, int] = {}
+        self.failures: dict[Tracker, int] = {}
         """Calls that a tracker failed at, of those with any."""
 
     def on_log(self, values: Mapping[str, Any]) -> None:
@@ -50,9 +51,9 @@ class Trackers(Callback):
     def _log(self, kind: str, values: Mapping[str, Any]) -> None:
         figures = {f"{kind}/{key}": value for key, value in values.items() if key != "step"}
         for name, tracker in self._trackers.items():
-            self._try(name, lambda tracker=tracker: tracker.log(figures, step=values["step"]))  # type: ignore[misc]
+            self._try(name, partial(tracker.log, figures, step=values["step"]))
 
-    def _try(self, name: str, call: Callable[[], object]) -> None:
+    def _try(self, name: Tracker, call: Callable[[], object]) -> None:
         try:
             call()
         except Exception as error:  # noqa: BLE001  # a full disk, a lost network, a fault of its own: none is the run's
