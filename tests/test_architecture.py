@@ -60,6 +60,7 @@ ORDER: dict[str, list[str]] = {
     "verification": ["table", "masks", "gradients", "runs", "reload", "contracts"],
     "commands": [
         "command_line",
+        "several",
         "train",
         "preflight",
         "verify",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from lora_core.commands.command_line import Command, add_config_arguments, heavy_imports, quiet_libraries
+from lora_core.commands.several import train_several
 from lora_core.config.load import load_config
 from lora_core.errors import ConfigError, LoraCoreError
 from lora_core.runtime.console import Console
@@ -24,6 +25,11 @@ def _add_arguments(parser: ArgumentParser) -> None:
         const="newest",
         metavar="CHECKPOINT",
         help="continue the run in output_dir, from its newest whole checkpoint or from the one named",
+    )
+    parser.add_argument(
+        "--models",
+        metavar="A,B,C",
+        help="train each of these in turn, the smallest first, in folders of output_dir; skip what does not fit",
     )
     add_output_arguments(parser)
 
@@ -68,10 +74,23 @@ def _stdout_for_events() -> Iterator[TextIO]:
         os.close(real)
 
 
+def _names(arguments: Namespace) -> list[str]:
+    """Of `--models`."""
+    names = list(dict.fromkeys(name.strip() for name in arguments.models.split(",") if name.strip()))
+    if not names or arguments.model:
+        raise ConfigError(f"--models {arguments.models}: needs names, and no --model beside it; fix: --models A,B")
+    if arguments.resume not in (None, "newest"):
+        raise ConfigError(f"--resume {arguments.resume}: with --models each resumes its newest; fix: --resume alone")
+    return names
+
+
 def _run(arguments: Namespace) -> None:
     if arguments.resume and "=" in arguments.resume and not Path(arguments.resume).exists():
         raise ConfigError(f"--resume took {arguments.resume} for a checkpoint; fix: put --resume at the end")
     with console_of(arguments) as console:
+        if arguments.models:
+            train_several(arguments, _names(arguments), console)
+            return
         config = load_config(arguments.cfg, arguments.overrides, arguments.model)
         console.say("importing PyTorch and transformers ...")
         with heavy_imports():

@@ -32,7 +32,7 @@ class Console:
 
     def __init__(self, mode: Mode = "lines", stream: TextIO | None = None) -> None:
         self.mode: Mode = mode
-        self._stream = stream
+        self.stream = stream
         self._is_main = os.environ.get("RANK", "0") == "0"
         self._log: TextIO | None = None
         self._waiting: list[str] = []
@@ -86,6 +86,6 @@ class Console:
             self._log = None
 
     def _print(self, text: str) -> None:
-        stream = sys.stdout if self._stream is None else self._stream
+        stream = sys.stdout if self.stream is None else self.stream
         tqdm.write(text, file=stream)  # above a bar, if there is one
         stream.flush()
