@@ -43,6 +43,8 @@ class StepSeen:
 class Watch:
     """What the alarms look back on. A checkpoint holds it, so that a resumed run raises what it would have raised."""
 
+    base: list[float] = field(default_factory=list)
+    """Losses of the base model: those of the steps before the first update with a learning rate above 0."""
     first: list[StepSeen] = field(default_factory=list)
     """The first few steps."""
     recent: list[StepSeen] = field(default_factory=list)
@@ -58,6 +60,8 @@ class Watch:
         return cls(**{**values, **steps})
 
     def note_step(self, seen: StepSeen) -> None:
+        if all(earlier.learning_rate == 0 for earlier in self.first):
+            self.base = [*self.base, seen.loss]
         self.first = [*self.first, seen][:_WINDOW]
         self.recent = [*self.recent, seen][-_CLIPPED_STEPS:]
 
@@ -91,8 +95,8 @@ def step_alarms(watch: Watch, warmup_steps: int, max_grad_norm: float | None) ->
     """All alarms that losses and gradients can raise."""
     return [
         gradient_zero(watch.recent),
-        loss_exploded(watch.first, watch.recent),
-        loss_rising(watch.recent, warmup_steps),
+        loss_exploded(watch.base, watch.recent),
+        loss_rising(watch.first, watch.recent, warmup_steps),
         gradient_clipped(watch.recent, max_grad_norm),
     ]
 
@@ -153,46 +157,48 @@ def loss_not_finite(step: int, loss: float, grad_norm: float, learning_rate: flo
     )
 
 
-def loss_exploded(first: Sequence[StepSeen], recent: Sequence[StepSeen]) -> Finding | None:
-    """The training loss is a multiple of what it was in the first steps: the run has diverged."""
+def loss_exploded(base: Sequence[float], recent: Sequence[StepSeen]) -> Finding | None:
+    """Each of the last steps has a multiple of the base model's loss: the run has diverged.
+
+    Args:
+        base: losses of the steps before anything was learned.
+    """
     last = recent[-_WINDOW:]
-    if len(first) < _WINDOW or last[0].step <= first[-1].step:
-        return None
-    start, now = _mean(first), _mean(last)
-    if now < _EXPLOSION * start or now - start < _ERRORS_FROM_NOISE * _spread(first, last):
+    lowest = min((seen.loss for seen in last), default=0.0)
+    if len(last) < _WINDOW or not base or lowest < _EXPLOSION * max(base) or lowest == 0:
         return None
     peak = max(seen.learning_rate for seen in recent)
     return Finding(
         "loss_exploded",
         "error",
-        f"training loss is {now / start:.1f} times what it was: {start:.2f} -> {now:.2f} (means of the first "
-        f"{_WINDOW} steps and of those to step {last[-1].step}); the run has diverged, as with a learning rate that is "
-        f"too high (here up to {peak:.1e})",
-        now,
-        _EXPLOSION * start,
+        f"the run has diverged: training loss was {max(base):.2f} before anything was learned, and {lowest:.2f} or "
+        f"more in each of the last {_WINDOW} steps, to step {last[-1].step}; the learning rate is too high (here up to "
+        f"{peak:.1e})",
+        lowest,
+        _EXPLOSION * max(base),
         lower_rate(peak),
     )
 
 
-def loss_rising(recent: Sequence[StepSeen], warmup_steps: int) -> Finding | None:
-    """The training loss went up as the learning rate came to its peak.
+def loss_rising(first: Sequence[StepSeen], recent: Sequence[StepSeen], warmup_steps: int) -> Finding | None:
+    """The training loss is higher at the learning rate's peak than it was at the start.
 
-    Looked at once, when as many steps came after the end of warmup as are compared before it.
+    Looked at once, when as many steps came after the end of warmup as are compared with the first ones.
     """
-    last_of_warmup = max(warmup_steps, _WINDOW)
-    before = [seen for seen in recent if seen.step <= last_of_warmup][-_WINDOW:]
-    after = [seen for seen in recent if seen.step > last_of_warmup]
-    if len(after) != _WINDOW or len(before) < _WINDOW:
+    end_of_warmup = max(warmup_steps, _WINDOW)
+    after = [seen for seen in recent if seen.step > end_of_warmup]
+    if len(after) != _WINDOW or len(first) < _WINDOW:
         return None
-    low, high = _mean(before), _mean(after)
-    if high - low < max(_RISE * low, _ERRORS_FROM_NOISE * _spread(before, after)):
+    low, high = _mean(first), _mean(after)
+    if high - low < max(_RISE * low, _ERRORS_FROM_NOISE * _spread(first, after)):
         return None
     peak = max(seen.learning_rate for seen in after)
     return Finding(
         "loss_rising",
         "warning",
-        f"training loss rises at the end of warmup: {low:.3f} -> {high:.3f} ({high / low - 1:+.0%}, means of "
-        f"{_WINDOW} steps to and after step {last_of_warmup}); a learning rate of {peak:.1e} may be too high",
+        f"training loss is higher after warmup than at the start: {low:.3f} -> {high:.3f} ({high / low - 1:+.0%}, "
+        f"means of the first {_WINDOW} steps and of the {_WINDOW} after step {end_of_warmup}); a rate of {peak:.1e} "
+        "may be too high",
         high,
         low,
         lower_rate(peak),
