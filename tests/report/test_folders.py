@@ -34,9 +34,7 @@ def listed(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str
     return found
 
 
-def test_runs_are_found_below_and_told_by_what_became_of_them(
-    outputs: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_runs_are_found_and_told_by_what_became_of_them(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = {Path(str(entry["run"])).name: entry for entry in listed(capsys)}
     assert {name: entry["state"] for name, entry in found.items()} == {
         "old": "finished",

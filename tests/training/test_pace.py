@@ -1,4 +1,4 @@
-"""How long a run still takes: every step, evaluation, checkpoint and reply that is left, counted as the loop does it."""
+"""How long a run still takes: each step, evaluation, checkpoint and reply that is left, as the loop takes them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ STEPS = st.integers(1, 60)
 
 
 @given(STEPS, STEPS, STEPS, st.data())
-def test_parts_are_counted_as_the_loop_takes_them(
-    total: int, eval_every: int, save_every: int, data: st.DataObject
-) -> None:
+def test_parts_are_counted(total: int, eval_every: int, save_every: int, data: st.DataObject) -> None:
     step = data.draw(st.integers(0, total))
     later = range(step + 1, total + 1)
     evaluations = [each for each in later if each % eval_every == 0 or each == total]
