@@ -125,7 +125,12 @@ def _settings(name: Tracker, run_name: str, folder: Path) -> dict[str, Any]:
         )
         return {"experiment_config": config}
     if name == "swanlab":
-        return {"experiment_name": run_name, "logdir": str(folder / "swanlab")}
+        import swanlab
+
+        quiet = swanlab.Settings(
+            probe={"runtime": False, "git": False, "requirements": False}, terminal={"proxy_type": "none"}
+        )
+        return {"name": run_name, "log_dir": str(folder / "swanlab"), "settings": quiet}
     return {"name": run_name}
 
 
