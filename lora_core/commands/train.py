@@ -13,7 +13,7 @@ from typing import TextIO
 from lora_core.commands.command_line import Command, add_config_arguments, heavy_imports, quiet_libraries
 from lora_core.commands.several import train_several
 from lora_core.config.load import load_config
-from lora_core.errors import ConfigError, LoraCoreError
+from lora_core.errors import ConfigError, LoraCoreError, RunStopped
 from lora_core.runtime.console import Console
 
 
@@ -95,9 +95,15 @@ def _run(arguments: Namespace) -> None:
         console.say("importing PyTorch and transformers ...")
         with heavy_imports():
             quiet_libraries()
+            from lora_core.runtime.ranks import leave
             from lora_core.training.setup import train
 
-        train(config, arguments.resume, console=console)
+        try:
+            train(config, arguments.resume, console=console)
+        except RunStopped:
+            leave()  # all ranks are here; after another error some may be gone, and this would wait for them
+            raise
+        leave()
 
 
 COMMAND = Command("fine-tune: lora-core train --cfg NAME [--resume [CHECKPOINT]] [key=value ...]", _add_arguments, _run)

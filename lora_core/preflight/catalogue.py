@@ -26,7 +26,7 @@ from lora_core.preflight.environment import (
     check_world_size,
 )
 from lora_core.preflight.findings import Facts, Finding, Severity
-from lora_core.preflight.memory import check_memory
+from lora_core.preflight.memory import check_memory, check_sharding
 from lora_core.preflight.rows import (
     check_borders,
     check_doubled_bos,
@@ -94,6 +94,7 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_optimizer, {"optimizer_cannot_run": "error", "optimizer_not_paged": "note"}),
     (check_fsdp_quantization, {"fsdp_quant_storage": "error"}),
     (check_memory, {"memory_too_small": "error", "micro_batches_smaller": "note"}),
+    (check_sharding, {"ddp_fits": "note", "fsdp_fits": "note"}),
     (check_world_size, {"world_size_differs": "error"}),
     (check_bf16, {"bf16_unsupported": "error", "bf16_slow": "warning"}),
     (check_bitsandbytes, {"bitsandbytes_missing": "error"}),

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import yaml
-from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from lora_core._version import __version__
 from lora_core.config.schema import RunConfig
@@ -18,7 +17,9 @@ from lora_core.data.counts import RowCounts
 from lora_core.model.base import load_base_model
 from lora_core.model.lora_linear import use_lean_lora
 from lora_core.runtime.devices import with_precision
+from lora_core.runtime.ranks import meet
 from lora_core.runtime.run_folder import whole_folder, write_json, write_text
+from lora_core.runtime.sharding import whole
 from lora_core.untrusted.text import values_without_secrets
 
 if TYPE_CHECKING:
@@ -42,6 +43,16 @@ def load_adapter(config: RunConfig, adapter_dir: str | Path, device: torch.devic
     return model
 
 
+def named_trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """What trains, by the names that it has on one device."""
+    return [(name.removeprefix("module."), p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of what trains, whole and in host memory; call it in every rank."""
+    return {name: whole(parameter.detach()).cpu().clone().contiguous() for name, parameter in named_trainable(model)}
+
+
 def save_adapter(
     accelerator: Accelerator,
     model: nn.Module,
@@ -52,7 +63,7 @@ def save_adapter(
 ) -> None:
     """Write the adapter as PEFT does, with tokenizer and model card; the folder appears whole or not at all."""
     adapted = accelerator.unwrap_model(model).model
-    state = accelerator.get_state_dict(model)
+    state = trainable_tensors(model)
     if accelerator.is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
         adapter_state = {name.removeprefix("model."): tensor for name, tensor in state.items() if "lora_" in name}
@@ -63,7 +74,7 @@ def save_adapter(
             # PEFT wrote the model's name into it.
             adapter_config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
             write_json(folder / "adapter_config.json", adapter_config)
-    accelerator.wait_for_everyone()
+    meet()
 
 
 def model_card(config: RunConfig, counts: RowCounts) -> str:

@@ -6,13 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-
 from lora_core.config.schema import RunConfig
 from lora_core.errors import ConfigError, LoraCoreError, RunStopped
 from lora_core.report.page import write_report
 from lora_core.runtime.console import Console
+from lora_core.runtime.ranks import from_first_rank
 from lora_core.runtime.run_state import State, write_state
 from lora_core.training.trackers import Trackers, start_trackers
 
@@ -27,24 +25,21 @@ class RecordedEnd:
         """Of the main process alone."""
         self.trackers: Sequence[Trackers] = ()
 
-    def begin(self, folder: Path, data_hash: str, resumed_at_step: int | None, accelerator: Accelerator) -> None:
+    def begin(self, folder: Path, data_hash: str, resumed_at_step: int | None, is_main: bool) -> None:
         """The run has its folder: open the log, and start the trackers. Call it in every rank.
 
         Raises:
             ConfigError: in every rank: a tracker cannot start.
         """
-        problem = None
-        if accelerator.is_main_process:
+        if is_main:
             self._folder = folder
             write_state(folder, "running")
             self._console.open_log(folder)
-            try:
-                self.trackers = [start_trackers(self._config, folder, data_hash, resumed_at_step, self._console)]
-            except ConfigError as error:
-                problem = str(error)
-        (problem,) = broadcast_object_list([problem])
-        if problem is not None:
-            raise ConfigError(problem)
+
+        def start() -> None:
+            self.trackers = [start_trackers(self._config, folder, data_hash, resumed_at_step, self._console)]
+
+        from_first_rank(start)
 
     def end(self, state: State, reason: str | None = None) -> None:
         """Write down how the run ended."""

@@ -10,14 +10,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
-
 from lora_core.config.schema import LoraConfig
 from lora_core.errors import ConfigError, counted
 from lora_core.report.page import write_report
 from lora_core.report.read import read_run
 from lora_core.report.verdict import judge, outcome_of
 from lora_core.runtime.devices import peak_memory_bytes
+from lora_core.runtime.ranks import from_first_rank, meet
 from lora_core.runtime.run_folder import write_json
 from lora_core.training.adapter_folder import save_adapter
 from lora_core.training.checkpoint import find_checkpoint, restore_adapter
@@ -73,8 +72,8 @@ def finish(run: Run, started: float) -> Summary:
         for alarm in progress.watch.raised:
             say(f"alarm at step {alarm['step']}: {alarm['message']}  [{alarm['id']}]", "always")
         say(summary.verdict, "always")
-    (summary,) = broadcast_object_list([summary])  # the others wait here until all is written
-    run.accelerator.wait_for_everyone()  # the main process must not end before each has it
+    summary = from_first_rank(lambda: summary)  # the others wait here until all is written
+    meet()  # the main process must not end before each has it
     assert isinstance(summary, Summary)
     run.journal.ended(summary)
     return summary
@@ -85,10 +84,13 @@ def take_best_adapter(run: Run) -> int:
     progress, path = run.progress, run.checkpoint_path(run.progress.best_step)
     if run.config.train.keep_adapter == "last" or progress.best is None or progress.best_step == progress.step:
         return progress.step
-    if not path.is_dir():  # it could not be written, and train.on_save_error=continue
+    best = from_first_rank(
+        lambda: find_checkpoint(run.folder, path, run.say, may_rename=False) if path.is_dir() else None
+    )
+    if best is None:  # it could not be written, and train.on_save_error=continue
         run.say(f"warning: {path} is missing, so adapter/ is of the last step, not of the best one", "always")
         return progress.step
-    restore_adapter(find_checkpoint(run.folder, path, run.say, may_rename=False), run.model)
+    restore_adapter(best, run.model)
     progress.after = progress.best
     return progress.best_step
 

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from lora_core.config.schema import RunConfig
 from lora_core.preflight.findings import Finding
+from lora_core.runtime.ranks import from_first_rank, sum_over_ranks
 from lora_core.schedule import SchedulePlan
 from lora_core.training.alarms import (
     StepSeen,
@@ -43,10 +42,9 @@ _VALUES = 1024
 class Lookout:
     """Of one run."""
 
-    def __init__(self, config: RunConfig, plan: SchedulePlan, accelerator: Accelerator, journal: Journal) -> None:
+    def __init__(self, config: RunConfig, plan: SchedulePlan, journal: Journal) -> None:
         self._config = config.train
         self._plan = plan
-        self._accelerator = accelerator
         self._journal = journal
         self._adapter: list[tuple[nn.Parameter, Tensor]] = []
         """What trains, with values of the start; empty once it is known that it moves."""
@@ -69,16 +67,11 @@ class Lookout:
 
     def after_evaluation(self, progress: Progress, losses_before: Path, examples: ExampleLosses) -> None:
         """The losses before are in a file, which the main process reads."""
-        found = None
-        if self._accelerator.is_main_process and progress.before is not None:
-            comparison = compare_with_before(losses_before, examples)
-            if comparison is not None:
-                rate = max(self._plan.learning_rates()[: progress.step])
-                change, error = comparison.change, comparison.standard_error
-                found = eval_loss_worse(progress.step, progress.before.loss, change, error, rate)
-        (found,) = broadcast_object_list([found])
-        assert found is None or isinstance(found, Finding)
-        self._raise(progress, [found])
+        comparison = from_first_rank(lambda: compare_with_before(losses_before, examples))
+        if comparison is not None and progress.before is not None:
+            rate = max(self._plan.learning_rates()[: progress.step])
+            change, error = comparison.change, comparison.standard_error
+            self._raise(progress, [eval_loss_worse(progress.step, progress.before.loss, change, error, rate)])
 
     def after_replies(
         self,
@@ -125,10 +118,7 @@ class Lookout:
     def _update_norm(self) -> float:
         """Frobenius norm of the change of the remembered values, over all ranks."""
         squares = [(_values(parameter) - start).double().square().sum().cpu() for parameter, start in self._adapter]
-        total = torch.stack(squares).sum().float().to(self._accelerator.device)
-        summed = self._accelerator.reduce(total, "sum")
-        assert isinstance(summed, Tensor)
-        return math.sqrt(float(summed))
+        return math.sqrt(float(sum_over_ranks(torch.stack(squares).sum())))
 
 
 def _values(parameter: nn.Parameter) -> Tensor:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +23,7 @@ from lora_core.preflight.findings import Facts
 from lora_core.preflight.memory import cheapest_change
 from lora_core.report.words import duration_text
 from lora_core.runtime.console import Kind
-from lora_core.runtime.devices import peak_memory_bytes
+from lora_core.runtime.devices import peak_memory_bytes, random_states, set_random_states
 from lora_core.runtime.faults import StopSignals, free_memory, is_out_of_memory
 from lora_core.training.checkpoint import CheckpointWriter, take_snapshot
 from lora_core.training.evaluate import EvalResult, ExampleLosses, evaluate_examples, write_examples
@@ -32,7 +32,7 @@ from lora_core.training.lookout import Lookout
 from lora_core.training.pace import Pace, parts_left
 from lora_core.training.progress import Progress
 from lora_core.training.replies import Reply, describe_reply, reply_to_all
-from lora_core.training.step import StepResult, train_step
+from lora_core.training.step import StepDropped, StepResult, train_step
 from lora_core.untrusted.text import printable
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ class Run:
     """A run between its setup and its summary: the parts, and what is done with them."""
 
     config: RunConfig
+    asked_config: RunConfig
+    """As it was asked for: a run that resumed on another number of processes has other accumulation steps."""
     accelerator: Accelerator
     facts: Facts
     fingerprint: str
@@ -79,7 +81,11 @@ class Run:
         total = plan.total_optimizer_steps
         with self.progress_bar() as bar, StopSignals() as signals:
             while progress.step < total and progress.evaluations_since_best < patience:
-                result, tokens_per_s = self.take_step()
+                try:
+                    result, tokens_per_s = self.take_step(lambda: signals.any_rank() is not None)
+                except StepDropped:
+                    self.save()
+                    self.stop(signals)
                 seconds_left = self.seconds_left()
                 bar.set_postfix_str(
                     f"loss {result.loss:.3f}, lr {result.learning_rate:.1e}, {tokens_per_s:.0f} tok/s, "
@@ -100,7 +106,7 @@ class Run:
                     if not is_last:
                         self.film()
                 is_last = is_last or progress.evaluations_since_best >= patience
-                stopped = signals.any_rank(self.accelerator)
+                stopped = signals.any_rank() is not None
                 keeps_best = is_best and config.keep_adapter == "best"
                 gives_up = progress.skipped_in_a_row >= config.max_skipped_steps
                 alarmed = self.lookout.stops(progress)
@@ -122,11 +128,7 @@ class Run:
                     kept = f"; a checkpoint is in {self.checkpoint_path(progress.step)}"
                     raise TrainingError(self.lookout.why(progress, kept))
                 if stopped and not is_last:
-                    self.finish_saving()
-                    raise RunStopped(
-                        f"stopped by {stopped} after step {progress.step} of {total}; a checkpoint is "
-                        f"in {self.folder / 'checkpoints'}; fix: --resume"
-                    )
+                    self.stop(signals)
         self.finish_saving()
         if progress.step < total:
             self.say(
@@ -161,11 +163,24 @@ class Run:
         left = parts_left(self.progress.step, total, eval_every, save_every, has_eval_set, bool(self.prompts))
         return self.pace.seconds_left(left)
 
-    def take_step(self) -> tuple[StepResult, float]:
-        """The next optimizer step -> (its result, tokens/s). Where memory runs out, in smaller micro-batches."""
+    def stop(self, signals: StopSignals) -> NoReturn:
+        """End the run for a signal, with the checkpoint that was begun."""
+        self.finish_saving()
+        total = self.facts.plan.total_optimizer_steps
+        raise RunStopped(
+            f"stopped by {signals.any_rank()} after step {self.progress.step} of {total}; "
+            f"a checkpoint is in {self.folder / 'checkpoints'}; fix: --resume"
+        )
+
+    def take_step(self, should_stop: Callable[[], bool]) -> tuple[StepResult, float]:
+        """The next optimizer step -> (its result, tokens/s). Where memory runs out, in smaller micro-batches.
+
+        Raises:
+            StepDropped: `should_stop` said so between two micro-batches; all is as it was before the step.
+        """
         started = time.monotonic()
         step, lengths = self.progress.step, self.facts.train_data.lengths
-        random_state = torch.get_rng_state()
+        states = random_states()
         while True:
             taken = self.prefetcher.take(step, self.batching)
             try:
@@ -176,8 +191,12 @@ class Run:
                     self.scheduler,
                     taken.batches,
                     self.config.train.max_grad_norm,
+                    should_stop,
                 )
                 break
+            except StepDropped:
+                set_random_states(states)
+                raise
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -186,7 +205,7 @@ class Run:
                     raise self.out_of_memory(error) from error
             # Past the except, whose traceback would hold the step's tensors.
             self.optimizer.zero_grad()
-            torch.set_rng_state(random_state)
+            set_random_states(states)
             self.batching, self.progress.micro_batch_limit = smaller, smaller.limit
             self.say(
                 f"warning: step {step + 1}: out of memory; repeated with micro-batches of at most "
@@ -321,7 +340,12 @@ class Run:
     def save(self) -> None:
         """Begin to write a checkpoint of now."""
         self.finish_saving()
-        state = {**self.progress.to_dict(), "config": self.config.to_dict(), "data": self.fingerprint}
+        state = {
+            **self.progress.to_dict(),
+            "config": self.asked_config.to_dict(),
+            "rows_per_optimizer_step": self.facts.plan.rows_per_optimizer_step,
+            "data": self.fingerprint,
+        }
         snapshot = take_snapshot(self.accelerator, self.model, self.optimizer, self.scheduler, state)
         keeps_best = self.config.train.keep_adapter == "best" and self.progress.best is not None
         best = self.checkpoint_path(self.progress.best_step).name if keeps_best else None

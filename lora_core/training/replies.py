@@ -16,6 +16,7 @@ from lora_core.data.counts import EncodedFile
 from lora_core.encoding.forms import render_prompt
 from lora_core.errors import DataError
 from lora_core.rows.messages import Conversation, Message, parse_json_row, shape_of
+from lora_core.runtime.ranks import gather_from_ranks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,9 +38,10 @@ def sample_reply(
     messages: Sequence[Message],
     tools: Any,
     max_new_tokens: int,
+    in_step: bool = False,
 ) -> str:
     """The text of `greedy_reply`."""
-    return greedy_reply(model, tokenizer, messages, tools, max_new_tokens).text
+    return greedy_reply(model, tokenizer, messages, tools, max_new_tokens, in_step).text
 
 
 @torch.no_grad()
@@ -49,12 +51,18 @@ def greedy_reply(
     messages: Sequence[Message],
     tools: Any,
     max_new_tokens: int,
+    in_step: bool = False,
 ) -> Reply:
-    """The model's greedy reply to messages that end with a user's turn."""
+    """The model's greedy reply to messages that end with a user's turn.
+
+    Args:
+        model: with `generate`, such as transformers' own or a `CausalLMLoss`.
+        in_step: all ranks answer, and none stops before the others: each token needs weights of all.
+    """
     was_training = model.training
     model.eval()
     text = render_prompt(tokenizer, Conversation(list(messages), tools))
-    prompt = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
+    prompt = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(next(model.parameters()).device)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     output = model.generate(
         **prompt,
@@ -65,6 +73,7 @@ def greedy_reply(
         top_k=None,
         use_cache=True,
         pad_token_id=pad_token_id,
+        synced_gpus=in_step,
     )
     model.train(was_training)
     tokens = output[0, prompt["input_ids"].shape[1] :].tolist()
@@ -130,17 +139,18 @@ def reply_to_all(
     prompts: Sequence[dict[str, Any]],
     max_new_tokens: int,
 ) -> list[Reply]:
-    """Every rank answers its share; all get all answers, in order."""
-    from accelerate.utils import gather_object
-
+    """Every rank answers its share; all get all answers, in order. Under FSDP all ranks answer all, together."""
     if not prompts:
         return []
-    adapted = accelerator.unwrap_model(model).model
-    mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
+    sharded = accelerator.is_fsdp2
+    unwrapped = accelerator.unwrap_model(model)
+    mine = range(len(prompts)) if sharded else range(accelerator.process_index, len(prompts), accelerator.num_processes)
     # Generation takes a token at a time and grows a cache: train.torch_compile would compile for that anew.
     with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
         replies = [
-            (i, greedy_reply(adapted, tokenizer, prompts[i]["messages"], prompts[i]["tools"], max_new_tokens))
-            for i in mine
+            (i, greedy_reply(unwrapped, tokenizer, asked["messages"], asked["tools"], max_new_tokens, sharded))
+            for i, asked in ((i, prompts[i]) for i in mine)
         ]
-    return [reply for _, reply in sorted(gather_object(replies), key=lambda numbered: numbered[0])]
+    if not sharded:
+        replies = [each for of_rank in gather_from_ranks(replies) for each in of_rank]
+    return [reply for _, reply in sorted(replies, key=lambda numbered: numbered[0])]

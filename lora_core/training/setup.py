@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from lora_core.config.schema import RunConfig
 from lora_core.data.counts import EncodedFile
@@ -27,6 +27,7 @@ from lora_core.runtime.console import Console
 from lora_core.runtime.devices import build_accelerator, look_around, seed_everything, with_precision
 from lora_core.runtime.faults import naming_lost_ranks
 from lora_core.runtime.launcher import end_with_launcher
+from lora_core.runtime.ranks import first_on_each_machine, from_first_rank, meet
 from lora_core.runtime.run_folder import (
     MetricsFile,
     check_run_folder,
@@ -37,14 +38,7 @@ from lora_core.runtime.run_folder import (
 )
 from lora_core.schedule import SchedulePlan
 from lora_core.training.callbacks import Callback
-from lora_core.training.checkpoint import (
-    CheckpointWriter,
-    check_same_run,
-    data_hash,
-    find_checkpoint,
-    restore,
-    set_aside_newer,
-)
+from lora_core.training.checkpoint import CheckpointWriter, find_checkpoint, restore, set_aside_newer
 from lora_core.training.end import RecordedEnd, recorded_end
 from lora_core.training.finish import finish
 from lora_core.training.journal import Journal
@@ -52,6 +46,7 @@ from lora_core.training.lookout import Lookout
 from lora_core.training.loop import Run
 from lora_core.training.progress import Progress
 from lora_core.training.replies import sample_prompts
+from lora_core.training.resume import check_same_run, data_hash, keep_rows_per_step
 from lora_core.training.summary import Summary
 
 if TYPE_CHECKING:
@@ -107,9 +102,17 @@ def _set_up(
     """Everything up to the first step, or to the step that a checkpoint was written after."""
     say = console.say
 
+    folder = Path(config.output_dir).expanduser()
+    checkpoint, asked_config = None, config
+    if resume is not None:  # how many examples a step has is in the checkpoint
+        asked = None if resume == "newest" else Path(resume)
+        checkpoint = from_first_rank(lambda: find_checkpoint(folder, asked, say, may_rename=True))
+        config, replanned = keep_rows_per_step(checkpoint, config, accelerator.num_processes)
+        if replanned is not None:
+            say(f"resume: {replanned}")
     # Data first: it is cheap, and most mistakes are in it.
     tokenizer = load_tokenizer(config.model, config.data)
-    with accelerator.main_process_first():
+    with first_on_each_machine():
         train_data, eval_data = load_data(config, tokenizer)
     say(f"train: {config.data.train_source}: {train_data.counts}")
     for note in train_data.places.notes:
@@ -119,7 +122,7 @@ def _set_up(
         for note in eval_data.places.notes if config.data.eval_file is not None else ():
             say(f"       {note}")
     # What the main process sees decides for all: free memory and disk differ from moment to moment.
-    environment = broadcast_object_list([look_around(config, accelerator.num_processes)])[0]
+    environment = from_first_rank(lambda: look_around(config, accelerator.num_processes))
     if resume is not None:  # the run that is there is the one to resume
         environment = replace(environment, output_dir_problem=None)
     say("checking the run, and predicting its memory ...")
@@ -133,16 +136,12 @@ def _set_up(
         say(str(finding), "detail" if finding.severity == "note" else "always")
 
     fingerprint = data_hash(train_data, eval_data)
-    folder = Path(config.output_dir).expanduser()
-    checkpoint = None
-    if resume is None:
-        check_run_folder(config.output_dir, config.overwrite_output_dir)
+    if checkpoint is None:
+        from_first_rank(lambda: check_run_folder(config.output_dir, config.overwrite_output_dir))
     else:
-        asked = None if resume == "newest" else Path(resume)
-        checkpoint = find_checkpoint(folder, asked, say, accelerator.is_main_process)
         for difference in check_same_run(checkpoint, config, fingerprint, accelerator.num_processes):
             say(f"resume: {difference}")
-    accelerator.wait_for_everyone()  # all have looked before one writes
+    meet()  # all have looked before one writes
 
     say(f"loading {config.model.name_or_path} ...")
     base = load_base_model(config.model, accelerator.device, config.data.packing)
@@ -161,17 +160,19 @@ def _set_up(
         write_json(folder / "preflight.json", report(facts, findings))
         write_json(folder / "rows.json", rows_as_seen(tokenizer, train_data))
     resumed_at_step = checkpoint.step if checkpoint else None
-    end.begin(folder, fingerprint, resumed_at_step, accelerator)
-    accelerator.wait_for_everyone()
+    end.begin(folder, fingerprint, resumed_at_step, accelerator.is_main_process)
+    meet()
     say(f"model: {config.model.name_or_path} on {accelerator.device}: {describe_parameters(adapted)}")
     optimizer = build_optimizer(adapted, config.train, accelerator.device)
     scheduler = build_scheduler(optimizer, plan)
     model, optimizer = accelerator.prepare(CausalLMLoss(adapted), optimizer)
+    register_fsdp_forward_method(model, "generate")  # it gathers embedding and head; without FSDP this does nothing
     seed_everything(config.train.seed, accelerator.process_index)
     told = (*end.trackers, *callbacks) if accelerator.is_main_process else ()
     journal = Journal(console, MetricsFile(folder / "metrics.jsonl", accelerator.is_main_process), told)
     run = Run(
         config=config,
+        asked_config=asked_config,
         accelerator=accelerator,
         facts=facts,
         fingerprint=fingerprint,
@@ -185,7 +186,7 @@ def _set_up(
         progress=Progress(),
         resumed_at_step=resumed_at_step,
         journal=journal,
-        lookout=Lookout(config, plan, accelerator, journal),
+        lookout=Lookout(config, plan, journal),
     )
     if checkpoint is None:
         run.progress.micro_batch_limit = micro_batch_limit_that_fits(facts)

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from lora_core.data.packing import to_device
 from lora_core.errors import TrainingError
+from lora_core.runtime.ranks import sum_over_ranks
+from lora_core.runtime.sharding import whole
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
+
+
+class StepDropped(Exception):
+    """A step was given up between two micro-batches, and nothing of it is left."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ def train_step(
     scheduler: LRScheduler,
     batches: Sequence[dict[str, Any]],
     max_grad_norm: float | None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> StepResult:
     """One optimizer step over this rank's micro-batches.
 
@@ -52,28 +59,34 @@ def train_step(
     parameters and optimizer are left as they were; the schedule advances either way, because it is a function of the
     step.
 
+    Args:
+        should_stop: asked between two micro-batches, in every rank; all must get the same answer.
+
     Raises:
+        StepDropped: `should_stop` said so; parameters and optimizer are as they were.
         TrainingError: there is no loss token.
     """
-    exact = torch.float32 if accelerator.device.type == "mps" else torch.float64  # MPS has no float64
-    local = torch.tensor([_tokens_and_weight(batch) for batch in batches], dtype=exact).sum(dim=0)
-    num_tokens, total_weight = _sum_over_ranks(accelerator, local).tolist()
+    local = torch.tensor([_tokens_and_weight(batch) for batch in batches], dtype=torch.float64).sum(dim=0)
+    num_tokens, total_weight = sum_over_ranks(local).tolist()
     if total_weight == 0:
         raise TrainingError("an optimizer step has no loss token; fix: drop rows without loss tokens before training")
     learning_rate = optimizer.param_groups[0]["lr"]
 
     loss_sum = torch.zeros((), dtype=torch.float32, device=accelerator.device)
     for index, batch in enumerate(batches):
+        if index > 0 and should_stop is not None and should_stop():
+            optimizer.zero_grad()
+            raise StepDropped
         last = index == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
             micro_loss_sum = model(**to_device(batch, accelerator.device)).loss_sum
             # DDP and FSDP average gradients over ranks; times their number, the average is the sum.
             accelerator.backward(micro_loss_sum * (accelerator.num_processes / total_weight))
         loss_sum += micro_loss_sum.detach()
-    loss = float(_sum_over_ranks(accelerator, loss_sum)) / total_weight
+    loss = float(sum_over_ranks(loss_sum.cpu().double())) / total_weight  # on the CPU: MPS has no float64
 
     limit = math.inf if max_grad_norm is None else max_grad_norm
-    grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), limit))
+    grad_norm = float(whole(accelerator.clip_grad_norm_(model.parameters(), limit)))
     result = StepResult(loss, grad_norm, learning_rate, int(num_tokens))
     if result.is_finite:
         optimizer.step()
@@ -87,9 +100,3 @@ def _tokens_and_weight(batch: dict[str, Any]) -> tuple[float, float]:
     mask = batch["loss_mask"][:, 1:]
     number = float(mask.sum())
     return number, float(batch["loss_weights"][:, 1:][mask].sum()) if "loss_weights" in batch else number
-
-
-def _sum_over_ranks(accelerator: Accelerator, value: Tensor) -> Tensor:
-    total = accelerator.reduce(value.detach().to(accelerator.device), "sum")
-    assert isinstance(total, Tensor)
-    return total
