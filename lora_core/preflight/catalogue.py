@@ -22,6 +22,7 @@ from lora_core.preflight.environment import (
     check_bitsandbytes,
     check_disk,
     check_output_dir,
+    check_trackers,
     check_world_size,
 )
 from lora_core.preflight.findings import Facts, Finding, Severity
@@ -97,13 +98,14 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_world_size, {"world_size_differs": "error"}),
     (check_bf16, {"bf16_unsupported": "error", "bf16_slow": "warning"}),
     (check_bitsandbytes, {"bitsandbytes_missing": "error"}),
+    (check_trackers, {"tracker_missing": "error"}),
     (check_disk, {"disk_too_small": "error"}),
     (check_output_dir, {"output_dir_taken": "error"}),
 ]
 
 ERROR_IDS = tuple(name for _, ids in CHECKS for name, severity in ids.items() if severity == "error")
 # Errors that would only fail later, with a less clear message, cannot be allowed.
-NEVER_ALLOWED = ("targets_missing", "bitsandbytes_missing", "output_dir_taken")
+NEVER_ALLOWED = ("targets_missing", "bitsandbytes_missing", "tracker_missing", "output_dir_taken")
 
 
 def documentation() -> str:

@@ -176,6 +176,8 @@ class Environment:
     output_dir_problem: str | None
     free_output_dir: str | None
     """A name beside output_dir that is not taken, where output_dir is."""
+    missing_trackers: tuple[str, ...] = ()
+    """Of train.report_to, those whose package is not installed."""
 
 
 def look_around(config: RunConfig, num_processes: int, gpu_memory_gib: float | None = None) -> Environment:
@@ -205,6 +207,7 @@ def look_around(config: RunConfig, num_processes: int, gpu_memory_gib: float | N
         free_disk_bytes=shutil.disk_usage(existing).free,
         output_dir_problem=problem,
         free_output_dir=next((name for name in free_names if not Path(name).expanduser().exists()), None),
+        missing_trackers=tuple(name for name in config.train.trackers if find_spec(name) is None),
     )
 
 

@@ -201,14 +201,19 @@ def write_examples(path: Path, data: EncodedFile, before: ExampleLosses) -> None
     write_text(path, json.dumps(columns) + "\n")
 
 
-def finish_examples(path: Path, after: ExampleLosses) -> Comparison | None:
-    """Add the losses after training to `write_examples`' file and compare; None if that is not what was written."""
+def compare_with_before(path: Path, now: ExampleLosses) -> Comparison | None:
+    """Compare with the losses in `write_examples`' file; None if that is not what was written."""
     try:
-        columns = json.loads(path.read_text(encoding="utf-8"))
-        before = np.array(columns["loss_before"], dtype=np.float64)
+        before = np.array(json.loads(path.read_text(encoding="utf-8"))["loss_before"], dtype=np.float64)
     except (OSError, ValueError, TypeError, KeyError):  # a run that was started before there was such a file
         return None
-    if before.shape != after.loss_sums.shape:
-        return None
-    write_text(path, json.dumps({**columns, "loss_after": after.means().tolist()}) + "\n")
-    return compare_examples(before, after.means(), after.num_tokens)
+    return compare_examples(before, now.means(), now.num_tokens) if before.shape == now.loss_sums.shape else None
+
+
+def finish_examples(path: Path, after: ExampleLosses) -> Comparison | None:
+    """Add the losses after training to `write_examples`' file and compare, as `compare_with_before`."""
+    comparison = compare_with_before(path, after)
+    if comparison is not None:
+        columns = json.loads(path.read_text(encoding="utf-8"))
+        write_text(path, json.dumps({**columns, "loss_after": after.means().tolist()}) + "\n")
+    return comparison

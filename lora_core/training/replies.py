@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Reply:
+    """What a model answered."""
+
+    text: str
+    ended: bool
+    """It came to its end, and was not cut off after so many tokens."""
+
+
 def sample_reply(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -31,6 +40,19 @@ def sample_reply(
     max_new_tokens: int,
     in_step: bool = False,
 ) -> str:
+    """The text of `greedy_reply`."""
+    return greedy_reply(model, tokenizer, messages, tools, max_new_tokens, in_step).text
+
+
+@torch.no_grad()
+def greedy_reply(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: Any,
+    max_new_tokens: int,
+    in_step: bool = False,
+) -> Reply:
     """The model's greedy reply to messages that end with a user's turn.
 
     Args:
@@ -54,8 +76,10 @@ def sample_reply(
         synced_gpus=in_step,
     )
     model.train(was_training)
-    reply = str(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
-    return reply.strip()
+    tokens = output[0, prompt["input_ids"].shape[1] :].tolist()
+    stops = model.generation_config.eos_token_id
+    ended = bool(tokens) and tokens[-1] in ([stops] if isinstance(stops, int) else stops or [])
+    return Reply(str(tokenizer.decode(tokens, skip_special_tokens=True)).strip(), ended)
 
 
 def sample_prompts(config: RunConfig, train_data: EncodedFile, eval_data: EncodedFile | None) -> list[dict[str, Any]]:
@@ -103,13 +127,18 @@ def _lines(path: Path, wanted: set[int]) -> dict[int, str]:
     return found
 
 
+def describe_reply(prompt: dict[str, Any], reply: Reply) -> dict[str, Any]:
+    """For metrics.jsonl: what was asked, and what was answered."""
+    return {"prompt": prompt["messages"][-1]["content"], "reply": reply.text, "ended": reply.ended}
+
+
 def reply_to_all(
     accelerator: Accelerator,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[dict[str, Any]],
     max_new_tokens: int,
-) -> list[str]:
+) -> list[Reply]:
     """Every rank answers its share; all get all answers, in order. Under FSDP all ranks answer all, together."""
     if not prompts:
         return []
@@ -119,9 +148,9 @@ def reply_to_all(
     # Generation takes a token at a time and grows a cache: train.torch_compile would compile for that anew.
     with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
         replies = [
-            (i, sample_reply(unwrapped, tokenizer, asked["messages"], asked["tools"], max_new_tokens, sharded))
+            (i, greedy_reply(unwrapped, tokenizer, asked["messages"], asked["tools"], max_new_tokens, sharded))
             for i, asked in ((i, prompts[i]) for i in mine)
         ]
     if not sharded:
         replies = [each for of_rank in gather_from_ranks(replies) for each in of_rank]
-    return [reply for _, reply in sorted(replies)]
+    return [reply for _, reply in sorted(replies, key=lambda numbered: numbered[0])]

@@ -28,7 +28,11 @@ _FREE_KEYS = frozenset(
         "train.save_steps",
         "train.save_total_limit",
         "train.num_sample_replies",
+        "train.num_eval_replies",
         "train.sample_max_new_tokens",
+        "train.report_to",
+        "train.tracker_project",
+        "train.on_alarm",
         "preflight.allow",
     }
 )

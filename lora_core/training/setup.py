@@ -17,12 +17,13 @@ from lora_core.data.encoded import load_data, pad_id
 from lora_core.data.in_memory import with_rows
 from lora_core.data.packing import train_batching
 from lora_core.encoding.chat import text_spans
-from lora_core.errors import counted
+from lora_core.errors import ConfigError, counted
 from lora_core.model.base import add_adapter, compile_layers, describe_parameters, load_base_model, load_tokenizer
 from lora_core.model.loss import CausalLMLoss, check_head
 from lora_core.model.optimizer import build_optimizer, build_scheduler
 from lora_core.preflight.memory import micro_batch_limit_that_fits
 from lora_core.preflight.preflight import eval_source, gather_facts, refuse_errors, report, run_checks
+from lora_core.runtime.console import Console
 from lora_core.runtime.devices import build_accelerator, look_around, seed_everything, with_precision
 from lora_core.runtime.faults import naming_lost_ranks
 from lora_core.runtime.launcher import end_with_launcher
@@ -38,13 +39,15 @@ from lora_core.runtime.run_folder import (
 from lora_core.schedule import SchedulePlan
 from lora_core.training.callbacks import Callback
 from lora_core.training.checkpoint import CheckpointWriter, find_checkpoint, restore, set_aside_newer
+from lora_core.training.end import RecordedEnd, recorded_end
 from lora_core.training.finish import finish
+from lora_core.training.journal import Journal
+from lora_core.training.lookout import Lookout
 from lora_core.training.loop import Run
 from lora_core.training.progress import Progress
 from lora_core.training.replies import sample_prompts
 from lora_core.training.resume import check_same_run, data_hash, keep_rows_per_step
 from lora_core.training.summary import Summary
-from lora_core.untrusted.text import showable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,6 +60,7 @@ def train(
     rows: Iterable[Mapping[str, Any]] | None = None,
     eval_rows: Iterable[Mapping[str, Any]] | None = None,
     callbacks: Sequence[Callback] = (),
+    console: Console | None = None,
 ) -> Summary:
     """Fine-tune as the configuration says; returns what is written to `summary.json`.
 
@@ -68,6 +72,7 @@ def train(
         rows: dicts as a line of a file may hold, or a `datasets.Dataset` of them, in place of `data.train_file`.
         eval_rows: the same, in place of `data.eval_file`.
         callbacks: told of log lines, evaluations, checkpoints and the end, in the main process.
+        console: where lines and events go; None prints lines to stdout.
 
     Raises:
         RunStopped: SIGTERM, SIGINT or SIGUSR1 came; a checkpoint was written.
@@ -77,21 +82,25 @@ def train(
     end_with_launcher()
     config, precision = with_precision(with_rows(config, rows, eval_rows))
     accelerator = build_accelerator(config)
+    console = console or Console()
     if precision is not None:
-        accelerator.print(precision)
-    with naming_lost_ranks(accelerator, config.train.rank_timeout_s):
-        run = _set_up(config, accelerator, resume, callbacks)
+        console.say(precision)
+    with naming_lost_ranks(accelerator, config.train.rank_timeout_s), recorded_end(config, console) as end:
+        run = _set_up(config, accelerator, resume, callbacks, console, end)
         run.train()
         return finish(run, started)
 
 
 def _set_up(
-    config: RunConfig, accelerator: Accelerator, resume: str | Path | None, callbacks: Sequence[Callback]
+    config: RunConfig,
+    accelerator: Accelerator,
+    resume: str | Path | None,
+    callbacks: Sequence[Callback],
+    console: Console,
+    end: RecordedEnd,
 ) -> Run:
     """Everything up to the first step, or to the step that a checkpoint was written after."""
-
-    def say(line: str) -> None:
-        accelerator.print(showable(line))
+    say = console.say
 
     folder = Path(config.output_dir).expanduser()
     checkpoint, asked_config = None, config
@@ -124,7 +133,7 @@ def _set_up(
     findings = run_checks(facts)
     refuse_errors(findings, config.preflight.allow)
     for finding in findings:
-        say(str(finding))
+        say(str(finding), "detail" if finding.severity == "note" else "always")
 
     fingerprint = data_hash(train_data, eval_data)
     if checkpoint is None:
@@ -150,6 +159,8 @@ def _set_up(
         write_text(folder / "config.yaml", config.to_yaml())
         write_json(folder / "preflight.json", report(facts, findings))
         write_json(folder / "rows.json", rows_as_seen(tokenizer, train_data))
+    resumed_at_step = checkpoint.step if checkpoint else None
+    end.begin(folder, fingerprint, resumed_at_step, accelerator.is_main_process)
     meet()
     say(f"model: {config.model.name_or_path} on {accelerator.device}: {describe_parameters(adapted)}")
     optimizer = build_optimizer(adapted, config.train, accelerator.device)
@@ -157,6 +168,8 @@ def _set_up(
     model, optimizer = accelerator.prepare(CausalLMLoss(adapted), optimizer)
     register_fsdp_forward_method(model, "generate")  # it gathers embedding and head; without FSDP this does nothing
     seed_everything(config.train.seed, accelerator.process_index)
+    told = (*end.trackers, *callbacks) if accelerator.is_main_process else ()
+    journal = Journal(console, MetricsFile(folder / "metrics.jsonl", accelerator.is_main_process), told)
     run = Run(
         config=config,
         asked_config=asked_config,
@@ -168,21 +181,27 @@ def _set_up(
         optimizer=optimizer,
         scheduler=scheduler,
         batching=train_batching(config, pad_id(tokenizer)),
-        metrics=MetricsFile(folder / "metrics.jsonl", accelerator.is_main_process),
         writer=CheckpointWriter(accelerator),
         prompts=sample_prompts(config, train_data, eval_data),
         progress=Progress(),
-        resumed_at_step=checkpoint.step if checkpoint else None,
-        callbacks=callbacks if accelerator.is_main_process else (),
+        resumed_at_step=resumed_at_step,
+        journal=journal,
+        lookout=Lookout(config, plan, journal),
     )
     if checkpoint is None:
         run.progress.micro_batch_limit = micro_batch_limit_that_fits(facts)
         if eval_data is not None:
             say(f"evaluating {counted(len(eval_data.lengths), 'example')} before training ...")
         run.progress.before = run.progress.after = run.measure()
-        run.progress.replies_before = run.reply("before")
+        replies = run.reply("before")
+        run.progress.replies_before = [reply.text for reply in replies]
+        run.progress.ended_before = [reply.ended for reply in replies]
+        run.keep_replies(replies, 0)
     else:
-        run.progress = Progress.from_dict({key: checkpoint.state[key] for key in Progress().to_dict()})
+        known = Progress().to_dict().keys() & checkpoint.state.keys()
+        run.progress = Progress.from_dict({key: checkpoint.state[key] for key in known})
+        if run.lookout.stops(run.progress):
+            raise ConfigError(f"--resume {checkpoint.path}: {run.lookout.why(run.progress)}")
         restore(checkpoint, accelerator, model, optimizer, scheduler)
         say(f"resume: from {checkpoint.path}, at step {run.progress.step} of {plan.total_optimizer_steps}")
     if run.progress.micro_batch_limit is not None:
