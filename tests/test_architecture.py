@@ -42,6 +42,7 @@ ORDER: dict[str, list[str]] = {
         "step",
         "adapter_folder",
         "evaluate",
+        "generation",
         "replies",
         "progress",
         "checkpoint",
@@ -52,6 +53,7 @@ ORDER: dict[str, list[str]] = {
         "finish",
         "setup",
     ],
+    "export": ["opened", "chat", "questions", "paired", "evaluation", "harness"],
     "verification": ["table", "masks", "gradients", "runs", "reload", "contracts"],
     "commands": [
         "command_line",
@@ -59,6 +61,7 @@ ORDER: dict[str, list[str]] = {
         "preflight",
         "verify",
         "evaluate",
+        "chat",
         "report",
         "rows",
         "convert",
@@ -78,6 +81,7 @@ NEEDS_TORCH = {
     "runtime.faults",
     "preflight.model_facts",
     "training",
+    "export",
     "verification",
 }
 MOST_LINES = 400

@@ -12,17 +12,16 @@ from torch import nn
 
 from lora_core.config.schema import RunConfig
 from lora_core.data.counts import EncodedFile
-from lora_core.encoding.forms import render_prompt
 from lora_core.errors import DataError
 from lora_core.rows.messages import Conversation, Message, parse_json_row, shape_of
 from lora_core.runtime.ranks import gather_from_ranks
+from lora_core.training.generation import encode_prompt, generate_reply
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase
 
 
-@torch.no_grad()
 def sample_reply(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -37,25 +36,8 @@ def sample_reply(
         model: with `generate`, such as transformers' own or a `CausalLMLoss`.
         in_step: all ranks answer, and none stops before the others: each token needs weights of all.
     """
-    was_training = model.training
-    model.eval()
-    text = render_prompt(tokenizer, Conversation(list(messages), tools))
-    prompt = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(next(model.parameters()).device)
-    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    output = model.generate(
-        **prompt,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        use_cache=True,
-        pad_token_id=pad_token_id,
-        synced_gpus=in_step,
-    )
-    model.train(was_training)
-    reply = str(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
-    return reply.strip()
+    prompt = encode_prompt(tokenizer, Conversation(list(messages), tools))
+    return generate_reply(model, tokenizer, prompt, max_new_tokens, in_step=in_step).text
 
 
 def sample_prompts(config: RunConfig, train_data: EncodedFile, eval_data: EncodedFile | None) -> list[dict[str, Any]]:
@@ -69,7 +51,7 @@ def sample_prompts(config: RunConfig, train_data: EncodedFile, eval_data: Encode
         return []
     source, data = ("train", train_data) if eval_data is None else ("eval", eval_data)
     wanted = [*dict.fromkeys(int(line) for line in data.dataset[: 4 * config.train.num_sample_replies]["line"])]
-    by_line = _lines(data.places.path, set(wanted))
+    by_line = lines_by_number(data.places.path, set(wanted))
     prompts: list[dict[str, Any]] = []
     for line in wanted:
         conversation = parse_json_row(by_line[line], shape_of(config.data))
@@ -89,8 +71,12 @@ def _expected(message: Message) -> str:
     return "\n".join(filter(None, [message["content"], *calls]))
 
 
-def _lines(path: Path, wanted: set[int]) -> dict[int, str]:
-    """The lines with these 1-based numbers."""
+def lines_by_number(path: Path, wanted: set[int]) -> dict[int, str]:
+    """The lines with these 1-based numbers.
+
+    Raises:
+        DataError: there are fewer lines, so the file is another one by now.
+    """
     found: dict[int, str] = {}
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
@@ -99,7 +85,7 @@ def _lines(path: Path, wanted: set[int]) -> dict[int, str]:
                 if len(found) == len(wanted):
                     break
     if len(found) < len(wanted):
-        raise DataError(f"{path}: changed while the run was starting; fix: start the run again")
+        raise DataError(f"{path}: changed since its rows were encoded; fix: start again")
     return found
 
 
