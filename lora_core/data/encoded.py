@@ -45,8 +45,8 @@ _ROWS_WORTH_A_PROCESS = 2_500
 _MAX_ROW_BYTES = 10_000_000
 _WORD = re.compile(r"\w+")
 # Keys of `data` that `encode_file` takes under the same name.
-_SAME_NAMES = ("max_seq_length", "cache_dir", "on_bad_row", "num_proc", "cache_limit_gib")
-_SAME_NAMES += ("train_on", "truncation", "split_turns", "mask_reasoning")
+_SAME_NAMES = ["max_seq_length", "cache_dir", "on_bad_row", "num_proc", "cache_limit_gib"]
+_SAME_NAMES += ["train_on", "truncation", "split_turns", "mask_reasoning"]
 
 
 def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[EncodedFile, EncodedFile | None]:

@@ -80,7 +80,7 @@ def check_template(loaded: LoadedModel) -> None:
 
 
 class Chat:
-    """One conversation; `ask` continues it."""
+    """What was said by two, and what is said next: `ask` continues it."""
 
     def __init__(
         self,

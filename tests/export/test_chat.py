@@ -11,6 +11,7 @@ import pytest
 from lora_core.errors import ChatTemplateError, ConfigError, DataError
 from lora_core.export.chat import Asking, Chat, answer
 from lora_core.export.opened import LoadedModel, load_opened, open_base, open_model
+from lora_core.rows.messages import Conversation
 
 GREEDY = Asking(8)
 
@@ -45,7 +46,7 @@ def test_what_was_said_is_part_of_the_next_prompt_until_it_is_forgotten(loaded: 
     second = talk.ask("green")
     assert [turn["content"] for turn in talk.history] == ["red", first.text, "green", second.text]
     turns = [{"role": "system", "content": "Be brief."}, *talk.history[:3]]
-    assert second == answer(loaded, turns, None, GREEDY)
+    assert second == answer(loaded, Conversation(turns), GREEDY)
     talk.reset(None)
     assert talk.ask("red") == Chat(loaded, GREEDY).ask("red")
 
@@ -83,4 +84,4 @@ def test_tools_are_shown_and_a_template_may_refuse(loaded: LoadedModel) -> None:
 def test_a_model_alone_has_no_adapter_to_leave_out(loaded: LoadedModel) -> None:
     alone = load_opened(open_base(loaded.opened.config))
     with pytest.raises(ConfigError, match="is a model without an adapter; fix: "):
-        answer(alone, [{"role": "user", "content": "red"}], None, replace(GREEDY, without_adapter=True))
+        answer(alone, Conversation([{"role": "user", "content": "red"}]), replace(GREEDY, without_adapter=True))

@@ -109,7 +109,7 @@ def test_an_adapter_that_does_not_name_its_base_is_refused(content: str, tmp_pat
         open_model(str(tmp_path))
 
 
-def test_a_damaged_checkpoint_and_one_of_unknown_settings_are_refused(finished_run: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_refused(finished_run: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "step-000010"
     shutil.copytree(finished_run / "checkpoints/step-000010", damaged)
     (damaged / "adapter.safetensors").write_bytes(b"x")

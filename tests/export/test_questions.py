@@ -32,7 +32,7 @@ def test_the_last_trained_reply_is_asked_for_with_all_before_it(
     row["messages"][5]["weight"] = 0
     path = write_rows([{**row, "system": "s"}, chat("q", "a")])
     (first, second), left_out = questions_of_file(str(path), data(tmp_path), tokenizer)
-    assert [turn["content"] for turn in first.messages] == ["s", "q1", "a1", "q2"]
+    assert [turn["content"] for turn in first.asked.messages] == ["s", "q1", "a1", "q2"]
     assert (first.expected, first.place, left_out) == ("a2", f"{path}:1", 0)
     assert (second.expected, second.place) == ("a", f"{path}:2")
 
@@ -42,9 +42,9 @@ def test_with_split_turns_each_reply_is_asked_for(
 ) -> None:
     path = write_rows([chat("q1", "a1", "q2", "a2")])
     questions, _ = questions_of_file(str(path), data(tmp_path, split_turns=True), tokenizer)
-    assert [(len(each.messages), each.expected) for each in questions] == [(1, "a1"), (3, "a2")]
+    assert [(len(each.asked.messages), each.expected) for each in questions] == [(1, "a1"), (3, "a2")]
     everything, _ = questions_of_file(str(path), data(tmp_path, train_on="everything"), tokenizer)
-    assert [(len(each.messages), each.expected) for each in everything] == [(3, "a2")]
+    assert [(len(each.asked.messages), each.expected) for each in everything] == [(3, "a2")]
 
 
 def test_a_call_is_expected_as_the_template_writes_it(tmp_path: Path, write_rows: Any) -> None:
@@ -54,7 +54,15 @@ def test_a_call_is_expected_as_the_template_writes_it(tmp_path: Path, write_rows
     path = write_rows([{"messages": turns, "tools": tools}])
     (question,), _ = questions_of_file(str(path), data(tmp_path), make_tokenizer(TOOLS_TEMPLATE))
     assert question.expected == '<call>clock {"zone": "CET"}</call>'
-    assert question.tools is not None
+    assert question.asked.tools is not None
+
+
+def test_values_for_the_templates_variables_go_with_the_question(
+    tmp_path: Path, write_rows: Any, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = write_rows([{**chat("q", "a"), "chat_template_kwargs": {"enable_thinking": False}}])
+    (question,), _ = questions_of_file(str(path), data(tmp_path), tokenizer)
+    assert question.asked.template_variables == {"enable_thinking": False}
 
 
 def test_any_file_is_read_and_rows_that_ask_nothing_are_counted(

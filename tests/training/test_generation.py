@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from lora_core.config.schema import DataConfig, ModelConfig
 from lora_core.model.base import load_base_model, load_tokenizer
+from lora_core.rows.messages import Conversation
 from lora_core.training.generation import encode_prompt, generate_reply, longest_context, stop_ids
 from lora_core.training.replies import sample_reply
 from tests.conftest import make_model, make_tokenizer
@@ -24,7 +25,7 @@ def model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
 def test_the_pieces_of_a_streamed_reply_are_the_reply(seed: int, tokenizer: PreTrainedTokenizerFast) -> None:
     """Of a random model: any bytes, incomplete characters too."""
     model = make_model(len(tokenizer), seed)
-    prompt = encode_prompt(tokenizer, [{"role": "user", "content": f"question {seed}"}], None)
+    prompt = encode_prompt(tokenizer, Conversation([{"role": "user", "content": f"question {seed}"}]))
     pieces: list[str] = []
     streamed = generate_reply(model, tokenizer, prompt, 40, on_text=pieces.append)
     assert "".join(pieces).strip() == streamed.text
@@ -37,14 +38,16 @@ def test_a_real_models_streamed_reply_is_its_sample_reply(demo_model_dir: Path) 
     model, tokenizer = load_base_model(config, torch.device("cpu")), load_tokenizer(config)
     messages = [{"role": "user", "content": "Say the alphabet."}]
     pieces: list[str] = []
-    reply = generate_reply(model, tokenizer, encode_prompt(tokenizer, messages, None), 12, on_text=pieces.append)
+    reply = generate_reply(
+        model, tokenizer, encode_prompt(tokenizer, Conversation(messages)), 12, on_text=pieces.append
+    )
     assert "".join(pieces).strip() == reply.text == sample_reply(model, tokenizer, messages, None, 12)
     assert (reply.num_tokens, reply.is_whole) == (12, False)
 
 
 def test_a_reply_ends_at_any_token_that_trained_replies_end_with(model: Qwen2ForCausalLM) -> None:
     tokenizer = make_tokenizer()
-    prompt = encode_prompt(tokenizer, [{"role": "user", "content": "Hi"}], None)
+    prompt = encode_prompt(tokenizer, Conversation([{"role": "user", "content": "Hi"}]))
     whole = model.generate(input_ids=prompt, do_sample=False, max_new_tokens=8)[0, prompt.shape[1] :].tolist()
     tokenizer.stop_tokens = tokenizer.convert_ids_to_tokens([whole[2]])
     reply = generate_reply(model, tokenizer, prompt, 8)
@@ -79,7 +82,7 @@ def test_a_token_that_the_vocabulary_lacks_stops_nothing(model: Qwen2ForCausalLM
 def test_a_temperature_draws_other_tokens_and_the_same_ones_after_the_same_seed(
     model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    prompt = encode_prompt(tokenizer, [{"role": "user", "content": "Hi"}], None)
+    prompt = encode_prompt(tokenizer, Conversation([{"role": "user", "content": "Hi"}]))
     replies = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -95,7 +98,7 @@ def test_generation_leaves_the_mode_as_it_was_even_if_interrupted(
         raise KeyboardInterrupt
 
     model.train(training)
-    prompt = encode_prompt(tokenizer, [{"role": "user", "content": "Hi"}], None)
+    prompt = encode_prompt(tokenizer, Conversation([{"role": "user", "content": "Hi"}]))
     generate_reply(model, tokenizer, prompt, 2)
     assert model.training is training
     with pytest.raises(KeyboardInterrupt):
