@@ -42,6 +42,7 @@ ORDER: dict[str, list[str]] = {
         "step",
         "adapter_folder",
         "evaluate",
+        "generation",
         "replies",
         "alarms",
         "progress",
@@ -58,6 +59,7 @@ ORDER: dict[str, list[str]] = {
         "end",
         "setup",
     ],
+    "export": ["opened", "chat", "questions", "paired", "evaluation", "harness"],
     "verification": ["table", "masks", "gradients", "runs", "reload", "contracts"],
     "commands": [
         "command_line",
@@ -66,6 +68,7 @@ ORDER: dict[str, list[str]] = {
         "preflight",
         "verify",
         "evaluate",
+        "chat",
         "report",
         "runs",
         "rows",
@@ -86,6 +89,7 @@ NEEDS_TORCH = {
     "runtime.faults",
     "preflight.model_facts",
     "training",
+    "export",
     "verification",
 }
 MOST_LINES = 400

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from lora_core._version import __version__
-from lora_core.commands import convert, demo, evaluate, preflight, report, rows, runs, train, verify
+from lora_core.commands import chat, convert, demo, evaluate, preflight, report, rows, runs, train, verify
 from lora_core.commands.command_line import Parser, run_command
 
 COMMANDS = {
@@ -16,6 +16,7 @@ COMMANDS = {
     "preflight": preflight.COMMAND,
     "verify": verify.COMMAND,
     "evaluate": evaluate.COMMAND,
+    "chat": chat.COMMAND,
     "report": report.COMMAND,
     "runs": runs.COMMAND,
     "rows": rows.COMMAND,

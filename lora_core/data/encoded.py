@@ -12,7 +12,7 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from lora_core.config.schema import RunConfig, TrainFile
+from lora_core.config.schema import RunConfig
 from lora_core.data.cache import cache_folder, make_entry, naming_cache_folder, take_entry
 from lora_core.data.counts import EncodedFile, Truncation, account
 from lora_core.data.split import hold_out
@@ -44,34 +44,30 @@ _ROWS_WORTH_A_PROCESS = 2_500
 # A row this long has some million tokens, of which max_seq_length are kept; tokenizing it takes 100 bytes each.
 _MAX_ROW_BYTES = 10_000_000
 _WORD = re.compile(r"\w+")
+# Keys of `data` that `encode_file` takes under the same name.
+_SAME_NAMES = ["max_seq_length", "cache_dir", "on_bad_row", "num_proc", "cache_limit_gib"]
+_SAME_NAMES += ["train_on", "truncation", "split_turns", "mask_reasoning"]
 
 
 def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[EncodedFile, EncodedFile | None]:
     """The training set, and the eval set if there is one."""
-
-    def encode(given: str | Sequence[str | TrainFile], key: str) -> EncodedFile:
-        return encode_file(
-            as_jsonl(given, config.data.cache_dir, seed=config.train.seed, key=key, streaming=config.data.streaming),
-            tokenizer,
-            source=given if isinstance(given, str) else config.data.train_source,
-            max_seq_length=config.data.max_seq_length,
-            cache_dir=config.data.cache_dir,
-            on_bad_row=config.data.on_bad_row,
-            num_proc=config.data.num_proc,
-            cache_limit_gib=config.data.cache_limit_gib,
-            train_on=config.data.train_on,
-            truncation=config.data.truncation,
-            split_turns=config.data.split_turns,
-            mask_reasoning=config.data.mask_reasoning,
-            shape=shape_of(config.data),
-        )
-
-    train_data = encode(config.data.train_files or config.data.train_file, "data.train_file")
+    train_data = encode_set(config, tokenizer, "train_file")
     if config.data.eval_file is not None:
-        return train_data, encode(config.data.eval_file, "data.eval_file")
+        return train_data, encode_set(config, tokenizer, "eval_file")
     if config.data.eval_fraction > 0:
         return hold_out(train_data, config.data.eval_fraction, config.train.seed)
     return train_data, None
+
+
+def encode_set(config: RunConfig, tokenizer: PreTrainedTokenizerBase, key: str) -> EncodedFile:
+    """All rows of `data.train_file` (or `data.train_files`), or of `data.eval_file`: `key` says which."""
+    data = config.data
+    given = data.eval_file if key == "eval_file" else data.train_files or data.train_file
+    assert given is not None
+    places = as_jsonl(given, data.cache_dir, seed=config.train.seed, key=f"data.{key}", streaming=data.streaming)
+    source = given if isinstance(given, str) else data.train_source
+    same = {name: getattr(data, name) for name in _SAME_NAMES}
+    return encode_file(places, tokenizer, source=source, shape=shape_of(data), **same)
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -112,12 +112,18 @@ class TemplateForms:
 
     @cached_property
     def ends(self) -> re.Pattern[str]:
+        """Any of `end_tokens`."""
+        return any_of(self.end_tokens)
+
+    @cached_property
+    def end_tokens(self) -> list[str]:
         """The special tokens that follow replies, the last one and an earlier one; none if none follows the last."""
         turns = [_QUESTION, {"role": "assistant", "content": "Yy"}, _QUESTION, {"role": "assistant", "content": "Zz"}]
         text = self._ask(turns)
         last = self.special.search(text, text.rfind("Zz") + 2)
         earlier = self.special.search(text, text.find("Yy") + 2)
-        return any_of(match.group() for match in (last, earlier) if match is not None and last is not None)
+        found = [match.group() for match in (last, earlier) if match is not None and last is not None]
+        return [*dict.fromkeys(found)]
 
     def reply_span(
         self,

@@ -190,6 +190,18 @@ def find_checkpoint(run_folder: Path, asked: Path | None, say: Callable[[str], N
     )
 
 
+def read_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint that is to be read alone, outside of its run.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    problem = _damage(path)
+    if problem is not None:
+        raise ConfigError(f"{path}: {problem}; fix: another checkpoint of the run, or its adapter/")
+    return _read(path)
+
+
 def set_aside_newer(checkpoint: Checkpoint) -> list[str]:
     """Rename the run's checkpoints of later steps: the run that resumes from this one will write its own.
 
@@ -307,5 +319,5 @@ def _read(path: Path) -> Checkpoint:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         tensors = {name: load_file(path / name) for name in manifest if name.endswith(".safetensors")}
     except (ValueError, SafetensorError) as error:
-        raise ConfigError(f"--resume {path}: it cannot be read: {error}") from error
+        raise ConfigError(f"{path}: it cannot be read: {error}") from error
     return Checkpoint(path, state, tensors)

@@ -84,7 +84,7 @@ class Lookout:
         limit = self._config.sample_max_new_tokens
         ended_before = progress.ended_before or []
         ended = [
-            reply.ended
+            reply.is_whole
             for prompt, reply, could_end in zip(prompts, replies, ended_before, strict=False)
             if could_end and len(tokenizer(prompt["expected"], add_special_tokens=False)["input_ids"]) < limit
         ]

@@ -326,7 +326,7 @@ class Run:
         kept = self.config.train.num_eval_replies
         for number, (prompt, reply) in enumerate(zip(self.prompts[:kept], replies, strict=False)):
             self.journal.record("reply", {"step": step, "number": number, **describe_reply(prompt, reply)})
-            self.say(f"reply at step {step}: {printable(reply.text)}{'' if reply.ended else ' (cut off)'}", "event")
+            self.say(f"reply at step {step}: {printable(reply.text)}{'' if reply.is_whole else ' (cut off)'}", "event")
         if step > 0:
             self.lookout.after_replies(self.progress, self.facts.tokenizer, self.prompts, replies)
 

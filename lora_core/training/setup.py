@@ -195,7 +195,7 @@ def _set_up(
         run.progress.before = run.progress.after = run.measure()
         replies = run.reply("before")
         run.progress.replies_before = [reply.text for reply in replies]
-        run.progress.ended_before = [reply.ended for reply in replies]
+        run.progress.ended_before = [reply.is_whole for reply in replies]
         run.keep_replies(replies, 0)
     else:
         known = Progress().to_dict().keys() & checkpoint.state.keys()
