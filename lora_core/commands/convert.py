@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_core.commands.command_line import Command, add_config_arguments
-from lora_core.config.load import load_config
+from lora_core.commands.command_line import Command, add_config_arguments, load_config_of
 from lora_core.config.schema import DataConfig
 from lora_core.errors import ConfigError, DataError, RowError, counted, problem_list
 from lora_core.rows.messages import Conversation, Message, parse_json_row, shape_of
@@ -31,7 +30,7 @@ def _run(arguments: Namespace) -> None:
     if not output.parent.is_dir():
         raise ConfigError(f"--output {output}: no folder {output.parent}; fix: make it first, or another name")
     train_file = f"data.train_file={json.dumps(arguments.file, ensure_ascii=False)}"
-    data = load_config(arguments.cfg, [*arguments.overrides, train_file], arguments.model).data
+    data = load_config_of(arguments, train_file).data
     places = as_jsonl(data.train_file, data.cache_dir, streaming=data.streaming)
     rows, problems = [], []
     left_out: dict[str, int] = {}

@@ -6,8 +6,13 @@ import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from lora_core.commands.command_line import Command, add_config_arguments, heavy_imports, quiet_libraries
-from lora_core.config.load import load_config
+from lora_core.commands.command_line import (
+    Command,
+    add_config_arguments,
+    heavy_imports,
+    load_config_of,
+    quiet_libraries,
+)
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -17,7 +22,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 
 def _run(arguments: Namespace) -> None:
-    config = load_config(arguments.cfg, arguments.overrides, arguments.model)
+    config = load_config_of(arguments)
     with heavy_imports():
         quiet_libraries()
         from lora_core.runtime.ranks import leave

@@ -5,8 +5,14 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from lora_core.commands.command_line import Command, add_config_arguments, heavy_imports, quiet_libraries, say_first
-from lora_core.config.load import load_config
+from lora_core.commands.command_line import (
+    Command,
+    add_config_arguments,
+    heavy_imports,
+    load_config_of,
+    quiet_libraries,
+    say_first,
+)
 from lora_core.errors import ConfigError, RunStopped
 
 
@@ -24,7 +30,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
 def _run(arguments: Namespace) -> None:
     if arguments.resume and "=" in arguments.resume and not Path(arguments.resume).exists():
         raise ConfigError(f"--resume took {arguments.resume} for a checkpoint; fix: put --resume at the end")
-    config = load_config(arguments.cfg, arguments.overrides, arguments.model)
+    config = load_config_of(arguments)
     say_first("importing PyTorch and transformers ...")
     with heavy_imports():
         quiet_libraries()
