@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate import Accelerator
 from torch.distributed.fsdp import register_fsdp_forward_method
 
+from lora_core.config.load import with_overrides
 from lora_core.config.schema import RunConfig
 from lora_core.data.counts import EncodedFile
 from lora_core.data.encoded import load_data, pad_id
@@ -120,6 +121,7 @@ def _set_up(
     say("checking the run, and predicting its memory ...")
     config, rate = with_learning_rate(config, len(train_data.lengths), accelerator.num_processes)
     if rate is not None:
+        asked_config = with_overrides(asked_config, [f"train.learning_rate={config.train.learning_rate!r}"])
         say(rate)
     facts = gather_facts(config, environment, tokenizer, train_data, eval_data)
     plan = facts.plan
