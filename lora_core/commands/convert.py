@@ -6,8 +6,7 @@ import json
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from lora_core.commands.command_line import Command, add_config_arguments, new_file
-from lora_core.config.load import load_config
+from lora_core.commands.command_line import Command, add_config_arguments, load_config_of, new_file
 from lora_core.errors import DataError, RowError, counted, problem_list
 from lora_core.rows.messages import Conversation, Message, parse_file, shape_of
 from lora_core.sources.files import as_jsonl
@@ -24,7 +23,7 @@ def _run(arguments: Namespace) -> None:
     output = new_file("--output", arguments.output)
     assert output is not None  # argparse requires it
     train_file = f"data.train_file={json.dumps(arguments.file, ensure_ascii=False)}"
-    data = load_config(arguments.cfg, [*arguments.overrides, train_file], arguments.model).data
+    data = load_config_of(arguments, train_file).data
     places = as_jsonl(data.train_file, data.cache_dir, streaming=data.streaming)
     rows, problems = [], []
     left_out: dict[str, int] = {}

@@ -14,11 +14,11 @@ from lora_core.commands.command_line import (
     Command,
     add_config_arguments,
     heavy_imports,
+    load_config_of,
     new_file,
     quiet_libraries,
     say_first,
 )
-from lora_core.config.load import load_config
 from lora_core.errors import ConfigError
 from lora_core.untrusted.text import showable
 
@@ -106,7 +106,7 @@ def _open(arguments: Namespace) -> Opened:
         if given is None or given == "none":
             raise ConfigError("which model? fix: --cfg NAME, or --adapter RUN with a run's folder")
         return open_model(given, arguments.overrides)
-    config = load_config(arguments.cfg, arguments.overrides, arguments.model)
+    config = load_config_of(arguments, quiet=arguments.json)
     if given == "none":
         return open_base(config)
     path = given or str(Path(config.output_dir).expanduser() / "adapter")

@@ -8,12 +8,13 @@ import sys
 from collections.abc import Sequence
 
 from lora_core._version import __version__
-from lora_core.commands import chat, convert, demo, evaluate, preflight, report, rows, runs, train, verify
+from lora_core.commands import chat, convert, demo, evaluate, preflight, prescribe, report, rows, runs, train, verify
 from lora_core.commands.command_line import Parser, run_command
 
 COMMANDS = {
     "train": train.COMMAND,
     "preflight": preflight.COMMAND,
+    "prescribe": prescribe.COMMAND,
     "verify": verify.COMMAND,
     "evaluate": evaluate.COMMAND,
     "chat": chat.COMMAND,

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_core.commands.command_line import heavy_imports, quiet_libraries
 from lora_core.config.load import is_keyed_by_model, load_config
@@ -133,7 +133,7 @@ def _passing_signals_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
     def pass_on(number: int, _: FrameType | None) -> None:
         process.send_signal(number)
 
-    handlers = {signal.SIGTERM: pass_on, signal.SIGINT: signal.SIG_IGN}
+    handlers: dict[signal.Signals, Any] = {signal.SIGTERM: pass_on, signal.SIGINT: signal.SIG_IGN}
     if hasattr(signal, "SIGUSR1"):  # Windows has none
         handlers[signal.SIGUSR1] = pass_on
     old = {number: signal.signal(number, handler) for number, handler in handlers.items()}

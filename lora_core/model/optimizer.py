@@ -22,7 +22,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig, device: torch.device)
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     settings: dict[str, Any] = {
-        "lr": config.learning_rate,
+        "lr": config.peak_learning_rate,
         "weight_decay": config.weight_decay,
         "betas": (0.9, 0.999),
         "eps": 1e-8,

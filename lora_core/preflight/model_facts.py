@@ -24,6 +24,10 @@ class ModelFacts:
     embedding_name: str | None
     eos_token_ids: frozenset[int]
     """At which generation stops."""
+    model_type: str
+    hidden_size: int
+    max_positions: int | None
+    """The longest input that the model was made for, in tokens; None where its config does not say."""
 
 
 def model_facts(config: RunConfig) -> ModelFacts:
@@ -35,6 +39,7 @@ def model_facts(config: RunConfig) -> ModelFacts:
     from transformers import GenerationConfig
 
     base = base_without_storage(config, min(2, num_hidden_layers(config)))
+    text_config = base.config.get_text_config()
     named = dict(base.named_modules())
     name_of = {id(module): name.rsplit(".", 1)[-1] for name, module in named.items()}
     load: Any = GenerationConfig.from_pretrained
@@ -42,11 +47,14 @@ def model_facts(config: RunConfig) -> ModelFacts:
     try:
         stops = load(resolve_name(config.model), **revision).eos_token_id
     except OSError:  # a model need not have one; its config then says where to stop
-        stops = base.config.get_text_config().eos_token_id
+        stops = text_config.eos_token_id
     return ModelFacts(
         module_names=tuple(named),
         linear_names=tuple(dict.fromkeys(n.rsplit(".", 1)[-1] for n, m in named.items() if isinstance(m, nn.Linear))),
         head_name=name_of.get(id(base.get_output_embeddings())),
         embedding_name=name_of.get(id(base.get_input_embeddings())),
         eos_token_ids=frozenset([stops] if isinstance(stops, int) else stops or ()),
+        model_type=text_config.model_type,
+        hidden_size=text_config.hidden_size,
+        max_positions=getattr(text_config, "max_position_embeddings", None),
     )

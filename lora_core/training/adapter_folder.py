@@ -97,7 +97,7 @@ def model_card(config: RunConfig, counts: RowCounts) -> str:
 
 # LoRA adapter for {html.escape(config.model.name_or_path)}
 
-Rank {config.lora.rank}, alpha {config.lora.alpha}, on {modules}; learning rate {train.learning_rate:g}, {length};
+Rank {config.lora.rank}, alpha {config.lora.alpha}, on {modules}; learning rate {train.peak_learning_rate:g}, {length};
 trained with lora_core {__version__}. Of the training file: {counts}.
 
 ```python

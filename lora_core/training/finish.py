@@ -21,8 +21,8 @@ from lora_core.runtime.run_folder import write_json
 from lora_core.training.adapter_folder import save_adapter
 from lora_core.training.checkpoint import find_checkpoint, restore_adapter
 from lora_core.training.evaluate import Comparison, finish_examples
+from lora_core.training.generation import Reply
 from lora_core.training.loop import EVAL_EXAMPLES, Run
-from lora_core.training.replies import Reply
 from lora_core.training.summary import Summary, adapter_norm, command_again, git_commit, hardware, versions
 from lora_core.training.trackers import Trackers
 from lora_core.untrusted.text import printable

@@ -27,9 +27,9 @@ from lora_core.training.alarms import (
     steps_that_move,
 )
 from lora_core.training.evaluate import ExampleLosses, compare_with_before
+from lora_core.training.generation import Reply
 from lora_core.training.journal import Journal
 from lora_core.training.progress import Progress
-from lora_core.training.replies import Reply
 from lora_core.training.step import StepResult
 
 if TYPE_CHECKING:

@@ -27,11 +27,12 @@ from lora_core.runtime.devices import peak_memory_bytes, random_states, set_rand
 from lora_core.runtime.faults import StopSignals, free_memory, is_out_of_memory
 from lora_core.training.checkpoint import CheckpointWriter, take_snapshot
 from lora_core.training.evaluate import EvalResult, ExampleLosses, evaluate_examples, write_examples
+from lora_core.training.generation import Reply
 from lora_core.training.journal import Journal
 from lora_core.training.lookout import Lookout
 from lora_core.training.pace import Pace, parts_left
 from lora_core.training.progress import Progress
-from lora_core.training.replies import Reply, describe_reply, reply_to_all
+from lora_core.training.replies import describe_reply, reply_to_all
 from lora_core.training.step import StepDropped, StepResult, train_step
 from lora_core.untrusted.text import printable
 

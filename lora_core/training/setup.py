@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate import Accelerator
 from torch.distributed.fsdp import register_fsdp_forward_method
 
+from lora_core.config.load import with_overrides
 from lora_core.config.schema import RunConfig
 from lora_core.data.counts import EncodedFile
 from lora_core.data.encoded import load_data, pad_id
@@ -22,6 +23,7 @@ from lora_core.model.base import add_adapter, compile_layers, describe_parameter
 from lora_core.model.loss import CausalLMLoss, check_head
 from lora_core.model.optimizer import build_optimizer, build_scheduler
 from lora_core.preflight.memory import micro_batch_limit_that_fits
+from lora_core.preflight.plan import with_learning_rate
 from lora_core.preflight.preflight import eval_source, gather_facts, refuse_errors, report, run_checks
 from lora_core.runtime.console import Console
 from lora_core.runtime.devices import build_accelerator, look_around, seed_everything, with_precision
@@ -126,6 +128,10 @@ def _set_up(
     if resume is not None:  # the run that is there is the one to resume
         environment = replace(environment, output_dir_problem=None)
     say("checking the run, and predicting its memory ...")
+    config, rate = with_learning_rate(config, len(train_data.lengths), accelerator.num_processes)
+    if rate is not None:
+        asked_config = with_overrides(asked_config, [f"train.learning_rate={config.train.learning_rate!r}"])
+        say(rate)
     facts = gather_facts(config, environment, tokenizer, train_data, eval_data)
     plan = facts.plan
     say(describe_plan(plan, config))
@@ -218,7 +224,7 @@ def describe_plan(plan: SchedulePlan, config: RunConfig) -> str:
         f"{counted(train.gradient_accumulation_steps, 'accumulation step')} x {processes}) = "
         f"{counted(plan.optimizer_steps_per_epoch, 'optimizer step')} per epoch, {plan.total_optimizer_steps} in all\n"
         f"       {counted(plan.warmup_steps, 'warmup step')}, peak learning rate {plan.peak_learning_rate:.3g} "
-        f"({plan.peak_fraction:.1%} of {train.learning_rate:g})"
+        f"({plan.peak_fraction:.1%} of {train.peak_learning_rate:g})"
     )
 
 
