@@ -40,6 +40,7 @@ ORDER: dict[str, list[str]] = {
     "report": ["read", "words", "verdict", "plots", "page"],
     "training": [
         "step",
+        "card",
         "adapter_folder",
         "evaluate",
         "replies",
@@ -51,6 +52,7 @@ ORDER: dict[str, list[str]] = {
         "finish",
         "setup",
     ],
+    "export": ["opened", "base_files", "streamed", "compare", "merge", "gguf", "modelfile", "hub"],
     "verification": ["table", "masks", "gradients", "runs", "reload", "contracts"],
     "commands": [
         "command_line",
@@ -62,6 +64,9 @@ ORDER: dict[str, list[str]] = {
         "rows",
         "convert",
         "demo",
+        "merge",
+        "export",
+        "push",
         "main",
     ],
     "__main__": [],
@@ -75,6 +80,7 @@ NEEDS_TORCH = {
     "runtime.faults",
     "preflight.model_facts",
     "training",
+    "export",
     "verification",
 }
 MOST_LINES = 400

@@ -211,6 +211,18 @@ def find_checkpoint(run_folder: Path, asked: Path | None, say: Callable[[str], N
     )
 
 
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint to look at, and not to resume from.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    problem = _damage(path)
+    if problem is not None:
+        raise ConfigError(f"{path}: the checkpoint is damaged: {problem}; fix: name another one of the run")
+    return _read(path)
+
+
 def set_aside_newer(checkpoint: Checkpoint) -> list[str]:
     """Rename the run's checkpoints of later steps: the run that resumes from this one will write its own.
 
