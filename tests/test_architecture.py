@@ -52,7 +52,7 @@ ORDER: dict[str, list[str]] = {
         "finish",
         "setup",
     ],
-    "export": ["opened", "base_files", "streamed", "compare", "merge", "gguf", "modelfile", "hub"],
+    "export": ["opened", "as_adapter", "base_files", "streamed", "compare", "merge", "gguf", "modelfile", "hub"],
     "verification": ["table", "masks", "gradients", "runs", "reload", "contracts"],
     "commands": [
         "command_line",

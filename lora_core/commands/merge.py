@@ -24,10 +24,11 @@ def _add_arguments(parser: ArgumentParser) -> None:
 def _run(arguments: Namespace) -> None:
     with heavy_imports():
         quiet_libraries()
+        from lora_core.export.as_adapter import as_adapter
         from lora_core.export.merge import merge
-        from lora_core.export.opened import opened
+        from lora_core.export.opened import open_model
 
-    with opened(arguments.run) as source:
+    with as_adapter(open_model(arguments.run)) as source:
         done = merge(
             source,
             arguments.output.expanduser(),

@@ -144,9 +144,8 @@ def _rounded_logits(model: StreamedModel, batch: dict[str, Tensor]) -> Tensor:
     def rounded(part: Part) -> dict[str, Tensor]:
         moved = {}
         for name, merged in model.merged(part).items():
-            module, attribute = part.weights[name]
             error = merged.to(model.dtype_of(name)).float() - merged
-            moved[name] = model.read(name, module._parameters[attribute]) + error
+            moved[name] = model.read(part, name) + error
         return moved
 
     whole: list[tuple[Any, Tensor]] = []

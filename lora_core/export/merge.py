@@ -20,16 +20,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_core.config.load import shipped_file, with_overrides
-from lora_core.config.schema import RunConfig
 from lora_core.data.encoded import load_data, pad_id
 from lora_core.data.packing import collate
+from lora_core.encoding.forms import tokens_to_stop_at
 from lora_core.errors import ConfigError, DataError, counted
+from lora_core.export.as_adapter import Adapter
 from lora_core.export.base_files import find_weights, read_headers
 from lora_core.export.compare import Comparison, compare, refuse_beyond_noise
-from lora_core.export.opened import Opened
 from lora_core.export.streamed import Part, StreamedModel
-from lora_core.model.base import load_model_config
-from lora_core.report.read import read_run
+from lora_core.model.base import load_model_config, resolve_name
 from lora_core.runtime.devices import device_memory, peak_memory_bytes
 from lora_core.runtime.run_folder import whole_folder, write_json, write_text
 from lora_core.training.card import counts_of, hub_id, merged_card
@@ -54,7 +53,7 @@ class Merged:
 
 
 def merge(
-    source: Opened,
+    source: Adapter,
     output: Path,
     *,
     max_shard_size: str = "2GB",
@@ -74,15 +73,13 @@ def merge(
         DataError: there are no rows to compare on.
         TrainingError: the merged model is not base + adapter; nothing is written.
     """
-    if source.adapter is None:
-        raise ConfigError(f"{source.path}: a whole model, with no adapter to merge; fix: name a run or an adapter")
     check_output(output, overwrite)
-    base_config = load_model_config(source.model)
+    base_config = load_model_config(source.config.model)
     _refuse_quantized_base(base_config, source)
     tokenizer = source.load_tokenizer()
     batch = rows_to_compare(source, tokenizer, rows)
-    base = find_weights(source.model)
-    model = StreamedModel(base_config, base, source.adapter)
+    base = find_weights(source.config.model)
+    model = StreamedModel(base_config, base, source.folder)
     plan = plan_output(model)
     shards = split(plan, max_shard_size)
     predicted = predict_peak(model, plan, shards, batch)
@@ -97,10 +94,11 @@ def merge(
             f"merging is predicted to take {predicted / 2**30:.2f} GiB, and {limit / 2**30:.2f} GiB are free; fix: "
             "--max-shard-size 500MB, or a machine with more memory"
         )
-    if source.model.quantization != "none":
+    quantization = source.config.model.quantization
+    if quantization != "none":
         say(
-            f"merge: trained on {source.model.quantization} weights, merged into the unquantized ones: they are what "
-            "the adapter was trained on, before rounding, so replies may differ a little from those during training"
+            f"merge: trained on {quantization} weights, merged into the unquantized ones: they are what the "
+            " adapter was trained on, before rounding, so replies may differ a little from those during training"
         )
     if plan.left_out:
         say(
@@ -112,14 +110,14 @@ def merge(
         merged_config = _merged_config(base_config, plan)
         merged_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        generation_config(source, tokenizer, batch).save_pretrained(folder)
+        generation_config(source, tokenizer).save_pretrained(folder)
         write_text(folder / "README.md", _card(source))
         del model
         say(f"merge: comparing logits with base + adapter on {counted(len(batch['input_ids']), 'row')} ...")
         comparison = compare(
             base_config,
             base,
-            source.adapter,
+            source.folder,
             merged_config,
             read_headers([folder / name for name in shards]),
             batch,
@@ -148,12 +146,12 @@ def check_output(output: Path, overwrite: bool) -> None:
         )
 
 
-def _refuse_quantized_base(config: PretrainedConfig, source: Opened) -> None:
+def _refuse_quantized_base(config: PretrainedConfig, source: Adapter) -> None:
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     if method is not None:
         raise ConfigError(
-            f"model.name_or_path={source.model.name_or_path}: its files are quantized ({method}), and a sum cannot be "
-            "written into them without rounding it again; fix: train on the unquantized model, with "
+            f"model.name_or_path={source.config.model.name_or_path}: its files are quantized ({method}), and a sum "
+            "cannot be written into them without rounding it again; fix: train on the unquantized model, with "
             "model.quantization=nf4 where memory is short"
         )
 
@@ -273,19 +271,20 @@ def _merged_config(base: PretrainedConfig, plan: OutputPlan) -> PretrainedConfig
     return config
 
 
-def generation_config(source: Opened, tokenizer: PreTrainedTokenizerBase, batch: dict[str, Tensor]) -> Any:
-    """The base model's, stopping also at the special tokens that ended trained replies."""
+def generation_config(source: Adapter, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The base model's, stopping also at the tokens that end trained replies."""
     from transformers import GenerationConfig
 
-    from lora_core.model.base import resolve_name
-
+    model = source.config.model
     try:
-        config = GenerationConfig.from_pretrained(resolve_name(source.model), revision=source.model.revision or "main")
+        config = GenerationConfig.from_pretrained(resolve_name(model), revision=model.revision or "main")
     except (OSError, ValueError):  # the base model has none
-        config = GenerationConfig.from_model_config(load_model_config(source.model))
+        config = GenerationConfig.from_model_config(load_model_config(model))
+        config._from_model_config = False  # with the tokens below it is more than that
     given = config.eos_token_id
     ids = [] if given is None else [given] if isinstance(given, int) else list(given)
-    ids += [token for token in _ends_of_replies(batch) if token in tokenizer.added_tokens_decoder]
+    if tokenizer.chat_template is not None:
+        ids += [tokenizer.convert_tokens_to_ids(token) for token in tokens_to_stop_at(tokenizer)]
     ids = list(dict.fromkeys(ids))
     config.eos_token_id = ids[0] if len(ids) == 1 else ids or None
     if config.pad_token_id is None:
@@ -293,35 +292,27 @@ def generation_config(source: Opened, tokenizer: PreTrainedTokenizerBase, batch:
     return config
 
 
-def _card(source: Opened) -> str:
-    summary = read_run(source.run).summary if source.run is not None else {}
-    return merged_card(source.config, hub_id(source.model.name_or_path), counts_of(summary), summary)
-
-
-def _ends_of_replies(batch: dict[str, Tensor]) -> list[int]:
-    """Token ids, of the compared rows, after which a stretch of loss tokens ends."""
-    mask = batch["loss_mask"].bool()
-    after = torch.nn.functional.pad(mask[:, 1:], (0, 1), value=False)
-    ids: list[int] = batch["input_ids"][mask & ~after].tolist()
-    return list(dict.fromkeys(ids))
+def _card(source: Adapter) -> str:
+    base = hub_id(source.config.model.name_or_path)
+    return merged_card(source.config if source.has_config else None, base, counts_of(source.summary), source.summary)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Rows and memory
 
 
-def rows_to_compare(source: Opened, tokenizer: PreTrainedTokenizerBase, rows: str | None) -> dict[str, Tensor]:
+def rows_to_compare(source: Adapter, tokenizer: PreTrainedTokenizerBase, rows: str | None) -> dict[str, Tensor]:
     """A micro-batch of a few rows: input_ids, attention_mask and loss_mask, each (B, T).
 
     Raises:
         DataError: there are none, or they cannot be read.
     """
-    config = source.config or RunConfig(model=source.model)
-    unset = ["data.eval_file=null", "data.eval_fraction=0.0", "data.train_files=[]", "train.keep_adapter=last"]
-    if rows is not None:
-        config = with_overrides(config, [*unset, "train.early_stopping_patience=null", _train_file(rows)])
-    elif source.config is None:
-        config = with_overrides(config, [*unset, _train_file(shipped_file("examples/eval.jsonl"))])
+    config = source.config
+    file = rows if rows is not None else None if source.has_config else str(shipped_file("examples/eval.jsonl"))
+    if file is not None:
+        overrides = ["data.eval_file=null", "data.eval_fraction=0.0", "data.train_files=[]", "train.keep_adapter=last"]
+        overrides += ["train.early_stopping_patience=null", f"data.train_file={json.dumps(file, ensure_ascii=False)}"]
+        config = with_overrides(config, overrides)
     try:
         train_data, eval_data = load_data(config, tokenizer)
     except (ConfigError, DataError) as error:
@@ -337,10 +328,6 @@ def rows_to_compare(source: Opened, tokenizer: PreTrainedTokenizerBase, rows: st
         for row in chosen
     ]
     return collate([{**row, "loss_weights": row["loss_weights"][:_MOST_TOKENS]} for row in cut], pad_id(tokenizer))
-
-
-def _train_file(path: str | Path) -> str:
-    return f"data.train_file={json.dumps(str(path), ensure_ascii=False)}"
 
 
 def predict_peak(model: StreamedModel, plan: OutputPlan, shards: dict[str, list[str]], batch: dict[str, Tensor]) -> int:

@@ -92,7 +92,7 @@ class StreamedModel:
             parameter = module._parameters[attribute]
             assert parameter is not None
             empty.append((module, attribute, parameter))
-            weight = given[name] if name in given else self.read(name, parameter)
+            weight = given[name] if name in given else self.read(part, name)
             module._parameters[attribute] = nn.Parameter(weight, requires_grad=False)
         try:
             yield
@@ -112,8 +112,11 @@ class StreamedModel:
         """Of a weight in the base model's files."""
         return self.weights.num_bytes(self.sources[name])
 
-    def read(self, name: str, placeholder: Tensor) -> Tensor:
-        """A weight of the base model in float32; from the adapter's file, where that holds it whole."""
+    def read(self, part: Part, name: str) -> Tensor:
+        """A weight of an empty part in float32; from the adapter's file, where that holds it whole."""
+        module, attribute = part.weights[name]
+        placeholder = module._parameters[attribute]
+        assert placeholder is not None
         if not _is_placeholder(placeholder):
             return placeholder.detach().clone()
         weight = self.weights.read(self.sources[name]).to(self.device, torch.float32)
@@ -136,10 +139,11 @@ class StreamedModel:
                 raise ConfigError(
                     f"the adapter cannot be merged: {error}; fix: an earlier checkpoint of the run"
                 ) from error
-            return {
-                name: saved.get(attribute, module._parameters[attribute]).detach()
+            weights: dict[str, Any] = {
+                name: saved.get(attribute, module._parameters[attribute])
                 for name, (module, attribute) in part.weights.items()
             }
+            return {name: weight.detach() for name, weight in weights.items()}
 
     @torch.no_grad()
     def logits(self, batch: dict[str, Tensor], change: Change | None = None) -> Tensor:

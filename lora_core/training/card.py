@@ -120,7 +120,8 @@ def counts_of(summary: Mapping[str, Any]) -> RowCounts | None:
 
 def hub_id(name: str) -> str | None:
     """The name if it is one of the Hugging Face hub, and None for a path: nobody else has that folder."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
 
     if name.startswith(("~", "/", ".")) or "\\" in name or Path(name).exists():
         return None
@@ -161,7 +162,7 @@ def _metadata(
     )
     if not results:  # huggingface_hub wants both or none
         card.model_name = None
-    metadata: dict[str, Any] = card.to_dict()
+    metadata: dict[str, Any] = card.to_dict()  # type: ignore[no-untyped-call]
     return metadata
 
 

@@ -211,15 +211,15 @@ def find_checkpoint(run_folder: Path, asked: Path | None, say: Callable[[str], N
     )
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint to look at, and not to resume from.
+def read_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint that is to be read alone, outside of its run.
 
     Raises:
         ConfigError: it is damaged.
     """
     problem = _damage(path)
     if problem is not None:
-        raise ConfigError(f"{path}: the checkpoint is damaged: {problem}; fix: name another one of the run")
+        raise ConfigError(f"{path}: {problem}; fix: another checkpoint of the run, or its adapter/")
     return _read(path)
 
 
@@ -382,7 +382,7 @@ def _read(path: Path) -> Checkpoint:
     try:
         return Checkpoint(path, json.loads((path / "state.json").read_text(encoding="utf-8")))
     except (ValueError, SafetensorError) as error:
-        raise ConfigError(f"--resume {path}: state.json cannot be read: {error}") from error
+        raise ConfigError(f"{path}: state.json cannot be read: {error}") from error
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
