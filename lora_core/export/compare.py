@@ -24,8 +24,8 @@ from lora_core.export.streamed import Part, StreamedModel
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# In the tests the two are equal to 2 digits; with DoRA, which scales what rounding does, to 1. An adapter that is scaled
-# by a wrong factor or missing in a layer is off by 10 times and more.
+# In the tests the two are equal to 2 digits; with DoRA, which scales what rounding does, to 1. An adapter that is
+# scaled by a wrong factor or missing in a layer is off by 10 times and more.
 _MOST = 1.5
 # Of the largest logit: sums in another order differ so much in float32 (2^-24 each, thousands of them a logit).
 _FLOAT32_NOISE = 1e-5

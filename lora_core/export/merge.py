@@ -59,6 +59,7 @@ def merge(
     max_shard_size: str = "2GB",
     overwrite: bool = False,
     rows: str | None = None,
+    base_model: str | None = None,
     say: Callable[[str], None] = print,
 ) -> Merged:
     """Write base + adapter as one model, with tokenizer and generation config.
@@ -67,6 +68,7 @@ def merge(
         max_shard_size: of a safetensors file, such as 500MB.
         overwrite: replace what is in `output`.
         rows: a file of rows to compare logits on; None is the run's eval set, or else its training rows.
+        base_model: its hub id, for the card, where the run names a folder.
 
     Raises:
         ConfigError: there is nothing to merge, the output folder is taken, memory is short, the base does not fit.
@@ -111,7 +113,7 @@ def merge(
         merged_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         generation_config(source, tokenizer).save_pretrained(folder)
-        write_text(folder / "README.md", _card(source))
+        write_text(folder / "README.md", _card(source, base_model))
         del model
         say(f"merge: comparing logits with base + adapter on {counted(len(batch['input_ids']), 'row')} ...")
         comparison = compare(
@@ -292,8 +294,8 @@ def generation_config(source: Adapter, tokenizer: PreTrainedTokenizerBase) -> An
     return config
 
 
-def _card(source: Adapter) -> str:
-    base = hub_id(source.config.model.name_or_path)
+def _card(source: Adapter, base_model: str | None) -> str:
+    base = base_model or hub_id(source.config.model.name_or_path)
     return merged_card(source.config if source.has_config else None, base, counts_of(source.summary), source.summary)
 
 

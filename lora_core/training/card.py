@@ -25,27 +25,20 @@ HERE = "PATH_OF_THIS_FOLDER"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def write_card(
-    folder: Path,
-    config: RunConfig,
-    counts: RowCounts,
-    summary: Mapping[str, Any] | None = None,
-    base_model: str | None = None,
-) -> None:
+def write_card(folder: Path, config: RunConfig, counts: RowCounts, summary: Mapping[str, Any] | None = None) -> None:
     """README.md of a folder with an adapter in PEFT's format.
 
     Args:
         counts: of the training file.
         summary: the run's summary.json, once it has ended.
-        base_model: its hub id, where the configuration names a folder.
     """
     peft = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    write_text(folder / "README.md", model_card(config, counts, peft, summary, base_model))
+    write_text(folder / "README.md", model_card(config, counts, peft, summary))
 
 
 def model_card(
     config: RunConfig,
-    counts: RowCounts,
+    counts: RowCounts | None,
     peft: Mapping[str, Any],
     summary: Mapping[str, Any] | None = None,
     base_model: str | None = None,
@@ -53,6 +46,7 @@ def model_card(
     """The text of an adapter's card. Names are escaped: Markdown may hold HTML.
 
     Args:
+        counts: of the training file, where they are known.
         peft: what adapter_config.json holds.
     """
     base = base_model or hub_id(config.model.name_or_path)
@@ -63,7 +57,7 @@ def model_card(
             _front_matter(metadata),
             f"# LoRA adapter for {_title(config, base)}",
             "",
-            f"{_settings(config)} Of the training file: {counts}.",
+            _settings(config) + (f" Of the training file: {counts}." if counts else ""),
             "",
             *_results(config, values),
             *_loading(base),
@@ -71,6 +65,13 @@ def model_card(
             *_hyperparameters(config, values),
         ]
     )
+
+
+def bare_card(peft: Mapping[str, Any], base_model: str | None) -> str:
+    """The text of the card of an adapter whose training is not known."""
+    metadata = _metadata(None, base_model, {}, "peft", "adapter")
+    title = f"# LoRA adapter for {_title(None, base_model)}"
+    return "\n".join([_front_matter(metadata), title, "", *_loading(base_model), *_serving(peft, base_model)])
 
 
 def merged_card(
