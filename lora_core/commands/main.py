@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from lora_core._version import __version__
-from lora_core.commands import convert, demo, evaluate, merge, preflight, push, report, rows, train, verify
+from lora_core.commands import convert, demo, evaluate, export, merge, preflight, push, report, rows, train, verify
 from lora_core.commands.command_line import Parser, run_command
 
 COMMANDS = {
@@ -21,6 +21,7 @@ COMMANDS = {
     "convert": convert.COMMAND,
     "demo": demo.COMMAND,
     "merge": merge.COMMAND,
+    "export": export.COMMAND,
     "push": push.COMMAND,
 }
 

@@ -47,8 +47,8 @@ def adapter_files(source: Adapter, base_model: str | None, with_report: bool, sa
     if base is None:
         folder = Path(source.config.model.name_or_path)
         say(
-            f"warning: the base model is a local folder ({folder}), which nobody else has, and the card names none; fix: "
-            "--base-model OWNER/NAME"
+            f"warning: the base model is a local folder ({folder}), which nobody else has, and the card names none; "
+            "fix: --base-model OWNER/NAME"
         )
         peft["base_model_name_or_path"] = folder.name
     else:

@@ -30,7 +30,7 @@ from lora_core.export.compare import Comparison, compare, refuse_beyond_noise
 from lora_core.export.streamed import Part, StreamedModel
 from lora_core.model.base import load_model_config, resolve_name
 from lora_core.runtime.devices import device_memory, peak_memory_bytes
-from lora_core.runtime.run_folder import whole_folder, write_json, write_text
+from lora_core.runtime.run_folder import check_output, whole_folder, write_json, write_text
 from lora_core.training.card import counts_of, hub_id, merged_card
 
 if TYPE_CHECKING:
@@ -133,19 +133,6 @@ def merge(
             "left; serve the adapter beside its base instead, or train longer"
         )
     return Merged(output, plan.num_bytes, len(shards), comparison, predicted, peak_memory_bytes(torch.device("cpu")))
-
-
-def check_output(output: Path, overwrite: bool) -> None:
-    """
-    Raises:
-        ConfigError: the folder is taken.
-    """
-    if output.is_file():
-        raise ConfigError(f"--output {output}: is a file; fix: another name")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise ConfigError(
-            f"--output {output}: is not empty; fix: another folder, or --overwrite to replace what is there"
-        )
 
 
 def _refuse_quantized_base(config: PretrainedConfig, source: Adapter) -> None:
