@@ -163,7 +163,8 @@ def _writer(config: PretrainedConfig, target: Path) -> tuple[Any, Any]:
 
     if config.model_type not in FAMILIES:
         raise ConfigError(
-            f"{config.model_type}: is converted by llama.cpp alone (here: {', '.join(sorted(FAMILIES))}); fix: {_INSTALL}"
+            f"{config.model_type}: is converted by llama.cpp alone (here: {', '.join(sorted(FAMILIES))}); fix: "
+            f"{_INSTALL}"
         )
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") != "default":
@@ -263,10 +264,9 @@ def _encoded(tensor: Tensor, kind: str, name: str) -> Any:
     if kind == "f32":
         return values
     if kind == "f16":
-        if float(tensor.abs().max()) > torch.finfo(torch.float16).max:
-            raise ConfigError(
-                f"--type f16: {name} holds {float(tensor.abs().max()):g}, more than float16 can; fix: bf16"
-            )
+        largest = float(tensor.abs().max())
+        if largest > torch.finfo(torch.float16).max:
+            raise ConfigError(f"--type f16: {name} holds {largest:g}, more than float16 can; fix: --type bf16")
         return values.astype(np.float16)
     return gguf.quants.quantize(
         values, gguf.GGMLQuantizationType.BF16 if kind == "bf16" else gguf.GGMLQuantizationType.Q8_0

@@ -50,15 +50,16 @@ def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: i
     eos = stop_ids[0] if stop_ids else tokenizer.eos_token_id
     if tokenizer.eos_token_id in stop_ids:
         eos = tokenizer.eos_token_id
-    for index, add in (
+    special: tuple[tuple[int | None, Any], ...] = (
         (tokenizer.bos_token_id, writer.add_bos_token_id),
         (eos, writer.add_eos_token_id),
         (next((each for each in stop_ids if each != eos), None), writer.add_eot_token_id),
         (tokenizer.pad_token_id, writer.add_pad_token_id),
         (tokenizer.unk_token_id, writer.add_unk_token_id),
-    ):
-        if index is not None:
-            add(index)
+    )
+    for special_id, add in special:
+        if special_id is not None:
+            add(special_id)
     begins = tokenizer("a")["input_ids"][:1]
     writer.add_add_bos_token(tokenizer.bos_token_id is not None and begins == [tokenizer.bos_token_id])
     if isinstance(tokenizer.chat_template, str):
@@ -85,6 +86,6 @@ def pre_tokenizer(written: dict[str, Any] | None, name: str) -> str:
         if found is not None:
             return found
     raise ConfigError(
-        f"{name}: llama.cpp has no name here for how its tokenizer splits text ({', '.join(map(str, kinds))}); fix: install "
-        "llama.cpp and set LLAMA_CPP to its folder"
+        f"{name}: llama.cpp has no name here for how its tokenizer splits text ({', '.join(map(str, kinds))}); fix: "
+        "install llama.cpp and set LLAMA_CPP to its folder"
     )

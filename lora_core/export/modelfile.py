@@ -79,26 +79,19 @@ def find_format(tokenizer: PreTrainedTokenizerBase) -> tuple[Format, str | None]
         whole, without_system = (_rendered(tokenizer, turns) for turns in (_CHAT, _CHAT[1:]))
     except ChatTemplateError:
         return None
-    for shape in FORMATS.values():
-        if shape.text(_CHAT) != whole:
-            continue
-        plain = shape.text(_CHAT[1:])
-        if without_system == plain:
-            return shape, None
-        start = shape.start.replace("ROLE", "system")
-        if without_system.startswith(start) and without_system.endswith(shape.end + plain):
-            return shape, without_system[len(start) : -len(shape.end + plain)]
+    # Ollama writes the token that begins a text by itself.
+    for begin in ("", str(tokenizer.bos_token or "")):
+        for shape in FORMATS.values():
+            if begin + shape.text(_CHAT) != whole:
+                continue
+            plain, start = shape.text(_CHAT[1:]), begin + shape.start.replace("ROLE", "system")
+            if without_system == begin + plain:
+                return shape, None
+            if without_system.startswith(start) and without_system.endswith(shape.end + plain):
+                return shape, without_system[len(start) : -len(shape.end + plain)]
     return None
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]]) -> str:
     messages = [{"role": role, "content": text} for role, text in turns]
-    text = render_chat(tokenizer, messages, add_generation_prompt=True)
-    begin = tokenizer.bos_token
-    # Ollama writes the token that begins a text by itself.
-    is_extra = isinstance(begin, str) and text.startswith(begin) and not text.startswith(f"{begin}system\n")
-    return (
-        text[len(str(begin)) :]
-        if is_extra and not text.startswith(tuple(s.start[:12] for s in FORMATS.values()))
-        else text
-    )
+    return render_chat(tokenizer, messages, add_generation_prompt=True)
