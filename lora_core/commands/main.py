@@ -8,7 +8,22 @@ import sys
 from collections.abc import Sequence
 
 from lora_core._version import __version__
-from lora_core.commands import chat, convert, demo, evaluate, preflight, prescribe, report, rows, runs, train, verify
+from lora_core.commands import (
+    chat,
+    convert,
+    demo,
+    evaluate,
+    export,
+    merge,
+    preflight,
+    prescribe,
+    push,
+    report,
+    rows,
+    runs,
+    train,
+    verify,
+)
 from lora_core.commands.command_line import Parser, run_command
 
 COMMANDS = {
@@ -23,6 +38,9 @@ COMMANDS = {
     "rows": rows.COMMAND,
     "convert": convert.COMMAND,
     "demo": demo.COMMAND,
+    "merge": merge.COMMAND,
+    "export": export.COMMAND,
+    "push": push.COMMAND,
 }
 
 

@@ -46,6 +46,18 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, conversation: Conversation
         return RowForms(TemplateForms(tokenizer)).of(conversation).render(conversation, add_generation_prompt=True)
 
 
+def tokens_to_stop_at(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What a trained reply ends with: the tokenizer's end, those of the model's generation config, and the template's.
+
+    Raises:
+        ConfigError: the template takes too much time or memory, or writes too much.
+    """
+    with template_limits(tokenizer, [Conversation([_QUESTION])]) as next_one:
+        next_one()
+        forms = TemplateForms(tokenizer)
+        return [*dict.fromkeys([*forms.stop_tokens, *forms.end_tokens])]
+
+
 @dataclass(frozen=True)
 class Span:
     """Characters [start, end) of the rendered text: a reply with the token that ends it."""
