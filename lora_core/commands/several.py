@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_core.commands.command_line import heavy_imports, quiet_libraries
 from lora_core.config.load import is_keyed_by_model, load_config
@@ -133,7 +133,10 @@ def _passing_signals_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
     def pass_on(number: int, _: FrameType | None) -> None:
         process.send_signal(number)
 
-    handlers: dict[signal.Signals, Any] = {signal.SIGTERM: pass_on, signal.SIGINT: signal.SIG_IGN}
+    handlers: dict[int, Callable[[int, FrameType | None], None] | signal.Handlers] = {
+        signal.SIGTERM: pass_on,
+        signal.SIGINT: signal.SIG_IGN,
+    }
     if hasattr(signal, "SIGUSR1"):  # Windows has none
         handlers[signal.SIGUSR1] = pass_on
     old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
