@@ -8,7 +8,19 @@ used is 9.0% of the configured one. (The scheduler object then shows 10%, for a 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+SCHEDULER_KWARGS: dict[str, tuple[str, ...]] = {
+    "linear": (),
+    "cosine": ("num_cycles",),
+    "constant": (),
+    "constant_with_warmup": (),
+    "cosine_with_min_lr": ("min_lr_rate", "num_cycles"),
+    "warmup_stable_decay": ("num_decay_steps", "min_lr_ratio", "warmup_type", "decay_type", "num_cycles"),
+}
+"""Each `train.lr_scheduler_type` with what `train.lr_scheduler_kwargs` may set, as transformers names both."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +38,14 @@ class SchedulePlan:
     warmup_steps: int
     learning_rate: float
     """As configured; reached at the end of warmup, if the run gets there."""
+    lr_scheduler_type: str = "linear"
+    """A key of `SCHEDULER_KWARGS`."""
+    lr_scheduler_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def peak_learning_rate(self) -> float:
         """The largest learning rate that any of the planned steps uses."""
-        # Rises to step `warmup_steps`, then falls: the peak is there, or at the last step if that comes first.
-        return self.learning_rate_at(min(self.warmup_steps, self.total_optimizer_steps - 1))
+        return max(self.learning_rates())
 
     @property
     def peak_fraction(self) -> float:
@@ -39,15 +53,56 @@ class SchedulePlan:
         return self.peak_learning_rate / self.learning_rate
 
     def learning_rate_at(self, optimizer_step: int) -> float:
-        """The learning rate of a step, counted from 0.
+        """The learning rate of a step, counted from 0: `learning_rate` times a factor, as transformers computes it.
 
-        The formula of transformers' `get_linear_schedule_with_warmup`: up from 0 over `warmup_steps`, then down to
-        reach 0 just past the last step. Step 0 of a warmup therefore runs at learning rate 0.
+        A linear warmup begins at 0, so step 0 of it moves nothing. What follows (u is the share of the rest of the run
+        that is over, before this step):
+
+            linear (`get_linear_schedule_with_warmup`)          1 - u
+            cosine (`get_cosine_schedule_with_warmup`)          (1 + cos(2 pi num_cycles u)) / 2
+            constant, constant_with_warmup                      1
+            cosine_with_min_lr                                  min_lr_rate + (1 - min_lr_rate) cosine
+            warmup_stable_decay (`get_wsd_schedule`)            1, and over the last num_decay_steps down to min_lr_ratio
         """
+        if self.lr_scheduler_type == "warmup_stable_decay":
+            return self.learning_rate * self._warmup_stable_decay(optimizer_step)
+        if self.lr_scheduler_type == "constant":
+            return self.learning_rate
         if optimizer_step < self.warmup_steps:
             return self.learning_rate * (optimizer_step / max(1, self.warmup_steps))
-        steps_left = self.total_optimizer_steps - optimizer_step
-        return self.learning_rate * max(0.0, steps_left / max(1, self.total_optimizer_steps - self.warmup_steps))
+        if self.lr_scheduler_type == "constant_with_warmup":
+            return self.learning_rate
+        decay_steps = max(1, self.total_optimizer_steps - self.warmup_steps)
+        if self.lr_scheduler_type == "linear":
+            return self.learning_rate * max(0.0, (self.total_optimizer_steps - optimizer_step) / decay_steps)
+        least = float(self.lr_scheduler_kwargs.get("min_lr_rate", 0.0))
+        factor = _half_cosine((optimizer_step - self.warmup_steps) / decay_steps, self._num_cycles)
+        return self.learning_rate * max(0.0, factor * (1 - least) + least)
+
+    def _warmup_stable_decay(self, optimizer_step: int) -> float:
+        settings = self.lr_scheduler_kwargs
+        least, decay_steps = float(settings.get("min_lr_ratio", 0.0)), int(settings["num_decay_steps"])
+        begin = self.total_optimizer_steps - decay_steps
+        if optimizer_step < self.warmup_steps:
+            steps_left = self.warmup_steps - optimizer_step
+            factor = _falling(settings.get("warmup_type", "linear"), steps_left / self.warmup_steps, 0.5)
+        elif optimizer_step < begin:
+            return 1.0
+        elif optimizer_step < self.total_optimizer_steps:
+            progress = (optimizer_step - begin) / max(1, decay_steps)
+            factor = _falling(settings.get("decay_type", "cosine"), progress, self._num_cycles)
+        else:
+            return least
+        return max(0.0, factor * (1 - least) + least)
+
+    @property
+    def _num_cycles(self) -> float:
+        return float(self.lr_scheduler_kwargs.get("num_cycles", 0.5))
+
+    @property
+    def first_step_is_lost(self) -> bool:
+        """Step 1 runs at rate 0, as transformers' warmup does, and that is 1% of the run or more."""
+        return self.learning_rate_at(0) == 0 and self.total_optimizer_steps <= 100
 
     def learning_rate_integral(self) -> float:
         """Sum of all planned learning rates: what the run has to learn with."""
@@ -73,6 +128,8 @@ def plan_schedule(
     warmup_steps: int | None = None,
     warmup_ratio: float | None = None,
     max_steps: int | None = None,
+    lr_scheduler_type: str = "linear",
+    lr_scheduler_kwargs: Mapping[str, Any] | None = None,
 ) -> SchedulePlan:
     """Work out the steps of a run.
 
@@ -89,6 +146,8 @@ def plan_schedule(
         warmup_steps: optimizer steps; wins over `warmup_ratio`.
         warmup_ratio: share of all optimizer steps, rounded up.
         max_steps: replaces `num_train_epochs`; may stop inside an epoch or go past it.
+        lr_scheduler_type: as transformers names it; `constant` has no warmup, whatever the two arguments say.
+        lr_scheduler_kwargs: what transformers' schedule of that type takes; see `SCHEDULER_KWARGS`.
 
     Raises:
         ValueError: a count that is no int or below 1, a warmup or learning rate out of range; names every one.
@@ -108,6 +167,8 @@ def plan_schedule(
         problems.append(f"warmup_ratio={warmup_ratio}: must be a float in [0, 1)")
     if not 0 < learning_rate < math.inf:
         problems.append(f"learning_rate={learning_rate}: must be a float > 0")
+    problem = schedule_problem(lr_scheduler_type, lr_scheduler_kwargs or {})
+    problems += [] if problem is None else [problem]
     if problems:
         raise ValueError("; ".join(problems))
 
@@ -116,6 +177,7 @@ def plan_schedule(
     optimizer_steps_per_epoch = math.ceil(micro_batches_per_epoch / gradient_accumulation_steps)
     total = optimizer_steps_per_epoch * num_train_epochs if max_steps is None else max_steps
     rows_per_step = rows_per_micro_batch * gradient_accumulation_steps
+    warmup = warmup_steps if warmup_steps is not None else math.ceil(total * (warmup_ratio or 0.0))
     return SchedulePlan(
         num_rows=num_rows,
         num_processes=num_processes,
@@ -124,9 +186,55 @@ def plan_schedule(
         micro_batches_per_epoch=micro_batches_per_epoch,
         optimizer_steps_per_epoch=optimizer_steps_per_epoch,
         total_optimizer_steps=total,
-        warmup_steps=warmup_steps if warmup_steps is not None else math.ceil(total * (warmup_ratio or 0.0)),
+        warmup_steps=0 if lr_scheduler_type == "constant" else warmup,
         learning_rate=learning_rate,
+        lr_scheduler_type=lr_scheduler_type,
+        lr_scheduler_kwargs=dict(lr_scheduler_kwargs or {}),
     )
+
+
+_RANGES = {"min_lr_rate": (0.0, 1.0), "min_lr_ratio": (0.0, 1.0), "num_cycles": (0.0, 100.0)}
+_SHAPES = ("linear", "cosine", "1-sqrt")
+
+
+def schedule_problem(lr_scheduler_type: str, settings: Mapping[str, Any]) -> str | None:
+    """What is wrong with `lr_scheduler_type` and `lr_scheduler_kwargs`, with a fix; None if nothing."""
+    if lr_scheduler_type not in SCHEDULER_KWARGS:
+        return f"lr_scheduler_type={lr_scheduler_type}: must be one of {', '.join(SCHEDULER_KWARGS)}"
+    known = SCHEDULER_KWARGS[lr_scheduler_type]
+    for name, value in settings.items():
+        if name not in known:
+            takes = f"takes {', '.join(known)}" if known else "takes none"
+            return f"lr_scheduler_kwargs: {name}: lr_scheduler_type={lr_scheduler_type} {takes}"
+        if name == "num_decay_steps":
+            problem = None if _is_int(value, 1) else "an int >= 1"
+        elif name in ("warmup_type", "decay_type"):
+            problem = None if value in _SHAPES else f"one of {', '.join(_SHAPES)}"
+        else:
+            low, high = _RANGES[name]
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            problem = None if is_number and low <= value <= high else f"a float in [{low:g}, {high:g}]"
+        if problem is not None:
+            return f"lr_scheduler_kwargs: {name}={value}: must be {problem}"
+    needed = {"cosine_with_min_lr": ("min_lr_rate", 0.1), "warmup_stable_decay": ("num_decay_steps", 10)}
+    name, value = needed.get(lr_scheduler_type, (None, None))
+    if name is not None and name not in settings:
+        return (
+            f"lr_scheduler_type={lr_scheduler_type} needs lr_scheduler_kwargs with {name}; "
+            f"fix: 'train.lr_scheduler_kwargs={{{name}: {value}}}'"
+        )
+    return None
+
+
+def _half_cosine(progress: float, num_cycles: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * num_cycles * 2.0 * progress))
+
+
+def _falling(shape: str, progress: float, num_cycles: float) -> float:
+    """From 1 to 0 as `progress` goes from 0 to 1."""
+    if shape == "linear":
+        return 1.0 - progress
+    return _half_cosine(progress, num_cycles) if shape == "cosine" else 1.0 - math.sqrt(progress)
 
 
 def _is_int(value: float, least: int) -> bool:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
+from lora_core.schedule import schedule_problem
 from lora_core.untrusted.text import quoted, values_without_secrets
 
 ALL_SEVEN_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -228,6 +229,17 @@ class TrainConfig(Section):
     warmup_ratio: Fraction | None = Field(
         default=0.1, description="warmup as a share of all optimizer steps, rounded up"
     )
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_min_lr", "warmup_stable_decay"
+    ] = Field(
+        default="linear",
+        description="how the learning rate falls after warmup, as transformers names it; constant has no warmup either",
+    )
+    lr_scheduler_kwargs: dict[str, JsonValue] = Field(
+        default={},
+        description="what that schedule takes: {min_lr_rate: 0.1} for cosine_with_min_lr, {num_decay_steps: 10} for "
+        "warmup_stable_decay",
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="decoupled, as in AdamW")
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
         default=1.0, description="clip the global norm; null does not clip"
@@ -298,6 +310,18 @@ class TrainConfig(Section):
                 f"warmup_steps={self.warmup_steps} and warmup_ratio={self.warmup_ratio} are both set; "
                 "fix: set one and leave the other null"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _schedule(self) -> TrainConfig:
+        problem = schedule_problem(self.lr_scheduler_type, self.lr_scheduler_kwargs)
+        if problem is None and self.lr_scheduler_type == "constant" and self.warmup_steps:
+            problem = (
+                f"lr_scheduler_type=constant has no warmup, and warmup_steps={self.warmup_steps}; fix: "
+                "train.lr_scheduler_type=constant_with_warmup, or train.warmup_steps=null"
+            )
+        if problem is not None:
+            raise ValueError(problem)
         return self
 
 

@@ -38,11 +38,17 @@ def build_optimizer(model: nn.Module, config: TrainConfig, device: torch.device)
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, plan: SchedulePlan) -> LambdaLR:
-    """transformers' linear schedule with exactly the plan's numbers; step it once an optimizer step.
+    """transformers' own schedule with exactly the plan's numbers; step it once an optimizer step.
 
     It must not go through `Accelerator.prepare`: a prepared scheduler steps once per process.
     """
-    from transformers import get_linear_schedule_with_warmup
+    from transformers import get_scheduler
 
-    scheduler: LambdaLR = get_linear_schedule_with_warmup(optimizer, plan.warmup_steps, plan.total_optimizer_steps)
+    scheduler: LambdaLR = get_scheduler(
+        plan.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=plan.warmup_steps,
+        num_training_steps=plan.total_optimizer_steps,
+        scheduler_specific_kwargs=dict(plan.lr_scheduler_kwargs),
+    )
     return scheduler

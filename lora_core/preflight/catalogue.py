@@ -44,6 +44,7 @@ from lora_core.preflight.rows import (
 )
 from lora_core.preflight.schedule import (
     check_batch_larger_than_data,
+    check_decay_past_end,
     check_few_steps,
     check_intervals_past_end,
     check_single_pass,
@@ -59,6 +60,7 @@ Check = Callable[[Facts], Iterator[Finding]]
 CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_warmup_past_end, {"warmup_past_end": "error"}),
     (check_warmup_long, {"warmup_long": "warning"}),
+    (check_decay_past_end, {"decay_past_end": "error"}),
     # Before few steps: the usual number of epochs is often enough to cure that too.
     (check_single_pass, {"single_pass": "warning"}),
     (check_few_steps, {"few_steps": "warning"}),

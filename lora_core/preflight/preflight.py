@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -135,7 +136,7 @@ def apply_fixes(
     while True:
         config = load_config(cfg, [*overrides, *applied], model)
         findings = run_checks(look_at_run(config, num_processes, gpu_memory_gib))
-        fixes = (finding.fix.split() for finding in findings if finding.fix)
+        fixes = (shlex.split(finding.fix) for finding in findings if finding.fix)
         fix = next((fix for fix in fixes if not set(fix) <= set(applied)), None)
         if fix is None:
             by_key = {override.split("=")[0]: override for override in applied}  # the last one of a key counts
@@ -229,7 +230,25 @@ def _describe_processes(facts: Facts) -> str:
     rates = facts.plan.learning_rates()
     shown = [rates[i * len(rates) // 60] for i in range(60)] if len(rates) > 60 else rates
     bars = "".join(" ▁▂▃▄▅▆▇█"[round(8 * rate / train.learning_rate)] for rate in shown)
-    return "\n".join([*lines, f"learning rate, 0 to {train.learning_rate:g}: |{bars}|"])
+    lines.append(f"learning rate, {describe_schedule(facts.plan)}, 0 to {train.learning_rate:g}: |{bars}|")
+    return "\n".join([*lines, *first_step(facts.plan)])
+
+
+def describe_schedule(plan: SchedulePlan) -> str:
+    """`linear`, or `cosine_with_min_lr (min_lr_rate 0.1)`."""
+    settings = ", ".join(f"{name} {value}" for name, value in plan.lr_scheduler_kwargs.items())
+    return f"{plan.lr_scheduler_type} ({settings})" if settings else plan.lr_scheduler_type
+
+
+def first_step(plan: SchedulePlan) -> list[str]:
+    """A line where warmup's first step, at learning rate 0, is a share of the run."""
+    if not plan.first_step_is_lost:
+        return []
+    share = 1 / plan.total_optimizer_steps
+    return [
+        f"       step 1 has learning rate 0, as in transformers' warmup: 1 of {plan.total_optimizer_steps} steps "
+        f"({share:.0%}) moves nothing"
+    ]
 
 
 def eval_source(config: DataConfig) -> str:
@@ -249,4 +268,6 @@ def plan_for(config: RunConfig, num_rows: int, num_processes: int) -> SchedulePl
         warmup_steps=config.train.warmup_steps,
         warmup_ratio=config.train.warmup_ratio,
         max_steps=config.train.max_steps,
+        lr_scheduler_type=config.train.lr_scheduler_type,
+        lr_scheduler_kwargs=config.train.lr_scheduler_kwargs,
     )

@@ -61,6 +61,33 @@ def check_warmup_long(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def check_decay_past_end(facts: Facts) -> Iterator[Finding]:
+    """Warmup and the decay of `warmup_stable_decay` together are longer than the run.
+
+    The decay is counted back from the last step, so the rate would jump down where warmup ends and never be at its
+    configured value.
+
+    A shorter decay; a fifth of the steps or less is usual.
+    """
+    plan = facts.plan
+    if plan.lr_scheduler_type != "warmup_stable_decay":
+        return
+    decay = int(plan.lr_scheduler_kwargs["num_decay_steps"])
+    left = plan.total_optimizer_steps - plan.warmup_steps
+    if 0 < left < decay:
+        settings = {**plan.lr_scheduler_kwargs, "num_decay_steps": max(1, plan.total_optimizer_steps // 5)}
+        words = ", ".join(f"{name}: {value}" for name, value in settings.items())
+        yield Finding(
+            "decay_past_end",
+            "error",
+            f"warmup takes {plan.warmup_steps} of {counted(plan.total_optimizer_steps, 'optimizer step')}, and "
+            f"num_decay_steps={decay} more than the {left} that are left: the learning rate would jump down after warmup",
+            decay,
+            left,
+            f"'train.lr_scheduler_kwargs={{{words}}}'",
+        )
+
+
 def check_single_pass(facts: Facts) -> Iterator[Finding]:
     """A small file (under 500 rows) is seen once or less.
 

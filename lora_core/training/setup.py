@@ -22,7 +22,15 @@ from lora_core.model.base import add_adapter, compile_layers, describe_parameter
 from lora_core.model.loss import CausalLMLoss, check_head
 from lora_core.model.optimizer import build_optimizer, build_scheduler
 from lora_core.preflight.memory import micro_batch_limit_that_fits
-from lora_core.preflight.preflight import eval_source, gather_facts, refuse_errors, report, run_checks
+from lora_core.preflight.preflight import (
+    describe_schedule,
+    eval_source,
+    first_step,
+    gather_facts,
+    refuse_errors,
+    report,
+    run_checks,
+)
 from lora_core.runtime.devices import build_accelerator, look_around, seed_everything, with_precision
 from lora_core.runtime.faults import naming_lost_ranks
 from lora_core.runtime.launcher import end_with_launcher
@@ -190,16 +198,17 @@ def _set_up(
 
 
 def describe_plan(plan: SchedulePlan, config: RunConfig) -> str:
-    """Two lines for the log."""
+    """Two lines for the log, and one more of a short run."""
     train = config.train
     processes = "1 process" if plan.num_processes == 1 else f"{plan.num_processes} processes"
-    return (
+    lines = (
         f"plan:  {counted(plan.num_rows, 'example')} / ({train.per_device_train_batch_size} per device x "
         f"{counted(train.gradient_accumulation_steps, 'accumulation step')} x {processes}) = "
         f"{counted(plan.optimizer_steps_per_epoch, 'optimizer step')} per epoch, {plan.total_optimizer_steps} in all\n"
         f"       {counted(plan.warmup_steps, 'warmup step')}, peak learning rate {plan.peak_learning_rate:.3g} "
-        f"({plan.peak_fraction:.1%} of {train.learning_rate:g})"
+        f"({plan.peak_fraction:.1%} of {train.learning_rate:g}), {describe_schedule(plan)}"
     )
+    return "\n".join([lines, *first_step(plan)])
 
 
 def rows_as_seen(tokenizer: PreTrainedTokenizerBase, data: EncodedFile, num_rows: int = 12) -> list[dict[str, Any]]:

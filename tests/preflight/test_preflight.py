@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -29,6 +30,11 @@ HELD_OUT = [chat(f"another {i}", f"answer {i}") for i in range(10)]
 TRIPS = {
     "warmup_past_end": ("error", ["train.warmup_steps=50"], "train.warmup_steps=5"),
     "warmup_long": ("warning", ["train.warmup_steps=16"], "train.warmup_steps=5"),
+    "decay_past_end": (
+        "error",
+        ["train.lr_scheduler_type=warmup_stable_decay", "train.lr_scheduler_kwargs={num_decay_steps: 46}"],
+        "'train.lr_scheduler_kwargs={num_decay_steps: 10}'",
+    ),
     "few_steps": ("warning", ["train.num_train_epochs=2"], "train.gradient_accumulation_steps=2"),
     "single_pass": (
         "warning",
@@ -159,7 +165,7 @@ def test_each_check_trips_alone_and_its_fix_removes_it(find: Any, name: str) -> 
     assert (severity == "error") == (name in ERROR_IDS)
     assert found.fix == fix
     if found.fix:
-        assert find(*overrides, *found.fix.split()) == {}
+        assert find(*overrides, *shlex.split(found.fix)) == {}
 
 
 @pytest.mark.parametrize("name", AROUND)
