@@ -41,11 +41,25 @@ class SchedulePlan:
     lr_scheduler_type: str = "linear"
     """A key of `SCHEDULER_KWARGS`."""
     lr_scheduler_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    first_step: int = 0
+    """Steps that were taken before this schedule began, by the plan `before`: those of a run that is extended."""
+    before: SchedulePlan | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SchedulePlan:
+        """What `dataclasses.asdict` made of a plan."""
+        before = values["before"]
+        return cls(**{**values, "before": None if before is None else cls.from_dict(before)})
+
+    @property
+    def scheduled_steps(self) -> int:
+        """Steps of this schedule: all, but those of `before`."""
+        return self.total_optimizer_steps - self.first_step
 
     @property
     def peak_learning_rate(self) -> float:
-        """The largest learning rate that any of the planned steps uses."""
-        return max(self.learning_rates())
+        """The largest learning rate that any of the steps of this schedule uses."""
+        return max(self.learning_rates()[self.first_step :])
 
     @property
     def peak_fraction(self) -> float:
@@ -62,8 +76,11 @@ class SchedulePlan:
             cosine (`get_cosine_schedule_with_warmup`)          (1 + cos(2 pi num_cycles u)) / 2
             constant, constant_with_warmup                      1
             cosine_with_min_lr                                  min_lr_rate + (1 - min_lr_rate) cosine
-            warmup_stable_decay (`get_wsd_schedule`)            1, and over the last num_decay_steps down to min_lr_ratio
+            warmup_stable_decay (`get_wsd_schedule`)            1; in the last num_decay_steps to min_lr_ratio
         """
+        if self.before is not None and optimizer_step < self.first_step:
+            return self.before.learning_rate_at(optimizer_step)
+        optimizer_step -= self.first_step
         if self.lr_scheduler_type == "warmup_stable_decay":
             return self.learning_rate * self._warmup_stable_decay(optimizer_step)
         if self.lr_scheduler_type == "constant":
@@ -72,9 +89,9 @@ class SchedulePlan:
             return self.learning_rate * (optimizer_step / max(1, self.warmup_steps))
         if self.lr_scheduler_type == "constant_with_warmup":
             return self.learning_rate
-        decay_steps = max(1, self.total_optimizer_steps - self.warmup_steps)
+        decay_steps = max(1, self.scheduled_steps - self.warmup_steps)
         if self.lr_scheduler_type == "linear":
-            return self.learning_rate * max(0.0, (self.total_optimizer_steps - optimizer_step) / decay_steps)
+            return self.learning_rate * max(0.0, (self.scheduled_steps - optimizer_step) / decay_steps)
         least = float(self.lr_scheduler_kwargs.get("min_lr_rate", 0.0))
         factor = _half_cosine((optimizer_step - self.warmup_steps) / decay_steps, self._num_cycles)
         return self.learning_rate * max(0.0, factor * (1 - least) + least)
@@ -82,13 +99,13 @@ class SchedulePlan:
     def _warmup_stable_decay(self, optimizer_step: int) -> float:
         settings = self.lr_scheduler_kwargs
         least, decay_steps = float(settings.get("min_lr_ratio", 0.0)), int(settings["num_decay_steps"])
-        begin = self.total_optimizer_steps - decay_steps
+        begin = self.scheduled_steps - decay_steps
         if optimizer_step < self.warmup_steps:
             steps_left = self.warmup_steps - optimizer_step
             factor = _falling(settings.get("warmup_type", "linear"), steps_left / self.warmup_steps, 0.5)
         elif optimizer_step < begin:
             return 1.0
-        elif optimizer_step < self.total_optimizer_steps:
+        elif optimizer_step < self.scheduled_steps:
             progress = (optimizer_step - begin) / max(1, decay_steps)
             factor = _falling(settings.get("decay_type", "cosine"), progress, self._num_cycles)
         else:
@@ -101,12 +118,12 @@ class SchedulePlan:
 
     @property
     def first_step_is_lost(self) -> bool:
-        """Step 1 runs at rate 0, as transformers' warmup does, and that is 1% of the run or more."""
-        return self.learning_rate_at(0) == 0 and self.total_optimizer_steps <= 100
+        """The first step runs at rate 0, as transformers' warmup does, and that is 1% of the schedule or more."""
+        return self.learning_rate_at(self.first_step) == 0 and self.scheduled_steps <= 100
 
     def learning_rate_integral(self) -> float:
-        """Sum of all planned learning rates: what the run has to learn with."""
-        return sum(self.learning_rates())
+        """Sum of the learning rates of this schedule: what the run has to learn with."""
+        return sum(self.learning_rates()[self.first_step :])
 
     def with_warmup(self, warmup_steps: int) -> SchedulePlan:
         """The same plan with another warmup."""
@@ -193,6 +210,23 @@ def plan_schedule(
     )
 
 
+def extended(before: SchedulePlan, first_step: int, rest: SchedulePlan) -> SchedulePlan:
+    """The plan of a run that is extended: `before` up to a step, and from there a schedule of its own.
+
+    Args:
+        before: by which the first `first_step` steps were taken.
+        rest: of the steps that are left, as if they were a run of their own, with its own warmup.
+
+    >>> sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    >>> plan = extended(plan_schedule(8, **sizes, max_steps=16), 16, plan_schedule(8, **sizes, max_steps=8))
+    >>> plan.total_optimizer_steps, plan.scheduled_steps, plan.learning_rate_at(16)
+    (24, 8, 5e-05)
+    """
+    return replace(
+        rest, total_optimizer_steps=first_step + rest.total_optimizer_steps, first_step=first_step, before=before
+    )
+
+
 _RANGES = {"min_lr_rate": (0.0, 1.0), "min_lr_ratio": (0.0, 1.0), "num_cycles": (0.0, 100.0)}
 _SHAPES = ("linear", "cosine", "1-sqrt")
 
@@ -217,13 +251,13 @@ def schedule_problem(lr_scheduler_type: str, settings: Mapping[str, Any]) -> str
         if problem is not None:
             return f"lr_scheduler_kwargs: {name}={value}: must be {problem}"
     needed = {"cosine_with_min_lr": ("min_lr_rate", 0.1), "warmup_stable_decay": ("num_decay_steps", 10)}
-    name, value = needed.get(lr_scheduler_type, (None, None))
-    if name is not None and name not in settings:
-        return (
-            f"lr_scheduler_type={lr_scheduler_type} needs lr_scheduler_kwargs with {name}; "
-            f"fix: 'train.lr_scheduler_kwargs={{{name}: {value}}}'"
-        )
-    return None
+    if lr_scheduler_type not in needed or needed[lr_scheduler_type][0] in settings:
+        return None
+    missing, example = needed[lr_scheduler_type]
+    return (
+        f"lr_scheduler_type={lr_scheduler_type} needs lr_scheduler_kwargs with {missing}; "
+        f"fix: 'train.lr_scheduler_kwargs={{{missing}: {example}}}'"
+    )
 
 
 def _half_cosine(progress: float, num_cycles: float) -> float:

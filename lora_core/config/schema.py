@@ -1,4 +1,7 @@
-"""The models of a configuration: every key with its type, limits, default and meaning."""
+"""The models of a configuration: every key with its type, limits, default and meaning.
+
+Those of the base model and the adapter are in `adapter_schema`.
+"""
 
 from __future__ import annotations
 
@@ -6,55 +9,15 @@ import json
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_validator
+from pydantic import Field, JsonValue, ValidationInfo, field_validator, model_validator
 
+from lora_core.config.adapter_schema import ALL_SEVEN_PROJECTIONS as ALL_SEVEN_PROJECTIONS
+from lora_core.config.adapter_schema import Fraction, PositiveInt
+from lora_core.config.adapter_schema import LoraConfig as LoraConfig
+from lora_core.config.adapter_schema import ModelConfig as ModelConfig
+from lora_core.config.adapter_schema import Section as Section
 from lora_core.schedule import schedule_problem
 from lora_core.untrusted.text import quoted, values_without_secrets
-
-ALL_SEVEN_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-PositiveInt = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """Unknown keys are errors and nothing is coerced: `train.bf16: "no"` is a mistake, not false."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
-
-
-class ModelConfig(Section):
-    """The base model. It stays frozen."""
-
-    name_or_path: str = Field(
-        default="Qwen/Qwen2.5-0.5B-Instruct", description="hub id or local folder (~ is your home)"
-    )
-    revision: str | None = Field(default=None, description="hub branch, tag or commit; null is the newest")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        default="bfloat16", description="of the frozen weights; the adapter is always float32"
-    )
-    quantization: Literal["none", "nf4", "int8"] = Field(
-        default="none", description="nf4 is QLoRA: 4 bits, double quantization, bfloat16 compute"
-    )
-    quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = Field(
-        default="uint8", description="what nf4 weights are stored as; under FSDP it must be the same as dtype"
-    )
-    attn_implementation: str = Field(
-        default="sdpa", description="as transformers names it: sdpa, eager, flash_attention_2"
-    )
-
-
-class LoraConfig(Section):
-    """The adapter: Hu et al. 2021, https://arxiv.org/abs/2106.09685. The update is scaled by alpha / rank."""
-
-    rank: PositiveInt = Field(default=16, description="r, the adapter's inner dimension")
-    alpha: PositiveInt = Field(default=32, description="scale: the update is multiplied by alpha / rank")
-    dropout: Fraction = Field(default=0.05, description="probability, on the adapter's input")
-    target_modules: list[str] | Literal["all-linear"] = Field(
-        default=ALL_SEVEN_PROJECTIONS, description="names of the modules that get an adapter, or all-linear"
-    )
-    use_rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank), https://arxiv.org/abs/2312.03732")
-    use_dora: bool = Field(default=False, description="weight-decomposed update, https://arxiv.org/abs/2402.09353")
-
 
 DEFAULT_TRAIN_FILE = "data/train.jsonl"
 
@@ -216,6 +179,10 @@ class TrainConfig(Section):
     max_steps: PositiveInt | None = Field(
         default=None, description="optimizer steps; replaces num_train_epochs when set"
     )
+    extend: bool = Field(
+        default=False,
+        description="with --resume and more epochs or steps: train on past the planned end, with a new schedule",
+    )
     per_device_train_batch_size: PositiveInt = Field(default=2, description="examples per device and micro-batch")
     per_device_eval_batch_size: PositiveInt = Field(default=8, description="examples per device and evaluation batch")
     max_tokens_per_device_batch: PositiveInt | None = Field(
@@ -341,6 +308,26 @@ class RunConfig(Section):
     preflight: PreflightConfig = Field(default_factory=PreflightConfig)
     output_dir: str = Field(default="outputs/run", description="the run folder; outputs/<cfg name> unless set")
     overwrite_output_dir: bool = Field(default=False, description="replace an earlier run in output_dir")
+
+    @model_validator(mode="after")
+    def _base_that_can_be_changed(self) -> RunConfig:
+        if self.lora.changes_base_weights and (self.model.quantization != "none" or self.model.dtype != "float32"):
+            raise ValueError(
+                f"lora.init_lora_weights={self.lora.init_lora_weights} takes the adapter's start out of the base "
+                f"weights, and model.dtype={self.model.dtype}, model.quantization={self.model.quantization} would round "
+                "what is left, so that the saved adapter would not fit the base model; fix: model.dtype=float32 "
+                "model.quantization=none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_start_of_the_adapter(self) -> RunConfig:
+        if self.model.adapter is not None and self.lora.changes_base_weights:
+            raise ValueError(
+                f"model.adapter={self.model.adapter} is a start, and lora.init_lora_weights="
+                f"{self.lora.init_lora_weights} another; fix: lora.init_lora_weights=true"
+            )
+        return self
 
     @model_validator(mode="after")
     def _eval_set_where_it_decides(self) -> RunConfig:

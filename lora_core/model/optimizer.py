@@ -48,7 +48,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, plan: SchedulePlan) -> Lam
         plan.lr_scheduler_type,
         optimizer,
         num_warmup_steps=plan.warmup_steps,
-        num_training_steps=plan.total_optimizer_steps,
+        num_training_steps=plan.scheduled_steps,
         scheduler_specific_kwargs=dict(plan.lr_scheduler_kwargs),
     )
     return scheduler

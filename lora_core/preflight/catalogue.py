@@ -9,10 +9,13 @@ from collections.abc import Callable, Iterator
 
 from lora_core.preflight.adapter import (
     check_alpha,
+    check_dora,
     check_fsdp_quantization,
     check_learning_rate,
     check_learning_rate_for_steps,
+    check_lora_names,
     check_optimizer,
+    check_starting_adapter,
     check_targets,
     check_targets_exist,
     check_targets_head,
@@ -87,8 +90,11 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_held_out, {"no_held_out_rows": "note"}),
     (check_overlap, {"eval_overlap": "warning"}),
     (check_targets_exist, {"targets_missing": "error"}),
-    (check_targets_head, {"targets_head": "warning"}),
+    (check_starting_adapter, {"adapter_differs": "error"}),
+    (check_lora_names, {"lora_names_missing": "error"}),
+    (check_targets_head, {"targets_head": "warning", "trains_head": "note"}),
     (check_targets, {"targets_q_v_only": "warning"}),
+    (check_dora, {"dora_costs": "note"}),
     (check_alpha, {"alpha_unusual": "warning"}),
     (check_learning_rate, {"learning_rate_unusual": "warning"}),
     (check_learning_rate_for_steps, {"learning_rate_low_for_steps": "note"}),
@@ -104,7 +110,7 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
 
 ERROR_IDS = tuple(name for _, ids in CHECKS for name, severity in ids.items() if severity == "error")
 # Errors that would only fail later, with a less clear message, cannot be allowed.
-NEVER_ALLOWED = ("targets_missing", "bitsandbytes_missing", "output_dir_taken")
+NEVER_ALLOWED = ("targets_missing", "lora_names_missing", "adapter_differs", "bitsandbytes_missing", "output_dir_taken")
 
 
 def documentation() -> str:

@@ -244,10 +244,9 @@ def first_step(plan: SchedulePlan) -> list[str]:
     """A line where warmup's first step, at learning rate 0, is a share of the run."""
     if not plan.first_step_is_lost:
         return []
-    share = 1 / plan.total_optimizer_steps
     return [
-        f"       step 1 has learning rate 0, as in transformers' warmup: 1 of {plan.total_optimizer_steps} steps "
-        f"({share:.0%}) moves nothing"
+        f"       step {plan.first_step + 1} has learning rate 0, as in transformers' warmup: 1 of "
+        f"{plan.scheduled_steps} steps ({1 / plan.scheduled_steps:.0%}) moves nothing"
     ]
 
 

@@ -42,6 +42,16 @@ def load_adapter(config: RunConfig, adapter_dir: str | Path, device: torch.devic
     return model
 
 
+ADAPTER_START = "adapter_start"
+"""Beside adapter/: what A and B began with, where `lora.init_lora_weights` took it out of the base weights."""
+
+
+def save_adapter_start(model: PeftModel, folder: Path) -> None:
+    """Write what A and B begin with to the run folder; `save_adapter` takes it from the trained adapter."""
+    with whole_folder(folder / ADAPTER_START) as start:
+        model.save_pretrained(start, save_embedding_layers=False)
+
+
 def save_adapter(
     accelerator: Accelerator,
     model: nn.Module,
@@ -55,9 +65,19 @@ def save_adapter(
     state = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
-        adapter_state = {name.removeprefix("model."): tensor for name, tensor in state.items() if "lora_" in name}
         with whole_folder(path) as folder:
-            adapted.save_pretrained(folder, state_dict=adapter_state, save_embedding_layers=False)
+            if config.lora.changes_base_weights:
+                # As what it adds to the untouched base: PEFT takes from it what A and B began with.
+                start = str(path.with_name(ADAPTER_START))
+                adapted.save_pretrained(folder, path_initial_model_for_weight_conversion=start)
+            else:
+                parts = ("lora_", "modules_to_save", "trainable_tokens")
+                trained = {
+                    name.removeprefix("model."): tensor
+                    for name, tensor in state.items()
+                    if any(part in name for part in parts)
+                }
+                adapted.save_pretrained(folder, state_dict=trained, save_embedding_layers=False)
             tokenizer.save_pretrained(folder)
             write_text(folder / "README.md", model_card(config, counts))
             # PEFT wrote the model's name into it.

@@ -30,34 +30,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_core.config.schema import RunConfig
 from lora_core.data.counts import EncodedFile
 from lora_core.errors import ConfigError
 from lora_core.runtime.run_folder import json_text, remove_leftovers, whole_folder, write_json
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
-
-# Keys that decide only what is shown and kept: a resumed run may have other values.
-_FREE_KEYS = frozenset(
-    {
-        "output_dir",
-        "overwrite_output_dir",
-        "data.cache_dir",
-        "data.cache_limit_gib",
-        "data.num_proc",
-        "train.logging_steps",
-        "train.max_skipped_steps",
-        "train.auto_batch_size",
-        "train.rank_timeout_s",
-        "train.on_save_error",
-        "train.save_steps",
-        "train.save_total_limit",
-        "train.num_sample_replies",
-        "train.sample_max_new_tokens",
-        "preflight.allow",
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -211,6 +189,13 @@ def find_checkpoint(run_folder: Path, asked: Path | None, say: Callable[[str], N
     )
 
 
+def refuse_damaged(path: Path) -> None:
+    """Raises ConfigError where a checkpoint that `model.adapter` names is not whole."""
+    problem = _damage(path)
+    if problem is not None:
+        raise ConfigError(f"model.adapter={path}: {problem}; fix: another checkpoint, or model.adapter=null")
+
+
 def set_aside_newer(checkpoint: Checkpoint) -> list[str]:
     """Rename the run's checkpoints of later steps: the run that resumes from this one will write its own.
 
@@ -225,47 +210,26 @@ def set_aside_newer(checkpoint: Checkpoint) -> list[str]:
     return sorted(f"superseded-{path.name}" for path in newer)
 
 
-def check_same_run(checkpoint: Checkpoint, config: RunConfig, data: str, world_size: int) -> list[str]:
-    """What differs and does not matter, one line for each.
-
-    Args:
-        data: `data_hash` of the rows now.
-
-    Raises:
-        ConfigError: something that matters differs, so that the resumed run would end differently.
-    """
-    # A key that came after this checkpoint was written had no effect then: its default.
-    then = _flat(RunConfig().to_dict()) | _flat(checkpoint.state["config"])
-    now = _flat(config.to_dict())
-    differing = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
-    problems = [f"{key}: {then.get(key)!r} before, {now.get(key)!r} now" for key in differing if key not in _FREE_KEYS]
-    if checkpoint.state["data"] != data:
-        problems.append(f"the rows of {config.data.train_source} (or how they are encoded) are not the same")
-    if checkpoint.state["world_size"] != world_size:
-        problems.append(f"number of processes: {checkpoint.state['world_size']} before, {world_size} now")
-    if problems:
-        raise ConfigError(
-            "\n  ".join([f"--resume {checkpoint.path}: the settings or the data have changed:", *problems])
-            + "\nFix: the settings of the checkpoint (config.yaml in the run folder), or start without --resume"
-        )
-    return [f"{key}: {then.get(key)!r} before, {now.get(key)!r} now" for key in differing]
-
-
 def restore(
     checkpoint: Checkpoint,
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler,
+    scheduler: LRScheduler | None,
 ) -> None:
-    """Put adapter, optimizer, schedule and random states back as they were; call it in every rank."""
+    """Put adapter, optimizer, schedule and random states back as they were; call it in every rank.
+
+    Args:
+        scheduler: None where a new schedule begins here.
+    """
     restore_adapter(checkpoint, model)
     _restore_optimizer(checkpoint, dict(_named_trainable(model)), optimizer)
-    # The lambdas are code: the plan has made them anew.
-    lambdas = [None] * len(optimizer.param_groups)
-    scheduler.load_state_dict({**checkpoint.state["schedule"], "lr_lambdas": lambdas})
-    for group, rate in zip(optimizer.param_groups, checkpoint.state["learning_rates"], strict=True):
-        group["lr"] = rate
+    if scheduler is not None:
+        # The lambdas are code: the plan has made them anew.
+        lambdas = [None] * len(optimizer.param_groups)
+        scheduler.load_state_dict({**checkpoint.state["schedule"], "lr_lambdas": lambdas})
+        for group, rate in zip(optimizer.param_groups, checkpoint.state["learning_rates"], strict=True):
+            group["lr"] = rate
     random_state = load_file(checkpoint.path / f"rng-{accelerator.process_index:05d}.safetensors")
     torch.set_rng_state(random_state["cpu"])
     if "cuda" in random_state:
@@ -371,14 +335,3 @@ def _read(path: Path) -> Checkpoint:
         return Checkpoint(path, json.loads((path / "state.json").read_text(encoding="utf-8")))
     except (ValueError, SafetensorError) as error:
         raise ConfigError(f"--resume {path}: state.json cannot be read: {error}") from error
-
-
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    """`{"train": {"seed": 1}}` -> `{"train.seed": 1}`."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= {f"{key}.{name}": item for name, item in value.items()}
-        else:
-            flat[key] = value
-    return flat

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from dataclasses import replace
@@ -12,7 +11,6 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from lora_core.config.schema import LoraConfig
 from lora_core.errors import ConfigError, counted
 from lora_core.report.page import write_report
 from lora_core.report.read import read_run
@@ -134,7 +132,7 @@ def _summary(run: Run, adapter_step: int, adapter_dir: Path, comparison: Compari
         stopped_early_at_step=progress.step if progress.step < plan.total_optimizer_steps else None,
         best_step=progress.best_step if progress.best else None,
         adapter_step=adapter_step,
-        adapter_norm=adapter_norm(adapter_dir, _scaling(run.config.lora)),
+        adapter_norm=adapter_norm(adapter_dir),
         micro_batch_limit=run.batching.limit,
         world_size=run.accelerator.num_processes,
         resumed_at_step=run.resumed_at_step,
@@ -147,7 +145,3 @@ def _summary(run: Run, adapter_step: int, adapter_dir: Path, comparison: Compari
         command=command_again(sys.argv, run.config),
         versions=versions(),
     )
-
-
-def _scaling(lora: LoraConfig) -> float:
-    return lora.alpha / (math.sqrt(lora.rank) if lora.use_rslora else lora.rank)

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +103,8 @@ class Run:
                 stopped = signals.any_rank(self.accelerator)
                 keeps_best = is_best and config.keep_adapter == "best"
                 gives_up = progress.skipped_in_a_row >= config.max_skipped_steps
-                if not is_last and (stopped or gives_up or keeps_best or progress.step % save_every == 0):
+                # The last step too: a longer run, or another one, may start from there.
+                if is_last or stopped or gives_up or keeps_best or progress.step % save_every == 0:
                     self.save()
                 if gives_up:
                     self.finish_saving()
@@ -111,7 +112,7 @@ class Run:
                         f"{counted(progress.skipped_in_a_row, 'step')} in a row had a loss or gradient that is not "
                         f"finite (train.max_skipped_steps) and {'was' if progress.skipped_in_a_row == 1 else 'were'} "
                         "skipped; the adapter is that of the last good step"
-                        + ("" if is_last else f", in {self.checkpoint_path(progress.step)}")
+                        + f", in {self.checkpoint_path(progress.step)}"
                         + "; fix: the rows above, a lower train.learning_rate, or train.bf16=true instead of float16"
                     )
                 if stopped and not is_last:
@@ -129,9 +130,10 @@ class Run:
                 f"{progress.best_step}; {progress.step} of {total} steps were taken",
             )
         # The plan is the run. This can only fail by a fault in this file, which must not go unseen.
-        elif self.scheduler.last_epoch != total:
+        elif self.scheduler.last_epoch != plan.scheduled_steps:
             raise TrainingError(
-                f"{total} optimizer steps were planned and taken, but the schedule is at {self.scheduler.last_epoch}"
+                f"{plan.scheduled_steps} optimizer steps were planned and taken, but the schedule is at "
+                f"{self.scheduler.last_epoch}"
             )
 
     def take_step(self) -> tuple[StepResult, float]:
@@ -265,7 +267,8 @@ class Run:
     def save(self) -> None:
         """Begin to write a checkpoint of now."""
         self.finish_saving()
-        state = {**self.progress.to_dict(), "config": self.config.to_dict(), "data": self.fingerprint}
+        own = {"config": self.config.to_dict(), "plan": asdict(self.facts.plan), "data": self.fingerprint}
+        state = {**self.progress.to_dict(), **own}
         snapshot = take_snapshot(self.accelerator, self.model, self.optimizer, self.scheduler, state)
         keeps_best = self.config.train.keep_adapter == "best" and self.progress.best is not None
         best = self.checkpoint_path(self.progress.best_step).name if keeps_best else None

@@ -19,8 +19,10 @@ from lora_core.data.packing import train_batching
 from lora_core.encoding.chat import text_spans
 from lora_core.errors import counted
 from lora_core.model.base import add_adapter, compile_layers, describe_parameters, load_base_model, load_tokenizer
+from lora_core.model.lora_linear import left_to_peft
 from lora_core.model.loss import CausalLMLoss, check_head
 from lora_core.model.optimizer import build_optimizer, build_scheduler
+from lora_core.model.starting_adapter import find_starting_adapter, put_on
 from lora_core.preflight.memory import micro_batch_limit_that_fits
 from lora_core.preflight.preflight import (
     describe_schedule,
@@ -43,12 +45,13 @@ from lora_core.runtime.run_folder import (
     write_text,
 )
 from lora_core.schedule import SchedulePlan
+from lora_core.training.adapter_folder import save_adapter_start
 from lora_core.training.callbacks import Callback
 from lora_core.training.checkpoint import (
     CheckpointWriter,
-    check_same_run,
     data_hash,
     find_checkpoint,
+    refuse_damaged,
     restore,
     set_aside_newer,
 )
@@ -56,11 +59,15 @@ from lora_core.training.finish import finish
 from lora_core.training.loop import Run
 from lora_core.training.progress import Progress
 from lora_core.training.replies import sample_prompts
+from lora_core.training.resume import check_same_run, plan_to_resume
 from lora_core.training.summary import Summary
 from lora_core.untrusted.text import showable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+MORE_STEPS = "; no step is left; for more: train.extend=true and a larger train.num_train_epochs or train.max_steps"
 
 
 def train(
@@ -121,9 +128,20 @@ def _set_up(
     environment = broadcast_object_list([look_around(config, accelerator.num_processes)])[0]
     if resume is not None:  # the run that is there is the one to resume
         environment = replace(environment, output_dir_problem=None)
+    fingerprint = data_hash(train_data, eval_data)
+    folder = Path(config.output_dir).expanduser()
+    checkpoint = None
+    if resume is not None:
+        asked = None if resume == "newest" else Path(resume)
+        checkpoint = find_checkpoint(folder, asked, say, accelerator.is_main_process)
+        for difference in check_same_run(checkpoint, config, fingerprint, accelerator.num_processes):
+            say(f"resume: {difference}")
     say("checking the run, and predicting its memory ...")
     facts = gather_facts(config, environment, tokenizer, train_data, eval_data)
+    if checkpoint is not None:
+        facts = replace(facts, plan=plan_to_resume(checkpoint, config, facts.plan))
     plan = facts.plan
+    is_extended = checkpoint is not None and plan.before is not None and plan.first_step == checkpoint.step
     say(describe_plan(plan, config))
     say(str(facts.memory or "predicted peak memory: not known"))
     findings = run_checks(facts)
@@ -131,21 +149,19 @@ def _set_up(
     for finding in findings:
         say(str(finding))
 
-    fingerprint = data_hash(train_data, eval_data)
-    folder = Path(config.output_dir).expanduser()
-    checkpoint = None
     if resume is None:
         check_run_folder(config.output_dir, config.overwrite_output_dir)
-    else:
-        asked = None if resume == "newest" else Path(resume)
-        checkpoint = find_checkpoint(folder, asked, say, accelerator.is_main_process)
-        for difference in check_same_run(checkpoint, config, fingerprint, accelerator.num_processes):
-            say(f"resume: {difference}")
     accelerator.wait_for_everyone()  # all have looked before one writes
 
     say(f"loading {config.model.name_or_path} ...")
     base = load_base_model(config.model, accelerator.device, config.data.packing)
     adapted = add_adapter(base, config.lora, config.train.seed, config.train.gradient_checkpointing)
+    start = find_starting_adapter(config.model) if checkpoint is None else None
+    if start is not None:
+        if start.is_checkpoint:
+            refuse_damaged(start.weights.parent)
+        put_on(start, adapted)
+        say(f"adapter: starts as {start.weights.parent}, trained on {start.base_model}")
     check_head(adapted)
     if config.train.torch_compile:
         compile_layers(adapted)
@@ -157,10 +173,16 @@ def _set_up(
             for name in set_aside_newer(checkpoint):
                 say(f"resume: a later checkpoint was renamed to {name}")
         write_text(folder / "config.yaml", config.to_yaml())
+        if config.lora.changes_base_weights:
+            save_adapter_start(adapted, folder)
         write_json(folder / "preflight.json", report(facts, findings))
         write_json(folder / "rows.json", rows_as_seen(tokenizer, train_data))
     accelerator.wait_for_everyone()
     say(f"model: {config.model.name_or_path} on {accelerator.device}: {describe_parameters(adapted)}")
+    if others := left_to_peft(adapted):
+        say(
+            f"       {counted(others, 'layer')} of the adapter {'is' if others == 1 else 'are'} computed by PEFT itself"
+        )
     optimizer = build_optimizer(adapted, config.train, accelerator.device)
     scheduler = build_scheduler(optimizer, plan)
     model, optimizer = accelerator.prepare(CausalLMLoss(adapted), optimizer)
@@ -190,8 +212,11 @@ def _set_up(
         run.progress.replies_before = run.reply("before")
     else:
         run.progress = Progress.from_dict({key: checkpoint.state[key] for key in Progress().to_dict()})
-        restore(checkpoint, accelerator, model, optimizer, scheduler)
-        say(f"resume: from {checkpoint.path}, at step {run.progress.step} of {plan.total_optimizer_steps}")
+        if is_extended:
+            run.progress.evaluations_since_best = 0
+        restore(checkpoint, accelerator, model, optimizer, None if is_extended else scheduler)
+        left = "" if run.progress.step < plan.total_optimizer_steps else MORE_STEPS
+        say(f"resume: from {checkpoint.path}, at step {run.progress.step} of {plan.total_optimizer_steps}{left}")
     if run.progress.micro_batch_limit is not None:
         run.batching = run.batching.limited(run.progress.micro_batch_limit)
     return run
@@ -208,6 +233,8 @@ def describe_plan(plan: SchedulePlan, config: RunConfig) -> str:
         f"       {counted(plan.warmup_steps, 'warmup step')}, peak learning rate {plan.peak_learning_rate:.3g} "
         f"({plan.peak_fraction:.1%} of {train.learning_rate:g}), {describe_schedule(plan)}"
     )
+    if plan.before is not None:
+        lines += f"\n       planned anew from step {plan.first_step} on: a schedule of {plan.scheduled_steps} steps"
     return "\n".join([lines, *first_step(plan)])
 
 
