@@ -17,7 +17,7 @@ ORDER: dict[str, list[str]] = {
     "untrusted": ["text", "limits"],
     "errors": [],
     "schedule": [],
-    "config": ["adapter_schema", "schema", "keys", "layers", "legacy", "load"],
+    "config": ["adapter_schema", "data_schema", "schema", "keys", "layers", "legacy", "load"],
     "sources": ["places", "json_stream", "kinds", "readers", "files"],
     "rows": ["json_values", "tool_use", "turns", "messages"],
     "encoding": ["template", "named_templates", "provenance", "forms", "spans", "chat", "mask_reader"],

@@ -35,13 +35,15 @@ class ModelConfig(Section):
         default="bfloat16", description="of the frozen weights; the adapter is always float32"
     )
     quantization: Literal["none", "nf4", "int8"] = Field(
-        default="none", description="nf4 is QLoRA: 4 bits, double quantization, bfloat16 compute"
+        default="none",
+        description="nf4 is QLoRA: 4 bits, double quantization, in bfloat16, or float16 with that dtype",
     )
     quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = Field(
         default="uint8", description="what nf4 weights are stored as; under FSDP it must be the same as dtype"
     )
     attn_implementation: str = Field(
-        default="sdpa", description="as transformers names it: sdpa, eager, flash_attention_2"
+        default="sdpa",
+        description="as transformers names it: sdpa (where packed, lora_core's own), eager, flash_attention_2, ...",
     )
 
 
@@ -77,6 +79,11 @@ class LoraConfig(Section):
         default=True,
         description="how A and B begin: true (A random, B zero), gaussian, olora, pissa, or pissa_niter_16 for 16 "
         "iterations of a faster SVD; olora and pissa need model.dtype=float32",
+    )
+    loraplus_lr_ratio: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="LoRA+, https://arxiv.org/abs/2402.12354: learning rate of B over that of A; 16 is the paper's; "
+        "null is the same for both",
     )
     use_rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank), https://arxiv.org/abs/2312.03732")
     use_dora: bool = Field(default=False, description="weight-decomposed update, https://arxiv.org/abs/2402.09353")

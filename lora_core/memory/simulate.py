@@ -69,7 +69,7 @@ def _simulate(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         give_fake_weights(model)
-    optimizer = build_optimizer(model, config.train, torch.device("cpu"))
+    optimizer = build_optimizer(model, config.train, torch.device("cpu"), config.lora.loraplus_lr_ratio)
     live = LiveBytes(causal_lm_of(model).config.get_text_config().vocab_size)
     with mode:
         for tensor in frozen_tensors(model):
@@ -84,7 +84,7 @@ def _simulate(
             for value in state.values():
                 if isinstance(value, Tensor):
                     live.count(value, "optimizer")
-        loss = CausalLMLoss(model, device_kind).train()
+        loss = CausalLMLoss(model, device_kind, config.train).train()
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.train.bf16 is not False)
         with live:
             live.num_loss_tokens = micro_batch.num_loss_tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lora_core.config.schema import uses_bitsandbytes
 from lora_core.preflight.findings import Facts, Finding
 
 
@@ -220,7 +221,7 @@ def check_learning_rate_for_steps(facts: Facts) -> Iterator[Finding]:
 
 
 def check_optimizer(facts: Facts) -> Iterator[Finding]:
-    """The 8-bit or paged optimizer cannot run here.
+    """An optimizer of bitsandbytes cannot run here, or not paged.
 
     bitsandbytes has no kernels for Apple's GPUs, and its 8-bit state cannot be sharded by FSDP. Paging is a CUDA
     feature: elsewhere the same optimizer runs without it, which changes no result. On a CPU its 8 bits cost time: 7% of
@@ -229,7 +230,7 @@ def check_optimizer(facts: Facts) -> Iterator[Finding]:
     `train.optim=adamw_torch`: the state of an adapter is small.
     """
     optim, environment = facts.config.train.optim, facts.environment
-    if optim == "adamw_torch":
+    if not uses_bitsandbytes(optim):
         return
     if environment.device.kind == "mps" or environment.sharding == "fsdp":
         where = "FSDP cannot shard its state" if environment.sharding == "fsdp" else "there are no kernels for MPS"
@@ -245,8 +246,8 @@ def check_optimizer(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "optimizer_not_paged",
             "note",
-            f"train.optim={optim} runs as plain 8-bit AdamW on {environment.device.kind}; paging needs CUDA, and "
-            "adamw_torch takes less time here",
+            f"train.optim={optim} runs without paging on {environment.device.kind}, as paging needs CUDA; adamw_torch "
+            "takes less time here",
             optim,
             "adamw_torch",
             "train.optim=adamw_torch",

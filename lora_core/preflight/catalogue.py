@@ -21,9 +21,12 @@ from lora_core.preflight.adapter import (
     check_targets_head,
 )
 from lora_core.preflight.environment import (
+    check_attention,
     check_bf16,
     check_bitsandbytes,
     check_disk,
+    check_float16,
+    check_fp16,
     check_output_dir,
     check_world_size,
 )
@@ -103,6 +106,9 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_memory, {"memory_too_small": "error", "micro_batches_smaller": "note"}),
     (check_world_size, {"world_size_differs": "error"}),
     (check_bf16, {"bf16_unsupported": "error", "bf16_slow": "warning"}),
+    (check_float16, {"float16_unscaled": "error"}),
+    (check_fp16, {"fp16_unsupported": "error", "fp16_slow": "warning"}),
+    (check_attention, {"attention_unknown": "error", "attention_missing": "error"}),
     (check_bitsandbytes, {"bitsandbytes_missing": "error"}),
     (check_disk, {"disk_too_small": "error"}),
     (check_output_dir, {"output_dir_taken": "error"}),
@@ -110,7 +116,16 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
 
 ERROR_IDS = tuple(name for _, ids in CHECKS for name, severity in ids.items() if severity == "error")
 # Errors that would only fail later, with a less clear message, cannot be allowed.
-NEVER_ALLOWED = ("targets_missing", "lora_names_missing", "adapter_differs", "bitsandbytes_missing", "output_dir_taken")
+NEVER_ALLOWED = (
+    "targets_missing",
+    "lora_names_missing",
+    "adapter_differs",
+    "float16_unscaled",
+    "attention_unknown",
+    "attention_missing",
+    "bitsandbytes_missing",
+    "output_dir_taken",
+)
 
 
 def documentation() -> str:

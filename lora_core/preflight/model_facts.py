@@ -26,6 +26,8 @@ class ModelFacts:
     """Last parts of the names of the linear layers, such as q_proj."""
     adapter_differences: tuple[tuple[str, Any, Any, str], ...]
     """(key of `lora`, its value in `model.adapter`, its value here, the override that takes the adapter's)."""
+    dtype: str
+    """Of the frozen weights, such as bfloat16."""
     head_name: str | None
     embedding_name: str | None
     eos_token_ids: frozenset[int]
@@ -60,6 +62,7 @@ def model_facts(config: RunConfig) -> ModelFacts:
         without_match=tuple((key, tuple(map(str, values))) for key, values in unmatched if values),
         linear_names=tuple(linear_names(base)),
         adapter_differences=tuple(differing_settings(start, config.lora)) if start is not None else (),
+        dtype=str(base.dtype).removeprefix("torch."),
         head_name=name_of.get(id(base.get_output_embeddings())),
         embedding_name=name_of.get(id(base.get_input_embeddings())),
         eos_token_ids=frozenset([stops] if isinstance(stops, int) else stops or ()),

@@ -83,12 +83,26 @@ def build_accelerator(config: RunConfig) -> Accelerator:
             f"train alone and overwrite the others; fix: torchrun --nproc_per_node {launched} launch/train.py ...",
             "world_size_differs",
         )
+    if config.train.fp16 and (accelerator.distributed_type.value == "FSDP" or accelerator.device.type == "mps"):
+        raise ConfigError(
+            "train.fp16=true: loss scaling is not supported with FSDP or on MPS; fix: train.bf16=true",
+            "fp16_unsupported",
+        )
     if accelerator.distributed_type.value in ("DEEPSPEED", "MEGATRON_LM", "TP"):
         raise ConfigError(
             f"distributed_type {accelerator.distributed_type.value}: not supported, its engine counts optimizer steps "
             "on its own; fix: MULTI_GPU (DDP) or FSDP in the accelerate config"
         )
     return accelerator
+
+
+def build_scaler(config: RunConfig, accelerator: Accelerator) -> torch.amp.GradScaler | None:
+    """What scales the loss so that float16 gradients do not vanish; None without `train.fp16`.
+
+    Micikevicius et al. 2017, https://arxiv.org/abs/1710.03740. It is torch's own and not Accelerate's, which has it on GPUs
+    alone, so that the CPU's can be tested.
+    """
+    return torch.amp.GradScaler(accelerator.device.type) if config.train.fp16 else None
 
 
 def use_all_cores() -> None:

@@ -54,6 +54,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler
     batching: Batching
+    scaler: torch.amp.GradScaler | None
     metrics: MetricsFile
     writer: CheckpointWriter
     prompts: list[Any]
@@ -113,7 +114,8 @@ class Run:
                         f"finite (train.max_skipped_steps) and {'was' if progress.skipped_in_a_row == 1 else 'were'} "
                         "skipped; the adapter is that of the last good step"
                         + f", in {self.checkpoint_path(progress.step)}"
-                        + "; fix: the rows above, a lower train.learning_rate, or train.bf16=true instead of float16"
+                        + "; fix: the rows above, a lower train.learning_rate, or train.bf16=true or "
+                        "model.dtype=float32 in place of float16"
                     )
                 if stopped and not is_last:
                     self.finish_saving()
@@ -151,6 +153,7 @@ class Run:
                     self.scheduler,
                     taken.batches,
                     self.config.train.max_grad_norm,
+                    self.scaler,
                 )
                 break
             except (RuntimeError, MemoryError) as error:
@@ -176,7 +179,9 @@ class Run:
         self.progress.num_supervised_tokens += result.num_supervised_tokens
         self.progress.train_time_s += step_s
         self.progress.num_skipped_steps += not result.is_finite
-        self.progress.skipped_in_a_row = 0 if result.is_finite else self.progress.skipped_in_a_row + 1
+        # One that overflowed is how a loss scale is found, and no fault.
+        is_fault = not result.is_finite and not result.overflowed
+        self.progress.skipped_in_a_row = self.progress.skipped_in_a_row + 1 if is_fault else 0
         return result, num_tokens / step_s
 
     def batches(self, step: int, batching: Batching) -> StepBatches:
@@ -210,7 +215,15 @@ class Run:
         )
 
     def note_skipped(self, result: StepResult) -> None:
-        """Log the rows of the step that was not applied."""
+        """Log the rows of the step that was not applied, or that its loss scale was too large."""
+        if result.overflowed:
+            self.metrics.write("skipped", step=self.progress.step, loss_scale=result.loss_scale)
+            log(
+                self.accelerator,
+                f"step {self.progress.step}: the gradient overflowed float16 at a loss scale of {result.loss_scale:g}, "
+                "so the step was skipped; the next has half the scale",
+            )
+            return
         dataset, places = self.facts.train_data.dataset, self.facts.train_data.places
         lines = sorted(int(dataset[int(row)]["line"]) for row in self.step_rows(self.progress.step - 1))
         self.metrics.write("skipped", step=self.progress.step, lines=list(map(places.mark, lines)))
@@ -269,6 +282,8 @@ class Run:
         self.finish_saving()
         own = {"config": self.config.to_dict(), "plan": asdict(self.facts.plan), "data": self.fingerprint}
         state = {**self.progress.to_dict(), **own}
+        if self.scaler is not None:
+            state["scaler"] = self.scaler.state_dict()
         snapshot = take_snapshot(self.accelerator, self.model, self.optimizer, self.scheduler, state)
         keeps_best = self.config.train.keep_adapter == "best" and self.progress.best is not None
         best = self.checkpoint_path(self.progress.best_step).name if keeps_best else None
@@ -315,6 +330,10 @@ def _log_step(
         "tokens_per_s": round(tokens_per_s, 1),
         "peak_memory_bytes": memory_bytes,
     }
+    if result.learning_rate_b is not None:
+        values["learning_rate_b"] = result.learning_rate_b
+    if result.loss_scale is not None:
+        values["loss_scale"] = result.loss_scale
     metrics.write("train", **values)
     log(
         accelerator,

@@ -110,7 +110,7 @@ def reply_to_all(
     adapted = accelerator.unwrap_model(model).model
     mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
     # Generation takes a token at a time and grows a cache: train.torch_compile would compile for that anew.
-    with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
+    with accelerator.autocast(), accelerator.unwrap_model(model).autocast(), torch.compiler.set_stance("force_eager"):
         replies = [
             (i, sample_reply(adapted, tokenizer, prompts[i]["messages"], prompts[i]["tools"], max_new_tokens))
             for i in mine

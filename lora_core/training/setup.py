@@ -33,7 +33,7 @@ from lora_core.preflight.preflight import (
     report,
     run_checks,
 )
-from lora_core.runtime.devices import build_accelerator, look_around, seed_everything, with_precision
+from lora_core.runtime.devices import build_accelerator, build_scaler, look_around, seed_everything, with_precision
 from lora_core.runtime.faults import naming_lost_ranks
 from lora_core.runtime.launcher import end_with_launcher
 from lora_core.runtime.run_folder import (
@@ -183,9 +183,9 @@ def _set_up(
         say(
             f"       {counted(others, 'layer')} of the adapter {'is' if others == 1 else 'are'} computed by PEFT itself"
         )
-    optimizer = build_optimizer(adapted, config.train, accelerator.device)
+    optimizer = build_optimizer(adapted, config.train, accelerator.device, config.lora.loraplus_lr_ratio)
     scheduler = build_scheduler(optimizer, plan)
-    model, optimizer = accelerator.prepare(CausalLMLoss(adapted), optimizer)
+    model, optimizer = accelerator.prepare(CausalLMLoss(adapted, config=config.train), optimizer)
     seed_everything(config.train.seed, accelerator.process_index)
     run = Run(
         config=config,
@@ -197,6 +197,7 @@ def _set_up(
         optimizer=optimizer,
         scheduler=scheduler,
         batching=train_batching(config, pad_id(tokenizer)),
+        scaler=build_scaler(config, accelerator),
         metrics=MetricsFile(folder / "metrics.jsonl", accelerator.is_main_process),
         writer=CheckpointWriter(accelerator),
         prompts=sample_prompts(config, train_data, eval_data),
@@ -215,6 +216,8 @@ def _set_up(
         if is_extended:
             run.progress.evaluations_since_best = 0
         restore(checkpoint, accelerator, model, optimizer, None if is_extended else scheduler)
+        if run.scaler is not None:
+            run.scaler.load_state_dict(checkpoint.state["scaler"])
         left = "" if run.progress.step < plan.total_optimizer_steps else MORE_STEPS
         say(f"resume: from {checkpoint.path}, at step {run.progress.step} of {plan.total_optimizer_steps}{left}")
     if run.progress.micro_batch_limit is not None:
@@ -233,6 +236,9 @@ def describe_plan(plan: SchedulePlan, config: RunConfig) -> str:
         f"       {counted(plan.warmup_steps, 'warmup step')}, peak learning rate {plan.peak_learning_rate:.3g} "
         f"({plan.peak_fraction:.1%} of {train.learning_rate:g}), {describe_schedule(plan)}"
     )
+    if config.lora.loraplus_lr_ratio is not None:
+        peak = plan.peak_learning_rate * config.lora.loraplus_lr_ratio
+        lines += f"\n       LoRA+: B learns at {config.lora.loraplus_lr_ratio:g} times these rates, at most {peak:.3g}"
     if plan.before is not None:
         lines += f"\n       planned anew from step {plan.first_step} on: a schedule of {plan.scheduled_steps} steps"
     return "\n".join([lines, *first_step(plan)])

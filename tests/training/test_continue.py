@@ -93,9 +93,13 @@ def test_the_start_of_a_plain_peft_adapter_is_that_adapter(
 def test_an_adapter_that_does_not_fit_is_refused_with_the_fix(settings: list[str], tmp_path: Path) -> None:
     run(settings, tmp_path / "first", "train.max_steps=2", "lora.target_modules=[q_proj,k_proj]", "lora.rank=8")
     start = f"model.adapter={tmp_path / 'first'}"
-    with pytest.raises(PreflightError, match=r"lora\.rank=16 and 8 in the adapter.* fix: lora\.rank=8 lora\.target_mod"):
+    with pytest.raises(
+        PreflightError, match=r"lora\.rank=16 and 8 in the adapter.* fix: lora\.rank=8 lora\.target_mod"
+    ):
         run(settings, tmp_path / "run", start)
-    with pytest.raises(ConfigError, match=r"lora_A.*: only in the configuration(.|\n)*target_modules=\[k_proj,q_proj\]"):
+    with pytest.raises(
+        ConfigError, match=r"lora_A.*: only in the configuration(.|\n)*target_modules=\[k_proj,q_proj\]"
+    ):
         run(settings, tmp_path / "run", start, "lora.rank=8", "lora.target_modules=all-linear")
     with pytest.raises(ConfigError, match=r"no such folder; fix: model\.adapter=FOLDER"):
         run(settings, tmp_path / "run", f"model.adapter={tmp_path / 'nowhere'}")
