@@ -79,6 +79,7 @@ class TrainConfig(Section):
         "paged_lion_8bit",
         "paged_lion_32bit",
         "sgd",
+        "schedule_free_adamw",
     ] = Field(
         default="paged_adamw_8bit",
         description="as transformers names it; paged state is a CUDA feature, and on a CPU not paged",
@@ -176,6 +177,11 @@ class TrainConfig(Section):
             problem = (
                 f"lr_scheduler_type=constant has no warmup, and warmup_steps={self.warmup_steps}; fix: "
                 "train.lr_scheduler_type=constant_with_warmup, or train.warmup_steps=null"
+            )
+        if problem is None and self.optim.startswith("schedule_free") and "constant" not in self.lr_scheduler_type:
+            problem = (
+                f"optim={self.optim} averages its steps in place of a falling rate, and lr_scheduler_type="
+                f"{self.lr_scheduler_type}; fix: train.lr_scheduler_type=constant_with_warmup"
             )
         if problem is not None:
             raise ValueError(problem)

@@ -31,10 +31,8 @@ def build_optimizer(
     kind, settings = optimizer_kind(config, device)
     if loraplus_lr_ratio is None:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer: torch.optim.Optimizer = kind(
-            parameters, lr=config.learning_rate, weight_decay=config.weight_decay, **settings
-        )
-        return optimizer
+        optimizer: Any = kind(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, **settings)
+        return _ready(optimizer)
     from peft.optimizers import create_loraplus_optimizer
 
     optimizer = create_loraplus_optimizer(
@@ -48,7 +46,16 @@ def build_optimizer(
     )
     for group in optimizer.param_groups[2:]:  # after A and embeddings
         group["name"] = B_GROUP
-    return optimizer
+    optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+    return _ready(optimizer)
+
+
+def _ready(optimizer: Any) -> torch.optim.Optimizer:
+    """Schedule-free optimizers have two sets of weights: those that are trained, and their average, for evaluation."""
+    if hasattr(optimizer, "train"):
+        optimizer.train()
+    made: torch.optim.Optimizer = optimizer
+    return made
 
 
 def optimizer_kind(config: TrainConfig, device: torch.device) -> tuple[Any, dict[str, Any]]:
@@ -64,6 +71,11 @@ def optimizer_kind(config: TrainConfig, device: torch.device) -> tuple[Any, dict
 
         # As transformers' Trainer has it: the rate is the schedule's.
         return Adafactor, {"scale_parameter": False, "relative_step": False}
+    if name == "schedule_free_adamw":
+        from schedulefree import AdamWScheduleFree
+
+        # Defazio et al. 2024, https://arxiv.org/abs/2405.15682; warmup is the schedule's.
+        return AdamWScheduleFree, {"betas": betas, "eps": config.adam_epsilon}
     from bitsandbytes import optim
 
     paged = "Paged" if name.startswith("paged") and device.type == "cuda" else ""

@@ -98,6 +98,12 @@ def _checkpoint(folder: Path) -> StartingAdapter:
             f"fix: model.adapter={folder.parent.parent / 'adapter'}",
             "adapter_unreadable",
         )
+    if str(config["train"]["optim"]).startswith("schedule_free"):
+        raise ConfigError(
+            f"model.adapter={folder}: a checkpoint of {config['train']['optim']} holds weights between steps and not "
+            f"their average; fix: model.adapter={folder.parent.parent / 'adapter'}",
+            "adapter_unreadable",
+        )
     settings = {key: lora[key] for key in _PEFT_NAMES}
     return StartingAdapter(folder / "adapter.safetensors", settings, str(config["model"]["name_or_path"]))
 

@@ -180,14 +180,14 @@ def check_alpha(facts: Facts) -> Iterator[Finding]:
 
 
 def check_learning_rate(facts: Facts) -> Iterator[Finding]:
-    """The learning rate is outside the range in which LoRA trains, 1e-5 to 1e-3.
+    """The learning rate is outside the range in which LoRA trains with AdamW, 1e-5 to 1e-3.
 
     Below, the adapter hardly moves from zero; above, training diverges.
 
     2e-4 is a start; the README has a table of what four rates did to one small model.
     """
     learning_rate = facts.config.train.learning_rate
-    if not 1e-5 <= learning_rate <= 1e-3:
+    if "adamw" in facts.config.train.optim and not 1e-5 <= learning_rate <= 1e-3:
         yield Finding(
             "learning_rate_unusual",
             "warning",
@@ -207,7 +207,8 @@ def check_learning_rate_for_steps(facts: Facts) -> Iterator[Finding]:
     No action is needed. Try `train.learning_rate=2e-4`, and let eval loss decide.
     """
     plan = facts.plan
-    if 30 <= plan.total_optimizer_steps <= 100 and 1e-5 <= plan.learning_rate < 2e-4:
+    is_adamw = "adamw" in facts.config.train.optim
+    if is_adamw and 30 <= plan.total_optimizer_steps <= 100 and 1e-5 <= plan.learning_rate < 2e-4:
         yield Finding(
             "learning_rate_low_for_steps",
             "note",

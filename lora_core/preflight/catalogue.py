@@ -28,6 +28,7 @@ from lora_core.preflight.environment import (
     check_float16,
     check_fp16,
     check_output_dir,
+    check_schedule_free,
     check_world_size,
 )
 from lora_core.preflight.findings import Facts, Finding, Severity
@@ -110,6 +111,7 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_fp16, {"fp16_unsupported": "error", "fp16_slow": "warning"}),
     (check_attention, {"attention_unknown": "error", "attention_missing": "error"}),
     (check_bitsandbytes, {"bitsandbytes_missing": "error"}),
+    (check_schedule_free, {"schedulefree_missing": "error"}),
     (check_disk, {"disk_too_small": "error"}),
     (check_output_dir, {"output_dir_taken": "error"}),
 ]
@@ -124,6 +126,7 @@ NEVER_ALLOWED = (
     "attention_unknown",
     "attention_missing",
     "bitsandbytes_missing",
+    "schedulefree_missing",
     "output_dir_taken",
 )
 

@@ -172,6 +172,25 @@ def check_bitsandbytes(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def check_schedule_free(facts: Facts) -> Iterator[Finding]:
+    """A schedule-free optimizer is configured, and the package that has it is not installed.
+
+    The run would stop when it first needs it, with the model loaded.
+
+    Install it, or choose an optimizer that does not need it: `train.optim=adamw_torch`.
+    """
+    optim = facts.config.train.optim
+    if optim.startswith("schedule_free") and not facts.environment.has_schedulefree:
+        yield Finding(
+            "schedulefree_missing",
+            "error",
+            f"train.optim={optim} needs schedulefree, which is not installed (pip install schedulefree)",
+            None,
+            "schedulefree",
+            "train.optim=adamw_torch",
+        )
+
+
 def check_disk(facts: Facts) -> Iterator[Finding]:
     """The disk has no space for the checkpoints.
 

@@ -37,6 +37,9 @@ from lora_core.runtime.run_folder import json_text, remove_leftovers, whole_fold
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
+# What schedule-free optimizers keep beside the learning rate, by group.
+_GROUP_STATE = ("k", "train_mode", "weight_sum", "lr_max", "scheduled_lr")
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -90,6 +93,9 @@ def take_snapshot(
             "world_size": accelerator.num_processes,
             "optimizer": scalars,
             "schedule": {name: value for name, value in scheduler.state_dict().items() if name != "lr_lambdas"},
+            "optimizer_groups": [
+                {name: group[name] for name in _GROUP_STATE if name in group} for group in optimizer.param_groups
+            ],
             "learning_rates": [group["lr"] for group in optimizer.param_groups],
         },
     )
@@ -224,6 +230,8 @@ def restore(
     """
     restore_adapter(checkpoint, model)
     _restore_optimizer(checkpoint, dict(_named_trainable(model)), optimizer)
+    for group, values in zip(optimizer.param_groups, checkpoint.state.get("optimizer_groups", []), strict=False):
+        group.update(values)
     if scheduler is not None:
         # The lambdas are code: the plan has made them anew.
         lambdas = [None] * len(optimizer.param_groups)

@@ -32,6 +32,7 @@ def finish(run: Run, started: float) -> Summary:
         started: `time.monotonic()` at the start of the run.
     """
     progress, say = run.progress, run.say
+    run.average(True)
     adapter_step = take_best_adapter(run)
     # Measured already, unless the best step was before a resume.
     examples = run.example_losses.get(adapter_step) or run.measure_examples()

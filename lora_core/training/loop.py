@@ -140,6 +140,7 @@ class Run:
 
     def take_step(self) -> tuple[StepResult, float]:
         """The next optimizer step -> (its result, tokens/s). Where memory runs out, in smaller micro-batches."""
+        self.average(False)
         started = time.monotonic()
         step, lengths = self.progress.step, self.facts.train_data.lengths
         random_state = torch.get_rng_state()
@@ -183,6 +184,11 @@ class Run:
         is_fault = not result.is_finite and not result.overflowed
         self.progress.skipped_in_a_row = self.progress.skipped_in_a_row + 1 if is_fault else 0
         return result, num_tokens / step_s
+
+    def average(self, on: bool) -> None:
+        """Put the average of a schedule-free optimizer in place of the weights that it trains, or back."""
+        wrapped: Any = self.optimizer  # Accelerate's, which knows whether there is an average
+        wrapped.eval() if on else wrapped.train()
 
     def batches(self, step: int, batching: Batching) -> StepBatches:
         """This rank's share of a step."""
@@ -259,11 +265,13 @@ class Run:
         return None if self.facts.eval_data is None else self._evaluate(self.facts.eval_data)[1]
 
     def _evaluate(self, eval_data: EncodedFile) -> tuple[EvalResult, ExampleLosses]:
+        self.average(True)
         batching = eval_batching(self.config, pad_id(self.facts.tokenizer))
         return evaluate_examples(self.accelerator, self.model, eval_data, batching)
 
     def reply(self, when: str) -> list[str]:
         """To the sample prompts, as the model is now: before or after training."""
+        self.average(True)
         if self.prompts:
             self.say(f"sample replies {when} training: {counted(len(self.prompts), 'prompt')} ...")
         return reply_to_all(

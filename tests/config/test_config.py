@@ -117,7 +117,7 @@ def test_every_problem_is_reported_at_once_with_place_value_limit_and_nearest_ke
         ("extends: 3", "must be the name of a file"),
         ("? [a]\n: b", "a key must be a plain string"),
         ("data: {eval_file: a.jsonl, eval_fraction: 0.1}", "both name an eval set"),
-        ("lora: {target_modules: [1]}", "must be a list of str or all-linear"),
+        ("lora: {target_modules: [1]}", "must be a list of str or a str"),
         ("learning_rate: 1e-4", "nearest: train.learning_rate"),
     ],
 )
@@ -195,3 +195,10 @@ def test_the_schema_for_editors_is_of_these_models_and_takes_every_shipped_confi
         jsonschema.validate(values, schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"train": {"warmup": 5}}, schema)
+
+
+def test_a_mistake_over_several_sections_is_a_sentence_with_its_place() -> None:
+    with pytest.raises(
+        ConfigError, match=r"command line  train\.keep_adapter=best needs an eval loss.* fix: data\.eval_f"
+    ):
+        load_config("qwen0.5b", ["train.keep_adapter=best"])

@@ -65,6 +65,11 @@ TRIPS = {
         ["lora.target_modules=[q_proj,k_proj,lm_head]"],
         "lora.target_modules=[q_proj,k_proj]",
     ),
+    "lora_names_missing": ("error", ["lora.rank_pattern={fc1: 4}"], "lora.rank_pattern={}"),
+    "trains_head": ("note", ["lora.modules_to_save=[lm_head]"], None),
+    "dora_costs": ("note", ["lora.use_dora=true"], None),
+    "attention_unknown": ("error", ["model.attn_implementation=flash"], "model.attn_implementation=sdpa"),
+    "attention_missing": ("error", ["model.attn_implementation=flash_attention_3"], "model.attn_implementation=sdpa"),
     "alpha_unusual": ("warning", ["lora.alpha=200"], "lora.alpha=32"),
     "learning_rate_unusual": ("warning", ["train.learning_rate=5e-3"], "train.learning_rate=2e-4"),
     "rows_truncated": ("warning", ["data.max_seq_length=24"], "data.max_seq_length=26"),
@@ -78,7 +83,26 @@ AROUND: dict[str, tuple[str, dict[str, Any], list[str], str | None]] = {
     "world_size_differs": ("error", {"asked_processes": 2}, [], None),
     "bf16_unsupported": ("error", {"bf16": "none"}, ["train.bf16=true"], "train.bf16=false model.dtype=float32"),
     "bf16_slow": ("warning", {"bf16": "emulated"}, ["train.bf16=true"], "train.bf16=auto"),
+    "fp16_slow": ("warning", {"device": DeviceMemory("cpu", 2**34)}, ["train.fp16=true"], "train.bf16=auto"),
+    "fp16_unsupported": (
+        "error",
+        {"sharding": "fsdp"},
+        ["train.fp16=true", "train.optim=adamw_torch"],
+        "train.bf16=auto",
+    ),
+    "float16_unscaled": (
+        "error",
+        {"device": DeviceMemory("cuda", 2**34)},
+        ["model.dtype=float16", "train.bf16=false"],
+        "train.fp16=true",
+    ),
     "bitsandbytes_missing": ("error", {"has_bitsandbytes": False}, [], "train.optim=adamw_torch"),
+    "schedulefree_missing": (
+        "error",
+        {"has_schedulefree": False},
+        ["train.optim=schedule_free_adamw", "train.lr_scheduler_type=constant_with_warmup"],
+        "train.optim=adamw_torch",
+    ),
     "disk_too_small": ("error", {"free_disk_bytes": 10**6}, [], None),
     "output_dir_taken": (
         "error",
@@ -276,6 +300,8 @@ def test_every_finding_that_a_check_may_yield_is_tripped_here() -> None:
         "template_uses_date",
         "bos_doubled",
         "tokens_cut_at_border",
+        # In tests/training/test_continue.py.
+        "adapter_differs",
         # In tests/encoding/test_named_templates.py.
         "template_end_token",
         "system_folded",

@@ -16,6 +16,7 @@ from lora_core.memory.micro_batch import MicroBatch
 from lora_core.memory.plan import predict_memory
 from lora_core.preflight.preflight import plan_for
 from lora_core.runtime.devices import DeviceMemory
+from lora_core.training.evaluate import evaluate_adapter
 from lora_core.training.setup import train
 from tests.conftest import chat
 
@@ -82,6 +83,42 @@ def test_an_optimizer_learns_resumes_bit_for_bit_and_is_predicted(
     bytes_each = {"adamw_bnb_8bit": 2, "lion_8bit": 1, "paged_lion_32bit": 4, "sgd": 0}
     if optim != "adafactor":  # it keeps rows and columns in place of the square
         assert per_parameter == pytest.approx(bytes_each.get(optim, 8), abs=0.6)
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_a_schedule_free_optimizer_evaluates_and_saves_its_average_and_resumes(
+    settings: list[str], tmp_path: Path, keep: str
+) -> None:
+    overrides = [
+        "train.optim=schedule_free_adamw",
+        "train.lr_scheduler_type=constant_with_warmup",
+        f"train.keep_adapter={keep}",
+        "train.learning_rate=0.03",  # eval loss falls, then rises
+        "train.eval_steps=1",
+        "train.save_steps=1",
+        "train.max_steps=6",
+        "lora.loraplus_lr_ratio=2",
+    ]
+    config = load_config("demo", [*settings, *overrides])
+    summary = run_and_resume(config, tmp_path / "run")
+    assert evaluate_adapter(config, tmp_path / "run/adapter").loss == pytest.approx(summary.eval_loss_after, abs=1e-5)
+    assert summary.eval_loss_after < summary.eval_loss_before
+    assert summary.adapter_step == (summary.best_step if keep == "best" else 6)
+    planned = plan_for(config, 24, 1).learning_rates()
+    assert [event["learning_rate"] for event in events(tmp_path / "run", "train")] == pytest.approx(planned, rel=1e-12)
+    with pytest.raises(ConfigError, match=r"not their average; fix: model\.adapter=.*/run/adapter"):
+        train(config.model_copy(update={"model": config.model.model_copy(update={"adapter": CHECKPOINT % tmp_path})}))
+    with pytest.raises(ConfigError, match=r"averages its steps.* fix: train\.lr_scheduler_type=constant_with_warmup"):
+        load_config("demo", ["train.optim=schedule_free_adamw"])
+
+
+CHECKPOINT = "%s/run/checkpoints/step-000002"
+
+
+def test_a_stop_between_evaluations_of_a_schedule_free_run_is_exact(settings: list[str], tmp_path: Path) -> None:
+    overrides = ["train.optim=schedule_free_adamw", "train.lr_scheduler_type=constant", "train.eval_steps=3"]
+    config = load_config("demo", [*settings, *overrides, "train.max_steps=6"])
+    run_and_resume(config, tmp_path / "run")  # from step 2, which was not evaluated
 
 
 def test_betas_and_epsilon_reach_the_optimizer(settings: list[str], tmp_path: Path) -> None:
