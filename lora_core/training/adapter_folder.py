@@ -106,7 +106,7 @@ def model_card(config: RunConfig, counts: RowCounts) -> str:
 
 # LoRA adapter for {html.escape(config.model.name_or_path)}
 
-Rank {config.lora.rank}, alpha {config.lora.alpha}, on {modules}; learning rate {train.learning_rate:g}, {length};
+{_rank(config)}, on {modules}; learning rate {train.learning_rate:g}, {length};
 trained with lora_core {__version__}. Of the training file: {counts}.
 
 ```python
@@ -115,3 +115,11 @@ from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")
 ```
 """
+
+
+def _rank(config: RunConfig) -> str:
+    lora = config.lora
+    text = f"Rank {lora.rank}, alpha {lora.alpha}"
+    if lora.changes_base_weights:
+        text += f", begun by {lora.init_lora_weights} and saved at twice that rank, for the untouched base"
+    return text if config.model.adapter is None else f"{text}, begun with an earlier adapter"
