@@ -35,8 +35,9 @@ def run_command(command: Callable[[], None]) -> int:
     try:
         command()
     except LoraCoreError as error:
-        # Every rank finds the same mistake, and one says so; a fault is said where it is found.
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankFault):
+        # Every rank finds the same mistake, and one of each machine says so: a file may be missing on one alone.
+        # A fault is said where it is found.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankFault):
             print(f"\nerror: {error}", file=sys.stderr, flush=True)
         end_accelerate_launch()
         return error.exit_code

@@ -32,7 +32,7 @@ def _run(arguments: Namespace) -> None:
         raise ConfigError(f"--output {output}: no folder {output.parent}; fix: make it first, or another name")
     train_file = f"data.train_file={json.dumps(arguments.file, ensure_ascii=False)}"
     data = load_config(arguments.cfg, [*arguments.overrides, train_file], arguments.model).data
-    places = as_jsonl(data.train_file, data.cache_dir, key="data.train_file")
+    places = as_jsonl(data.train_file, data.cache_dir, streaming=data.streaming)
     rows, problems = [], []
     left_out: dict[str, int] = {}
     for line, parsed in _rows(places, data):
@@ -80,7 +80,8 @@ def as_row(conversation: Conversation) -> dict[str, Any]:
     row: dict[str, Any] = (
         {"prompt": messages[:split], "completion": messages[split:]} if split else {"messages": messages}
     )
-    return row | ({"tools": conversation.tools} if conversation.tools else {})
+    row |= {"tools": conversation.tools} if conversation.tools else {}
+    return row | ({"chat_template_kwargs": conversation.template_variables} if conversation.template_variables else {})
 
 
 def _as_turn(message: Message) -> Message:

@@ -20,10 +20,12 @@ def _run(arguments: Namespace) -> None:
     config = load_config(arguments.cfg, arguments.overrides, arguments.model)
     with heavy_imports():
         quiet_libraries()
+        from lora_core.runtime.ranks import leave
         from lora_core.training.evaluate import evaluate_adapter
 
     result = evaluate_adapter(config, arguments.adapter or Path(config.output_dir).expanduser() / "adapter")
     print(json.dumps(result.to_dict()) if arguments.json else result)
+    leave()
 
 
 COMMAND = Command("eval loss of an adapter: lora-core evaluate --cfg NAME [--adapter DIR]", _add_arguments, _run)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from lora_core._version import __version__
-from lora_core.commands import convert, demo, evaluate, preflight, report, rows, train, verify
+from lora_core.commands import convert, demo, evaluate, preflight, report, rows, runs, train, verify
 from lora_core.commands.command_line import Parser, run_command
 
 COMMANDS = {
@@ -17,6 +17,7 @@ COMMANDS = {
     "verify": verify.COMMAND,
     "evaluate": evaluate.COMMAND,
     "report": report.COMMAND,
+    "runs": runs.COMMAND,
     "rows": rows.COMMAND,
     "convert": convert.COMMAND,
     "demo": demo.COMMAND,

@@ -39,7 +39,8 @@ class ModelConfig(Section):
         description="nf4 is QLoRA: 4 bits, double quantization, in bfloat16, or float16 with that dtype",
     )
     quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = Field(
-        default="uint8", description="what nf4 weights are stored as; under FSDP it must be the same as dtype"
+        default="uint8",
+        description="what nf4 weights are stored as; under FSDP it must be what is computed in, such as bfloat16",
     )
     attn_implementation: str = Field(
         default="sdpa",

@@ -26,7 +26,13 @@ class TrainFile(Section):
     max_rows: PositiveInt | None = Field(default=None, description="take the first so many rows; null is all")
 
 
-COLUMNS = ("messages", "prompt", "completion", "text", "system", "tools")
+COLUMNS = ("messages", "prompt", "completion", "reasoning", "text", "system", "tools")
+# What transformers passes to a template itself, or takes for its own.
+NOT_TEMPLATE_VARIABLES = (
+    *("self", "messages", "conversation", "tools", "documents", "chat_template", "tokenize", "tokenizer_kwargs"),
+    *("add_generation_prompt", "continue_final_message", "padding", "truncation", "max_length"),
+    *("return_tensors", "return_dict", "return_assistant_tokens_mask", "sanitize_control_tokens"),
+)
 TURN_ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -67,10 +73,13 @@ class DataConfig(Section):
     )
     columns: dict[str, str] = Field(
         default={},
-        description="what the file calls messages, prompt, completion, text, system, tools: {messages: turns}",
+        description="names in the file for messages, prompt, completion, reasoning, text, system, tools: {text: body}",
     )
     roles: dict[str, str] = Field(
         default={}, description="roles that the file calls otherwise: {customer: user, agent: assistant}"
+    )
+    mask_reasoning: bool = Field(
+        default=False, description="show the reasoning of replies to the model and do not train it"
     )
     packing: bool = Field(
         default=True, description="put examples end to end instead of padding; same gradient, no wasted tokens"
@@ -89,6 +98,10 @@ class DataConfig(Section):
     num_proc: PositiveInt | None = Field(
         default=None, description="processes that encode rows; null is one per core for large files"
     )
+    streaming: bool = Field(
+        default=False,
+        description="read a dataset of the hub row by row, without a copy of its files; encoded rows are kept",
+    )
     cache_dir: str = Field(default="~/.cache/lora_core/encoded", description="where encoded rows are kept between runs")
     cache_limit_gib: Annotated[float, Field(gt=0)] = Field(
         default=20.0,
@@ -97,12 +110,11 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _arguments_of_the_template(self) -> DataConfig:
-        taken = ("messages", "tools", "add_generation_prompt")
         for name in self.chat_template_kwargs:
-            if name in taken or not (name.isascii() and name.isidentifier()):
+            if name in NOT_TEMPLATE_VARIABLES or not (name.isascii() and name.isidentifier()):
                 raise ValueError(
                     f"chat_template_kwargs cannot set {quoted(name)}; fix: names of variables in the chat template, "
-                    f"and none of {', '.join(taken)}"
+                    f"and none of {', '.join(NOT_TEMPLATE_VARIABLES)}"
                 )
         try:
             json.dumps(self.chat_template_kwargs, allow_nan=False, ensure_ascii=False).encode()
@@ -120,10 +132,15 @@ class DataConfig(Section):
         return value
 
     @model_validator(mode="after")
-    def _split_turns_trains_replies(self) -> DataConfig:
+    def _one_choice_of_what_is_trained(self) -> DataConfig:
         if self.split_turns and self.train_on == "everything":
             raise ValueError(
                 "split_turns=true trains replies, and train_on=everything all text; fix: data.split_turns=false"
+            )
+        if self.mask_reasoning and self.train_on == "everything":
+            raise ValueError(
+                "mask_reasoning=true leaves reasoning out, and train_on=everything trains all text; "
+                "fix: data.mask_reasoning=false"
             )
         return self
 
@@ -142,12 +159,6 @@ class DataConfig(Section):
             raise ValueError(
                 f"train_file={self.train_file} and train_files ({len(self.train_files)}) both name training rows; "
                 "fix: put the file into train_files, and leave train_file out"
-            )
-        repeated = [file.path for file in self.train_files if isinstance(file, TrainFile) and file.weight > 1]
-        if repeated and self.eval_fraction > 0:
-            raise ValueError(
-                f"train_files takes rows of {repeated[0]} more than once, and eval_fraction={self.eval_fraction} would "
-                "put copies of a row into both sets; fix: data.eval_file=FILE with data.eval_fraction=0, or weight: 1"
             )
         return self
 

@@ -107,6 +107,15 @@ def shipped_file(name: str) -> Path:
     return inside if inside.parent.is_dir() and inside.exists() else package.parent / name
 
 
+def is_keyed_by_model(cfg: str | Path) -> bool:
+    """Whether a configuration is an old `training_args.yaml`, with settings for several models.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    return is_legacy(read_layers(find_config(str(cfg)), [], shipped_file("configs"))[-1])
+
+
 def load_config(cfg: str | Path, overrides: Sequence[str] = (), model: str | None = None) -> RunConfig:
     """Read a configuration.
 

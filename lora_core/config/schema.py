@@ -16,10 +16,14 @@ from lora_core.config.adapter_schema import LoraConfig as LoraConfig
 from lora_core.config.adapter_schema import ModelConfig as ModelConfig
 from lora_core.config.adapter_schema import Section as Section
 from lora_core.config.data_schema import DEFAULT_TRAIN_FILE as DEFAULT_TRAIN_FILE
+from lora_core.config.data_schema import NOT_TEMPLATE_VARIABLES as NOT_TEMPLATE_VARIABLES
 from lora_core.config.data_schema import DataConfig as DataConfig
 from lora_core.config.data_schema import TrainFile as TrainFile
 from lora_core.schedule import schedule_problem
 from lora_core.untrusted.text import values_without_secrets
+
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "swanlab"]
+"""Accelerate's names, which are those of the packages too."""
 
 
 def uses_bitsandbytes(optim: str) -> bool:
@@ -143,7 +147,29 @@ class TrainConfig(Section):
     num_sample_replies: Annotated[int, Field(ge=0)] = Field(
         default=3, description="prompts of the eval set answered before and after training"
     )
+    num_eval_replies: Annotated[int, Field(ge=0)] = Field(
+        default=1, description="of those prompts, the first so many are answered at every evaluation too"
+    )
     sample_max_new_tokens: PositiveInt = Field(default=64, description="tokens per sample reply, greedy")
+    report_to: Tracker | Literal["none"] | list[Tracker] = Field(
+        default=[],
+        description="trackers that get the figures as they come: "
+        "tensorboard, wandb, mlflow, trackio, comet_ml, swanlab",
+    )
+    tracker_project: Annotated[str, Field(min_length=1)] = Field(
+        default="lora_core", description="project, or experiment, that trackers file the run under"
+    )
+    on_alarm: Literal["stop", "warn"] = Field(
+        default="stop",
+        description="where an alarm is certain that the run does not learn: stop it, or only say so (docs/watch.md)",
+    )
+
+    @property
+    def trackers(self) -> list[Tracker]:
+        """`report_to` as a list, each once."""
+        if isinstance(self.report_to, str):
+            return [] if self.report_to == "none" else [self.report_to]
+        return list(dict.fromkeys(self.report_to))
 
     @model_validator(mode="before")
     @classmethod

@@ -25,7 +25,7 @@ from lora_core.config.schema import RunConfig, TrainFile
 from lora_core.data.cache import cache_folder, make_entry, naming_cache_folder, take_entry
 from lora_core.data.counts import EncodedFile, Truncation, account
 from lora_core.data.split import hold_out
-from lora_core.encoding import chat, forms, provenance, spans, template
+from lora_core.encoding import chat, forms, provenance, reasoning, spans, template
 from lora_core.encoding.chat import ChatEncoder, EncodedChat
 from lora_core.errors import ConfigError, DataError, RowError
 from lora_core.rows import json_values, messages, tool_use, turns
@@ -51,7 +51,7 @@ def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[En
 
     def encode(given: str | Sequence[str | TrainFile], key: str) -> EncodedFile:
         return encode_file(
-            as_jsonl(given, config.data.cache_dir, seed=config.train.seed, key=key),
+            as_jsonl(given, config.data.cache_dir, seed=config.train.seed, key=key, streaming=config.data.streaming),
             tokenizer,
             source=given if isinstance(given, str) else config.data.train_source,
             max_seq_length=config.data.max_seq_length,
@@ -62,6 +62,7 @@ def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[En
             train_on=config.data.train_on,
             truncation=config.data.truncation,
             split_turns=config.data.split_turns,
+            mask_reasoning=config.data.mask_reasoning,
             shape=shape_of(config.data),
         )
 
@@ -94,6 +95,7 @@ def encode_file(
     train_on: TrainOn = "all_assistant",
     truncation: Truncation = "right",
     split_turns: bool = False,
+    mask_reasoning: bool = False,
     shape: RowShape | None = None,
 ) -> EncodedFile:
     """Encode the rows of a chat file, or take the result of an earlier call from `cache_dir`.
@@ -109,6 +111,7 @@ def encode_file(
         train_on: which tokens are loss tokens, as `ChatEncoder` takes it.
         truncation: of longer rows: "right" keeps their beginning, "drop" drops and counts them, "error" stops.
         split_turns: make one example of each reply, with all before it.
+        mask_reasoning: leave the reasoning of replies out of the loss tokens.
         shape: what the file calls its columns and roles.
 
     Raises:
@@ -125,7 +128,7 @@ def encode_file(
         raise DataError(f"{path}: cannot be read: {error}", "data_file_missing") from error
     if num_proc is None:
         num_proc = min(allowed_cores(), max(1, len(starts) // _ROWS_WORTH_A_PROCESS))
-    encoder, shape = ChatEncoder(tokenizer, train_on), shape or RowShape()
+    encoder, shape = ChatEncoder(tokenizer, train_on, mask_reasoning), shape or RowShape()
     fingerprint = _fingerprint(path, encoder, [max_seq_length, split_turns, dict(shape.columns), dict(shape.roles)])
     folder = cache_folder(cache_dir)
 
@@ -180,9 +183,9 @@ def _fingerprint(path: Path, encoder: ChatEncoder, settings: list[Any]) -> str:
     tokenizer = encoder.tokenizer
     backend = tokenizer.backend_tokenizer.to_str()
     parts = [backend, tokenizer.chat_template, tokenizer.special_tokens_map]
-    parts += [encoder.forms.stop_tokens, encoder.train_on, *settings]
+    parts += [encoder.forms.stop_tokens, encoder.train_on, encoder.mask_reasoning, *settings]
     digest.update(json.dumps(parts, default=str, sort_keys=True).encode())
-    for module in (json_values, tool_use, turns, messages, template, provenance, forms, spans, chat):
+    for module in (json_values, tool_use, turns, messages, template, provenance, forms, spans, reasoning, chat):
         digest.update(Path(str(module.__file__)).read_bytes())
     digest.update(Path(__file__).read_bytes())
     return digest.hexdigest()[:32]

@@ -66,6 +66,18 @@ class CausalLMLoss(nn.Module):
         device = next(self.model.parameters()).device.type
         return torch.autocast(device, torch.float16) if self._fp16 else nullcontext()
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Class names of the decoder layers: Accelerate's FSDP reads this, and gathers one layer at a time."""
+        named = causal_lm_of(self.model)._no_split_modules or ()
+        return sorted({type(module).__name__ for module in self.model.modules()} & set(named))
+
+    def generate(self, **inputs: Any) -> Tensor:
+        """transformers' `generate`, of the model inside; (1, T) ids of prompt and reply."""
+        model: Any = self.model
+        ids: Tensor = model.generate(**inputs)
+        return ids
+
     def forward(
         self, input_ids: Tensor, loss_mask: Tensor, loss_weights: Tensor | None = None, **inputs: Any
     ) -> LossSums:

@@ -258,12 +258,14 @@ def check_optimizer(facts: Facts) -> Iterator[Finding]:
 def check_fsdp_quantization(facts: Facts) -> Iterator[Finding]:
     """A quantized model under FSDP is stored in a type that FSDP cannot shard.
 
-    FSDP flattens parameters of one floating-point type; 4-bit weights packed in bytes cannot take part unless they are
-    stored as that type, and int8 weights not at all.
+    FSDP casts what it gathers to the type that is computed in, and 4-bit weights packed in another type would become
+    other weights. It leaves weights that are stored as bytes whole on each GPU. int8 weights cannot take part.
 
-    `model.quant_storage` the same as `model.dtype`; for int8, NF4 or no quantization.
+    `model.quant_storage` the type that is computed in: bfloat16, or `model.dtype` where `train.bf16` is off; for int8,
+    NF4 or no quantization.
     """
     model = facts.config.model
+    computes_in = model.dtype if facts.config.train.bf16 is False else "bfloat16"
     if facts.environment.sharding != "fsdp" or model.quantization == "none":
         return
     if model.quantization == "int8":
@@ -273,15 +275,15 @@ def check_fsdp_quantization(facts: Facts) -> Iterator[Finding]:
             "model.quantization=int8 cannot be sharded by FSDP",
             "int8",
             "nf4",
-            f"model.quantization=nf4 model.quant_storage={model.dtype}",
+            f"model.quantization=nf4 model.quant_storage={computes_in}",
         )
-    elif model.quant_storage != model.dtype:
+    elif model.quant_storage != computes_in:
         yield Finding(
             "fsdp_quant_storage",
             "error",
-            f"model.quant_storage={model.quant_storage}, model.dtype={model.dtype}: FSDP shards NF4 weights only if "
-            "they are stored as the model's own type",
+            f"model.quant_storage={model.quant_storage}: FSDP shards NF4 weights only if they are stored as the type "
+            f"that is computed in, {computes_in}",
             model.quant_storage,
-            model.dtype,
-            f"model.quant_storage={model.dtype}",
+            computes_in,
+            f"model.quant_storage={computes_in}",
         )

@@ -29,10 +29,11 @@ from lora_core.preflight.environment import (
     check_fp16,
     check_output_dir,
     check_schedule_free,
+    check_trackers,
     check_world_size,
 )
 from lora_core.preflight.findings import Facts, Finding, Severity
-from lora_core.preflight.memory import check_memory
+from lora_core.preflight.memory import check_memory, check_sharding
 from lora_core.preflight.rows import (
     check_borders,
     check_doubled_bos,
@@ -105,6 +106,7 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_optimizer, {"optimizer_cannot_run": "error", "optimizer_not_paged": "note"}),
     (check_fsdp_quantization, {"fsdp_quant_storage": "error"}),
     (check_memory, {"memory_too_small": "error", "micro_batches_smaller": "note"}),
+    (check_sharding, {"ddp_fits": "note", "fsdp_fits": "note"}),
     (check_world_size, {"world_size_differs": "error"}),
     (check_bf16, {"bf16_unsupported": "error", "bf16_slow": "warning"}),
     (check_float16, {"float16_unscaled": "error"}),
@@ -112,6 +114,7 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_attention, {"attention_unknown": "error", "attention_missing": "error"}),
     (check_bitsandbytes, {"bitsandbytes_missing": "error"}),
     (check_schedule_free, {"schedulefree_missing": "error"}),
+    (check_trackers, {"tracker_missing": "error"}),
     (check_disk, {"disk_too_small": "error"}),
     (check_output_dir, {"output_dir_taken": "error"}),
 ]
@@ -127,6 +130,7 @@ NEVER_ALLOWED = (
     "attention_missing",
     "bitsandbytes_missing",
     "schedulefree_missing",
+    "tracker_missing",
     "output_dir_taken",
 )
 

@@ -191,6 +191,27 @@ def check_schedule_free(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def check_trackers(facts: Facts) -> Iterator[Finding]:
+    """`train.report_to` names a tracker whose package is not installed.
+
+    The run would stop when it starts its trackers, with the model loaded.
+
+    Install it, or leave it out of `train.report_to`.
+    """
+    missing = facts.environment.missing_trackers
+    if missing:
+        left = [name for name in facts.config.train.trackers if name not in missing]
+        yield Finding(
+            "tracker_missing",
+            "error",
+            f"train.report_to: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed "
+            f"(pip install {' '.join(missing)})",
+            list(missing),
+            None,
+            f"train.report_to=[{','.join(left)}]",
+        )
+
+
 def check_disk(facts: Facts) -> Iterator[Finding]:
     """The disk has no space for the checkpoints.
 

@@ -41,20 +41,20 @@ def gather_facts(
     Raises:
         ConfigError: the model's config cannot be read.
     """
-    from lora_core.memory.plan import MemoryPlan, plan_memory
+    from lora_core.memory.plan import MemoryPlan, Sharding, plan_memory
     from lora_core.preflight.model_facts import model_facts
 
     plan = plan_for(config, len(train_data.lengths), environment.num_processes)
     model = model_facts(config)
 
-    def predict(changed: RunConfig) -> MemoryPlan:
+    def predict(changed: RunConfig, sharding: Sharding | None = None) -> MemoryPlan:
         return plan_memory(
             changed,
             train_data,
             eval_data,
             plan_for(changed, len(train_data.lengths), environment.num_processes),
             environment.device,
-            environment.sharding,
+            sharding or environment.sharding,
         )
 
     try:

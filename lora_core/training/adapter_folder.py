@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import yaml
-from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from lora_core._version import __version__
 from lora_core.config.schema import RunConfig
@@ -18,7 +17,9 @@ from lora_core.data.counts import RowCounts
 from lora_core.model.base import load_base_model
 from lora_core.model.lora_linear import use_lean_lora
 from lora_core.runtime.devices import with_precision
+from lora_core.runtime.ranks import meet
 from lora_core.runtime.run_folder import whole_folder, write_json, write_text
+from lora_core.runtime.sharding import whole
 from lora_core.untrusted.text import values_without_secrets
 
 if TYPE_CHECKING:
@@ -52,6 +53,16 @@ def save_adapter_start(model: PeftModel, folder: Path) -> None:
         model.save_pretrained(start, save_embedding_layers=False)
 
 
+def named_trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """What trains, by the names that it has on one device."""
+    return [(name.removeprefix("module."), p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of what trains, whole and in host memory; call it in every rank."""
+    return {name: whole(parameter.detach()).cpu().clone().contiguous() for name, parameter in named_trainable(model)}
+
+
 def save_adapter(
     accelerator: Accelerator,
     model: nn.Module,
@@ -62,7 +73,7 @@ def save_adapter(
 ) -> None:
     """Write the adapter as PEFT does, with tokenizer and model card; the folder appears whole or not at all."""
     adapted = accelerator.unwrap_model(model).model
-    state = accelerator.get_state_dict(model)
+    state = trainable_tensors(model)
     if accelerator.is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_folder(path) as folder:
@@ -71,19 +82,14 @@ def save_adapter(
                 start = str(path.with_name(ADAPTER_START))
                 adapted.save_pretrained(folder, path_initial_model_for_weight_conversion=start)
             else:
-                parts = ("lora_", "modules_to_save", "trainable_tokens")
-                trained = {
-                    name.removeprefix("model."): tensor
-                    for name, tensor in state.items()
-                    if any(part in name for part in parts)
-                }
+                trained = {name.removeprefix("model."): tensor for name, tensor in state.items()}
                 adapted.save_pretrained(folder, state_dict=trained, save_embedding_layers=False)
             tokenizer.save_pretrained(folder)
             write_text(folder / "README.md", model_card(config, counts))
             # PEFT wrote the model's name into it.
             adapter_config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
             write_json(folder / "adapter_config.json", adapter_config)
-    accelerator.wait_for_everyone()
+    meet()
 
 
 def model_card(config: RunConfig, counts: RowCounts) -> str:

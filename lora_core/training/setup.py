@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from lora_core.config.schema import RunConfig
 from lora_core.data.counts import EncodedFile
@@ -17,7 +17,7 @@ from lora_core.data.encoded import load_data, pad_id
 from lora_core.data.in_memory import with_rows
 from lora_core.data.packing import train_batching
 from lora_core.encoding.chat import text_spans
-from lora_core.errors import counted
+from lora_core.errors import ConfigError, counted
 from lora_core.model.base import add_adapter, compile_layers, describe_parameters, load_base_model, load_tokenizer
 from lora_core.model.lora_linear import left_to_peft
 from lora_core.model.loss import CausalLMLoss, check_head
@@ -33,9 +33,11 @@ from lora_core.preflight.preflight import (
     report,
     run_checks,
 )
+from lora_core.runtime.console import Console
 from lora_core.runtime.devices import build_accelerator, build_scaler, look_around, seed_everything, with_precision
 from lora_core.runtime.faults import naming_lost_ranks
 from lora_core.runtime.launcher import end_with_launcher
+from lora_core.runtime.ranks import first_on_each_machine, from_first_rank, meet
 from lora_core.runtime.run_folder import (
     MetricsFile,
     check_run_folder,
@@ -47,21 +49,16 @@ from lora_core.runtime.run_folder import (
 from lora_core.schedule import SchedulePlan
 from lora_core.training.adapter_folder import save_adapter_start
 from lora_core.training.callbacks import Callback
-from lora_core.training.checkpoint import (
-    CheckpointWriter,
-    data_hash,
-    find_checkpoint,
-    refuse_damaged,
-    restore,
-    set_aside_newer,
-)
+from lora_core.training.checkpoint import CheckpointWriter, find_checkpoint, refuse_damaged, restore, set_aside_newer
+from lora_core.training.end import RecordedEnd, recorded_end
 from lora_core.training.finish import finish
+from lora_core.training.journal import Journal
+from lora_core.training.lookout import Lookout
 from lora_core.training.loop import Run
 from lora_core.training.progress import Progress
 from lora_core.training.replies import sample_prompts
-from lora_core.training.resume import check_same_run, plan_to_resume
+from lora_core.training.resume import check_same_run, data_hash, keep_rows_per_step, plan_to_resume
 from lora_core.training.summary import Summary
-from lora_core.untrusted.text import showable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,6 +74,7 @@ def train(
     rows: Iterable[Mapping[str, Any]] | None = None,
     eval_rows: Iterable[Mapping[str, Any]] | None = None,
     callbacks: Sequence[Callback] = (),
+    console: Console | None = None,
 ) -> Summary:
     """Fine-tune as the configuration says; returns what is written to `summary.json`.
 
@@ -88,6 +86,7 @@ def train(
         rows: dicts as a line of a file may hold, or a `datasets.Dataset` of them, in place of `data.train_file`.
         eval_rows: the same, in place of `data.eval_file`.
         callbacks: told of log lines, evaluations, checkpoints and the end, in the main process.
+        console: where lines and events go; None prints lines to stdout.
 
     Raises:
         RunStopped: SIGTERM, SIGINT or SIGUSR1 came; a checkpoint was written.
@@ -97,25 +96,37 @@ def train(
     end_with_launcher()
     config, precision = with_precision(with_rows(config, rows, eval_rows))
     accelerator = build_accelerator(config)
+    console = console or Console()
     if precision is not None:
-        accelerator.print(precision)
-    with naming_lost_ranks(accelerator, config.train.rank_timeout_s):
-        run = _set_up(config, accelerator, resume, callbacks)
+        console.say(precision)
+    with naming_lost_ranks(accelerator, config.train.rank_timeout_s), recorded_end(config, console) as end:
+        run = _set_up(config, accelerator, resume, callbacks, console, end)
         run.train()
         return finish(run, started)
 
 
 def _set_up(
-    config: RunConfig, accelerator: Accelerator, resume: str | Path | None, callbacks: Sequence[Callback]
+    config: RunConfig,
+    accelerator: Accelerator,
+    resume: str | Path | None,
+    callbacks: Sequence[Callback],
+    console: Console,
+    end: RecordedEnd,
 ) -> Run:
     """Everything up to the first step, or to the step that a checkpoint was written after."""
+    say = console.say
 
-    def say(line: str) -> None:
-        accelerator.print(showable(line))
-
+    folder = Path(config.output_dir).expanduser()
+    checkpoint, asked_config = None, config
+    if resume is not None:  # how many examples a step has is in the checkpoint
+        asked = None if resume == "newest" else Path(resume)
+        checkpoint = from_first_rank(lambda: find_checkpoint(folder, asked, say, may_rename=True))
+        config, replanned = keep_rows_per_step(checkpoint, config, accelerator.num_processes)
+        if replanned is not None:
+            say(f"resume: {replanned}")
     # Data first: it is cheap, and most mistakes are in it.
     tokenizer = load_tokenizer(config.model, config.data)
-    with accelerator.main_process_first():
+    with first_on_each_machine():
         train_data, eval_data = load_data(config, tokenizer)
     say(f"train: {config.data.train_source}: {train_data.counts}")
     for note in train_data.places.notes:
@@ -125,15 +136,11 @@ def _set_up(
         for note in eval_data.places.notes if config.data.eval_file is not None else ():
             say(f"       {note}")
     # What the main process sees decides for all: free memory and disk differ from moment to moment.
-    environment = broadcast_object_list([look_around(config, accelerator.num_processes)])[0]
+    environment = from_first_rank(lambda: look_around(config, accelerator.num_processes))
     if resume is not None:  # the run that is there is the one to resume
         environment = replace(environment, output_dir_problem=None)
     fingerprint = data_hash(train_data, eval_data)
-    folder = Path(config.output_dir).expanduser()
-    checkpoint = None
-    if resume is not None:
-        asked = None if resume == "newest" else Path(resume)
-        checkpoint = find_checkpoint(folder, asked, say, accelerator.is_main_process)
+    if checkpoint is not None:
         for difference in check_same_run(checkpoint, config, fingerprint, accelerator.num_processes):
             say(f"resume: {difference}")
     say("checking the run, and predicting its memory ...")
@@ -147,11 +154,11 @@ def _set_up(
     findings = run_checks(facts)
     refuse_errors(findings, config.preflight.allow)
     for finding in findings:
-        say(str(finding))
+        say(str(finding), "detail" if finding.severity == "note" else "always")
 
-    if resume is None:
-        check_run_folder(config.output_dir, config.overwrite_output_dir)
-    accelerator.wait_for_everyone()  # all have looked before one writes
+    if checkpoint is None:
+        from_first_rank(lambda: check_run_folder(config.output_dir, config.overwrite_output_dir))
+    meet()  # all have looked before one writes
 
     say(f"loading {config.model.name_or_path} ...")
     base = load_base_model(config.model, accelerator.device, config.data.packing)
@@ -177,7 +184,9 @@ def _set_up(
             save_adapter_start(adapted, folder)
         write_json(folder / "preflight.json", report(facts, findings))
         write_json(folder / "rows.json", rows_as_seen(tokenizer, train_data))
-    accelerator.wait_for_everyone()
+    resumed_at_step = checkpoint.step if checkpoint else None
+    end.begin(folder, fingerprint, resumed_at_step, accelerator.is_main_process)
+    meet()
     say(f"model: {config.model.name_or_path} on {accelerator.device}: {describe_parameters(adapted)}")
     if others := left_to_peft(adapted):
         say(
@@ -186,9 +195,13 @@ def _set_up(
     optimizer = build_optimizer(adapted, config.train, accelerator.device, config.lora.loraplus_lr_ratio)
     scheduler = build_scheduler(optimizer, plan)
     model, optimizer = accelerator.prepare(CausalLMLoss(adapted, config=config.train), optimizer)
+    register_fsdp_forward_method(model, "generate")  # it gathers embedding and head; without FSDP this does nothing
     seed_everything(config.train.seed, accelerator.process_index)
+    told = (*end.trackers, *callbacks) if accelerator.is_main_process else ()
+    journal = Journal(console, MetricsFile(folder / "metrics.jsonl", accelerator.is_main_process), told)
     run = Run(
         config=config,
+        asked_config=asked_config,
         accelerator=accelerator,
         facts=facts,
         fingerprint=fingerprint,
@@ -198,23 +211,29 @@ def _set_up(
         scheduler=scheduler,
         batching=train_batching(config, pad_id(tokenizer)),
         scaler=build_scaler(config, accelerator),
-        metrics=MetricsFile(folder / "metrics.jsonl", accelerator.is_main_process),
         writer=CheckpointWriter(accelerator),
         prompts=sample_prompts(config, train_data, eval_data),
         progress=Progress(),
-        resumed_at_step=checkpoint.step if checkpoint else None,
-        callbacks=callbacks if accelerator.is_main_process else (),
+        resumed_at_step=resumed_at_step,
+        journal=journal,
+        lookout=Lookout(config, plan, journal),
     )
     if checkpoint is None:
         run.progress.micro_batch_limit = micro_batch_limit_that_fits(facts)
         if eval_data is not None:
             say(f"evaluating {counted(len(eval_data.lengths), 'example')} before training ...")
         run.progress.before = run.progress.after = run.measure()
-        run.progress.replies_before = run.reply("before")
+        replies = run.reply("before")
+        run.progress.replies_before = [reply.text for reply in replies]
+        run.progress.ended_before = [reply.ended for reply in replies]
+        run.keep_replies(replies, 0)
     else:
-        run.progress = Progress.from_dict({key: checkpoint.state[key] for key in Progress().to_dict()})
+        known = Progress().to_dict().keys() & checkpoint.state.keys()
+        run.progress = Progress.from_dict({key: checkpoint.state[key] for key in known})
         if is_extended:
             run.progress.evaluations_since_best = 0
+        if run.lookout.stops(run.progress):
+            raise ConfigError(f"--resume {checkpoint.path}: {run.lookout.why(run.progress)}")
         restore(checkpoint, accelerator, model, optimizer, None if is_extended else scheduler)
         if run.scaler is not None:
             run.scaler.load_state_dict(checkpoint.state["scaler"])

@@ -6,6 +6,7 @@ import math
 import platform
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -71,6 +72,12 @@ class Summary:
     """Step that the adapter in `adapter_dir` is of."""
     adapter_norm: float
     """Frobenius norm of all that the adapter adds to the base's weights; 0 before the first step."""
+    alarms: list[dict[str, Any]]
+    """Raised while it ran, each with its step; see `alarms.py`."""
+    tracker_failures: dict[str, int]
+    """Calls that a tracker failed at, of those with any."""
+    git_commit: str | None
+    """Checked out in `working_dir` when the run ended; None where that is no git repository."""
     micro_batch_limit: int
     """Of a micro-batch: tokens where it is packed, examples where it is padded."""
     world_size: int
@@ -106,6 +113,15 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: version(name) for name in names},
     }
+
+
+def git_commit() -> str | None:
+    """The commit that is checked out in the working folder; what is not committed does not show in it."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):  # no git here
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def hardware(num_processes: int) -> str:

@@ -60,6 +60,8 @@ def short_run(config: RunConfig, train_data: EncodedFile, eval_data: EncodedFile
         "train.logging_steps=1",
         "train.eval_steps=null",
         "train.num_sample_replies=0",
+        "train.on_alarm=warn",
+        "train.report_to=[]",
         "train.on_save_error=error",
         f"train.per_device_train_batch_size={batch_size}",
         f"train.gradient_accumulation_steps={accumulation}",
@@ -208,4 +210,5 @@ def events(folder: Path) -> list[dict[str, Any]]:
 
 
 def _losses(folder: Path) -> list[tuple[Any, ...]]:
-    return [(event["event"], event["step"], event["loss"], event.get("grad_norm")) for event in events(folder)]
+    measured = [event for event in events(folder) if event["event"] in ("train", "eval")]
+    return [(event["event"], event["step"], event["loss"], event.get("grad_norm")) for event in measured]

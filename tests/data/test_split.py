@@ -152,6 +152,26 @@ def test_rows_without_words_are_duplicates_only_if_equal(write_rows: Any, tokeni
     assert len({a, b, on, off}) == 4
 
 
+def test_copies_of_a_row_that_is_taken_more_than_once_stay_on_one_side(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, write_rows: Any
+) -> None:
+    path = write_rows([chat(f"question {i}", f"answer {i}") for i in range(20)])
+    config = load_config(
+        "demo",
+        [
+            f"data.train_files=[{{path: {path}, weight: 2.5}}]",
+            "data.eval_file=null",
+            "data.eval_fraction=0.2",
+            f"data.cache_dir={tmp_path / 'cache'}",
+        ],
+    )
+    train_data, eval_data = load_data(config, tokenizer)
+    assert eval_data is not None
+    trained, held_out = ({tuple(ids) for ids in data.dataset["input_ids"]} for data in (train_data, eval_data))
+    assert (len(train_data.lengths) + len(eval_data.lengths), len(trained) + len(held_out)) == (50, 20)
+    assert not trained & held_out
+
+
 @pytest.fixture
 def half_dropped(tmp_path: Path, tiny_model_dir: Path, write_rows: Any) -> list[str]:
     """50 rows to keep, of which 2 are duplicates, and 50 whose answers come after max_seq_length."""

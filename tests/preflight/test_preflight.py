@@ -77,6 +77,9 @@ TRIPS = {
     "no_held_out_rows": ("note", ["data.eval_file=null"], "data.eval_fraction=0.1"),
 }
 
+# On two processes, with as many steps as on one.
+ON_TWO = ["train.optim=adamw_torch", "train.num_train_epochs=10"]
+
 # id -> (severity, what to change in the environment, overrides, the fix)
 AROUND: dict[str, tuple[str, dict[str, Any], list[str], str | None]] = {
     "memory_too_small": ("error", {"device": DeviceMemory("cuda", 10**6)}, [], None),
@@ -111,6 +114,7 @@ AROUND: dict[str, tuple[str, dict[str, Any], list[str], str | None]] = {
         "output_dir=run-2",
     ),
     "optimizer_cannot_run": ("error", {"sharding": "fsdp"}, [], "train.optim=adamw_torch"),
+    "ddp_fits": ("note", {"sharding": "fsdp", "num_processes": 2}, ON_TWO, None),
     "optimizer_not_paged": ("note", {}, ["train.optim=paged_adamw_8bit"], "train.optim=adamw_torch"),
     "fsdp_quant_storage": (
         "error",
@@ -271,6 +275,17 @@ def test_what_does_not_fit_gets_the_cheapest_change_that_does(look: Any, find: A
     assert "memory_too_small" not in find(*overrides, found.fix, device=device)
 
 
+def test_where_no_copy_of_the_model_fits_and_a_share_does_fsdp_is_named(look: Any, find: Any) -> None:
+    facts = look(*ON_TWO, num_processes=2)
+    fsdp, ddp = (facts.predict_memory(facts.config, sharding) for sharding in ("fsdp", "ddp"))
+    assert fsdp.total_bytes < ddp.total_bytes
+    between = replace(facts.environment.device, limit_bytes=(fsdp.total_bytes + ddp.total_bytes) // 2)
+    found = find(*ON_TWO, num_processes=2, device=between)
+    assert "configs/accelerate/fsdp2.yaml" in found["fsdp_fits"].message
+    assert "memory_too_small" in found
+    assert find(*ON_TWO, num_processes=2) == find(*ON_TWO, num_processes=2, sharding="fsdp", device=between) == {}
+
+
 @pytest.mark.parametrize("packing", ["true", "false"])
 def test_with_auto_batch_size_smaller_micro_batches_are_noted_where_they_fit(
     look: Any, find: Any, packing: str
@@ -293,6 +308,7 @@ def test_with_auto_batch_size_smaller_micro_batches_are_noted_where_they_fit(
 
 def test_every_finding_that_a_check_may_yield_is_tripped_here() -> None:
     elsewhere = {
+        "fsdp_fits",
         "micro_batches_smaller",
         "rows_unsupervised",
         "turn_end_not_eos",

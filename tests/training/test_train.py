@@ -118,7 +118,9 @@ def test_every_shipped_config_runs_as_planned(tiny_run: Any, config_name: str, s
         "preflight.json",
         "report.html",
         "rows.json",
+        "state.json",
         "summary.json",
+        "train.log",
     }
 
 
