@@ -19,6 +19,8 @@ ORDER: dict[str, list[str]] = {
     "schedule": [],
     "learning_rate": [],
     "config": [
+        "adapter_schema",
+        "data_schema",
         "schema",
         "keys",
         "synonyms",
@@ -36,7 +38,7 @@ ORDER: dict[str, list[str]] = {
     "rows": ["json_values", "tool_use", "turns", "messages"],
     "encoding": ["template", "named_templates", "provenance", "forms", "spans", "reasoning", "chat", "mask_reader"],
     "data": ["counts", "packing", "split", "cache", "row_text", "encoded", "in_memory"],
-    "model": ["attention", "lora_linear", "base", "loss", "optimizer"],
+    "model": ["attention", "lora_linear", "lora_settings", "base", "loss", "optimizer", "starting_adapter"],
     "runtime": ["run_folder", "run_state", "console", "launcher", "sharding", "ranks", "devices", "faults"],
     "memory": ["micro_batch", "live_bytes", "without_storage", "simulate", "plan"],
     "preflight": [

@@ -46,14 +46,16 @@ def _check(settings: Mapping[str, Setting], problems: list[str]) -> RunConfig | 
         return RunConfig.model_validate(nested)
     except ValidationError as error:
         for key, details in {_error_key(details["loc"], keys): details for details in error.errors()}.items():
+            message = details["msg"].removeprefix("Value error, ")
             if key in keys:
                 setting = settings[key]
-                problems.append(f"{setting.source}  {key} = {quoted(setting.value)}: must be {keys[key]}")
-            else:  # a check over a whole section
-                message = details["msg"].removeprefix("Value error, ")
-                named = [name for name in settings if name.startswith(f"{key}.") and name.split(".")[1] in message]
+                wrong = message if details["type"] == "value_error" else f"must be {keys[key]}"
+                problems.append(f"{setting.source}  {key} = {quoted(setting.value)}: {wrong}")
+            else:  # a check over a whole section, or over several
+                prefix = f"{key}." if key else ""
+                named = [n for n in settings if n.startswith(prefix) and n.removeprefix(prefix) in message]
                 sources = dict.fromkeys(settings[name].source for name in named)
-                problems.append(f"{', '.join(sources)}  {key}: {message}")
+                problems.append(f"{', '.join(sources)}  {key}{': ' if key else ''}{message}")
         return None
 
 
@@ -65,7 +67,12 @@ def _holds_control_characters(value: Any) -> bool:
 
 
 def _error_key(location: tuple[int | str, ...], keys: Mapping[str, str]) -> str:
-    """The config key of a pydantic error; what follows it tells union members and list positions apart."""
+    """The config key of a pydantic error; what follows it tells union members and list positions apart.
+
+    An error over several sections has no location, and the key is empty.
+    """
+    if not location:
+        return ""
     if str(location[0]) in keys:
         return str(location[0])
     return ".".join(str(part) for part in location[:2])

@@ -21,6 +21,7 @@ from lora_core.memory.without_storage import (
 )
 from lora_core.model.attention import causal_lm_of
 from lora_core.model.base import load_model_config
+from lora_core.model.lora_settings import differs_by_layer
 from lora_core.model.loss import CausalLMLoss
 from lora_core.model.optimizer import build_optimizer
 
@@ -50,10 +51,10 @@ def live_at_peak(
     one_kind = len(set(getattr(text_config, "layer_types", None) or [""])) == 1
     few, more = _LAYERS_RUN if one_kind else _LAYERS_RUN_IF_KINDS_DIFFER
     num_layers = num_hidden_layers(config)
-    if num_layers > more:
+    if num_layers > more and not differs_by_layer(config.lora):
         first, middle, whole = (num_parameters(config, n) for n in (few, more, num_layers))
         layers_are_equal = (whole - first) * (more - few) == (middle - first) * (num_layers - few)
-    if num_layers <= more or not layers_are_equal:
+    if num_layers <= more or differs_by_layer(config.lora) or not layers_are_equal:
         peaks, frozen = simulate(num_layers)
     else:
         (peaks_at_few, frozen), (peaks_at_more, _) = simulate(few), simulate(more)
@@ -77,7 +78,7 @@ def _simulate(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         give_fake_weights(model)
-    optimizer = build_optimizer(model, config.train, torch.device("cpu"))
+    optimizer = build_optimizer(model, config.train, torch.device("cpu"), config.lora.loraplus_lr_ratio)
     live = LiveBytes(causal_lm_of(model).config.get_text_config().vocab_size)
     with mode:
         for tensor in frozen_tensors(model):
@@ -92,7 +93,7 @@ def _simulate(
             for value in state.values():
                 if isinstance(value, Tensor):
                     live.count(value, "optimizer")
-        loss = CausalLMLoss(model, device_kind).train()
+        loss = CausalLMLoss(model, device_kind, config.train).train()
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.train.bf16 is not False)
         with live:
             live.num_loss_tokens = micro_batch.num_loss_tokens

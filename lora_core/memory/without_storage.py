@@ -59,7 +59,9 @@ def model_without_storage(config: RunConfig, device_kind: str, packed: bool, num
         if packed:
             AttentionInterface.register(_SIMULATED, _segments if device_kind == "cpu" else _fused_attention)
             base.set_attn_implementation(_SIMULATED)
-        model: PeftModel = add_adapter(base, config.lora, config.train.seed, config.train.gradient_checkpointing)
+        # Whatever A and B begin with: there are no weights here to take it from.
+        lora = config.lora.model_copy(update={"init_lora_weights": True})
+        model: PeftModel = add_adapter(base, lora, config.train.seed, config.train.gradient_checkpointing)
     use_lean_lora(model, ByteMask if device_kind == "cuda" else _BitMaskWithoutStorage)
     return model
 

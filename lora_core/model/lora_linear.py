@@ -97,6 +97,16 @@ def use_lean_lora(model: PeftModel, mask: Any = None) -> None:
             setattr(module, "forward", MethodType(partial(_forward, mask), module))  # noqa: B010
 
 
+def left_to_peft(model: PeftModel) -> int:
+    """Layers that keep PEFT's own forward: those with DoRA, embeddings, tokens and modules that are trained whole."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    plain = [layer for layer in layers if "forward" in vars(layer) and not layer.lora_variant]
+    whole = sum(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules())
+    return len(layers) - len(plain) + whole
+
+
 def _forward(mask: Any, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """In place of the forward of PEFT's `lora.Linear` and its quantized kin."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]

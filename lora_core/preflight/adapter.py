@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lora_core.config.schema import uses_bitsandbytes
 from lora_core.preflight.findings import Facts, Finding
 from lora_core.preflight.plan import suggested_rate
 
@@ -12,49 +13,113 @@ _FAR = 3
 
 
 def check_targets_exist(facts: Facts) -> Iterator[Finding]:
-    """A name in `lora.target_modules` matches nothing in the model.
+    """A name in `lora.target_modules` matches nothing in the model, or all that match are excluded.
 
     PEFT complains only when no name matches; otherwise the run would train without these, silently.
 
     The finding lists the linear layers of the model.
     """
-    targets = facts.config.lora.target_modules
-    if isinstance(targets, str):
+    lora = facts.config.lora
+    missing = dict(facts.model.without_match).get("target_modules", ())
+    if not missing and facts.model.targeted:
         return
-    missing = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in facts.model.module_names)]
-    if missing or not targets:
-        linear = [name for name in facts.model.linear_names if name != facts.model.head_name]
+    linear = _linear_layers(facts)
+    if missing or not lora.target_modules:
+        what = f"{', '.join(missing) or 'an empty list'} matches nothing in this model"
+    else:
+        what = "all that match are in lora.exclude_modules, lora.modules_to_save or not in lora.layers_to_transform"
+    hint = ""
+    if isinstance(lora.target_modules, str) and lora.target_modules in linear:
+        hint = " (a str is a regular expression for whole names; a list holds names)"
+        linear = [lora.target_modules]
+    yield Finding(
+        "targets_missing",
+        "error",
+        f"lora.target_modules: {what}{hint}; its linear layers: {', '.join(_linear_layers(facts))}",
+        list(missing),
+        linear,
+        f"lora.target_modules=[{','.join(linear)}]",
+    )
+
+
+def check_starting_adapter(facts: Facts) -> Iterator[Finding]:
+    """The adapter that training starts from (`model.adapter`) has another rank, scale or other targets than `lora`.
+
+    Its tensors would not fit, or would mean another update than the one that was trained.
+
+    The adapter's own settings, which the fix names.
+    """
+    differing = facts.model.adapter_differences
+    if differing:
+        words = ", ".join(f"lora.{key}={ours} and {theirs} in the adapter" for key, theirs, ours, _ in differing)
         yield Finding(
-            "targets_missing",
+            "adapter_differs",
             "error",
-            f"lora.target_modules: {', '.join(missing) or 'an empty list'} matches nothing in this model; its linear "
-            f"layers: {', '.join(linear)}",
-            missing,
-            linear,
-            f"lora.target_modules=[{','.join(linear)}]",
+            f"model.adapter={facts.config.model.adapter} was made with other settings: {words}",
+            {key: ours for key, _, ours, _ in differing},
+            {key: theirs for key, theirs, _, _ in differing},
+            " ".join(fix for *_, fix in differing),
         )
 
 
+def check_lora_names(facts: Facts) -> Iterator[Finding]:
+    """A name, layer or token in another key of `lora` is not in the model.
+
+    PEFT says nothing of a pattern, an exclusion or a module to save that matches no module: the run would train as if
+    the key were not set. A layer or token that does not exist stops it later.
+
+    Correct the name, or leave the key out.
+    """
+    unset = {"exclude_modules": "null", "layers_to_transform": "null", "trainable_token_indices": "null"}
+    empty = {"modules_to_save": "[]", "rank_pattern": "{}", "alpha_pattern": "{}"}
+    for key, missing in facts.model.without_match:
+        if key != "target_modules":
+            yield Finding(
+                "lora_names_missing",
+                "error",
+                f"lora.{key}: {', '.join(missing)} matches nothing in this model"
+                + (" that gets an adapter" if key.endswith("pattern") else ""),
+                list(missing),
+                None,
+                f"lora.{key}={(unset | empty)[key]}",
+            )
+
+
+def _linear_layers(facts: Facts) -> list[str]:
+    return [name for name in facts.model.linear_names if name != facts.model.head_name]
+
+
 def check_targets_head(facts: Facts) -> Iterator[Finding]:
-    """An adapter sits on the output head or the embedding.
+    """The output head or the embedding gets an adapter, or is trained whole.
 
     The head's cross-entropy then keeps all logits, which costs more memory than everything else together, and a tied
     embedding changes with it.
 
-    Adapters on the layers between learn the same at a fraction of the cost.
+    Adapters on the layers between learn the same at a fraction of the cost. New tokens need their embeddings trained:
+    `lora.trainable_token_indices` trains those alone.
     """
-    targets = facts.config.lora.target_modules
-    ends = [name for name in (facts.model.head_name, facts.model.embedding_name) if name]
-    hit = [target for target in targets if target in ends] if isinstance(targets, list) else []
+    lora, ends = facts.config.lora, [name for name in (facts.model.head_name, facts.model.embedding_name) if name]
+    hit = [name for name in dict.fromkeys(n.rsplit(".", 1)[-1] for n in facts.model.targeted) if name in ends]
     if hit:
-        rest = [target for target in targets if target not in hit] or facts.model.linear_names
+        rest = [t for t in lora.target_modules if t not in hit] if isinstance(lora.target_modules, list) else []
         yield Finding(
             "targets_head",
             "warning",
             f"lora.target_modules: {', '.join(hit)} is the output head or the embedding; every logit is kept in memory",
             hit,
             [],
-            f"lora.target_modules=[{','.join(rest)}]",
+            f"lora.target_modules=[{','.join(rest or _linear_layers(facts))}]",
+        )
+    whole = [name for name in lora.modules_to_save if name.rsplit(".", 1)[-1] in ends]
+    if whole:
+        yield Finding(
+            "trains_head",
+            "note",
+            f"lora.modules_to_save: {', '.join(whole)} is the output head or the embedding, trained whole in float32 "
+            "and saved with the adapter; every logit is kept in memory",
+            whole,
+            [],
+            None,
         )
 
 
@@ -65,16 +130,36 @@ def check_targets(facts: Facts) -> Iterator[Finding]:
 
     Name all seven projections.
     """
-    targets = facts.config.lora.target_modules
-    if isinstance(targets, list) and targets and set(targets) <= {"q_proj", "v_proj"}:
-        linear = [name for name in facts.model.linear_names if name != facts.model.head_name]
+    parts = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in facts.model.targeted))
+    if parts and set(parts) <= {"q_proj", "v_proj"}:
+        linear = _linear_layers(facts)
         yield Finding(
             "targets_q_v_only",
             "warning",
-            f"LoRA on {', '.join(targets)} only; adapters on all linear layers learn more from the same rows",
-            targets,
+            f"LoRA on {', '.join(parts)} only; adapters on all linear layers learn more from the same rows",
+            parts,
             linear,
             f"lora.target_modules=[{','.join(linear)}]",
+        )
+
+
+def check_dora(facts: Facts) -> Iterator[Finding]:
+    """`lora.use_dora` is on.
+
+    DoRA computes the norm of every adapted weight in each step, and its layers are PEFT's own in place of the lean ones
+    here: more time and memory a step. What it learns more is small once the rate suits.
+
+    No action is needed; compare its eval loss with plain LoRA's.
+    """
+    if facts.config.lora.use_dora:
+        yield Finding(
+            "dora_costs",
+            "note",
+            "lora.use_dora=true takes the norm of every adapted weight in each step, in PEFT's own layers: more time "
+            "and memory than plain LoRA",
+            True,
+            False,
+            None,
         )
 
 
@@ -108,6 +193,8 @@ def check_learning_rate(facts: Facts) -> Iterator[Finding]:
 
     `train.learning_rate=auto`, and let eval loss decide; for a note no action is needed.
     """
+    if "adamw" not in facts.config.train.optim:  # the formula and the range are AdamW's
+        return
     rate, steps = facts.plan.learning_rate, facts.plan.total_optimizer_steps
     formula = suggested_rate(facts.config, facts.model.model_type, facts.model.hidden_size, steps)
     if not _LOWEST_RATE <= rate <= _HIGHEST_RATE:
@@ -139,7 +226,7 @@ def check_learning_rate(facts: Facts) -> Iterator[Finding]:
 
 
 def check_optimizer(facts: Facts) -> Iterator[Finding]:
-    """The 8-bit or paged optimizer cannot run here.
+    """An optimizer of bitsandbytes cannot run here, or not paged.
 
     bitsandbytes has no kernels for Apple's GPUs, and its 8-bit state cannot be sharded by FSDP. Paging is a CUDA
     feature: elsewhere the same optimizer runs without it, which changes no result. On a CPU its 8 bits cost time: 7% of
@@ -148,7 +235,7 @@ def check_optimizer(facts: Facts) -> Iterator[Finding]:
     `train.optim=adamw_torch`: the state of an adapter is small.
     """
     optim, environment = facts.config.train.optim, facts.environment
-    if optim == "adamw_torch":
+    if not uses_bitsandbytes(optim):
         return
     if environment.device.kind == "mps" or environment.sharding == "fsdp":
         where = "FSDP cannot shard its state" if environment.sharding == "fsdp" else "there are no kernels for MPS"
@@ -164,8 +251,8 @@ def check_optimizer(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "optimizer_not_paged",
             "note",
-            f"train.optim={optim} runs as plain 8-bit AdamW on {environment.device.kind}; paging needs CUDA, and "
-            "adamw_torch takes less time here",
+            f"train.optim={optim} runs without paging on {environment.device.kind}, as paging needs CUDA; adamw_torch "
+            "takes less time here",
             optim,
             "adamw_torch",
             "train.optim=adamw_torch",

@@ -9,18 +9,25 @@ from collections.abc import Callable, Iterator
 
 from lora_core.preflight.adapter import (
     check_alpha,
+    check_dora,
     check_fsdp_quantization,
     check_learning_rate,
+    check_lora_names,
     check_optimizer,
+    check_starting_adapter,
     check_targets,
     check_targets_exist,
     check_targets_head,
 )
 from lora_core.preflight.environment import (
+    check_attention,
     check_bf16,
     check_bitsandbytes,
     check_disk,
+    check_float16,
+    check_fp16,
     check_output_dir,
+    check_schedule_free,
     check_trackers,
     check_world_size,
 )
@@ -52,6 +59,7 @@ from lora_core.preflight.rows import (
 from lora_core.preflight.schedule import (
     check_batch_large_for_rows,
     check_batch_larger_than_data,
+    check_decay_past_end,
     check_few_steps,
     check_intervals_past_end,
     check_single_pass,
@@ -67,6 +75,7 @@ Check = Callable[[Facts], Iterator[Finding]]
 CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_warmup_past_end, {"warmup_past_end": "error"}),
     (check_warmup_long, {"warmup_long": "warning"}),
+    (check_decay_past_end, {"decay_past_end": "error"}),
     # Before few steps: the usual number of epochs is often enough to cure that too.
     (check_single_pass, {"single_pass": "warning"}),
     (check_few_steps, {"few_steps": "warning"}),
@@ -98,9 +107,12 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_held_out, {"no_held_out_rows": "note"}),
     (check_overlap, {"eval_overlap": "warning"}),
     (check_targets_exist, {"targets_missing": "error"}),
-    (check_targets_head, {"targets_head": "warning"}),
+    (check_starting_adapter, {"adapter_differs": "error"}),
+    (check_lora_names, {"lora_names_missing": "error"}),
+    (check_targets_head, {"targets_head": "warning", "trains_head": "note"}),
     (check_targets, {"targets_q_v_only": "warning"}),
     (check_capacity, {"adapter_small_for_rows": "note"}),
+    (check_dora, {"dora_costs": "note"}),
     (check_alpha, {"alpha_unusual": "warning"}),
     (check_learning_rate, {"learning_rate_unusual": "warning", "learning_rate_differs": "note"}),
     (check_optimizer, {"optimizer_cannot_run": "error", "optimizer_not_paged": "note"}),
@@ -109,7 +121,11 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_sharding, {"ddp_fits": "note", "fsdp_fits": "note"}),
     (check_world_size, {"world_size_differs": "error"}),
     (check_bf16, {"bf16_unsupported": "error", "bf16_slow": "warning"}),
+    (check_float16, {"float16_unscaled": "error"}),
+    (check_fp16, {"fp16_unsupported": "error", "fp16_slow": "warning"}),
+    (check_attention, {"attention_unknown": "error", "attention_missing": "error"}),
     (check_bitsandbytes, {"bitsandbytes_missing": "error"}),
+    (check_schedule_free, {"schedulefree_missing": "error"}),
     (check_trackers, {"tracker_missing": "error"}),
     (check_disk, {"disk_too_small": "error"}),
     (check_output_dir, {"output_dir_taken": "error"}),
@@ -117,7 +133,18 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
 
 ERROR_IDS = tuple(name for _, ids in CHECKS for name, severity in ids.items() if severity == "error")
 # Errors that would only fail later, with a less clear message, cannot be allowed.
-NEVER_ALLOWED = ("targets_missing", "bitsandbytes_missing", "tracker_missing", "output_dir_taken")
+NEVER_ALLOWED = (
+    "targets_missing",
+    "lora_names_missing",
+    "adapter_differs",
+    "float16_unscaled",
+    "attention_unknown",
+    "attention_missing",
+    "bitsandbytes_missing",
+    "schedulefree_missing",
+    "tracker_missing",
+    "output_dir_taken",
+)
 
 
 def documentation() -> str:

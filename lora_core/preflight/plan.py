@@ -27,6 +27,8 @@ def _plan(config: RunConfig, num_rows: int, num_processes: int, learning_rate: f
         warmup_steps=config.train.warmup_steps,
         warmup_ratio=config.train.warmup_ratio,
         max_steps=config.train.max_steps,
+        lr_scheduler_type=config.train.lr_scheduler_type,
+        lr_scheduler_kwargs=config.train.lr_scheduler_kwargs,
     )
 
 

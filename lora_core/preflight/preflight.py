@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from lora_core.errors import ConfigError, LoraCoreError, PreflightError
 from lora_core.preflight.catalogue import CHECKS, ERROR_IDS, NEVER_ALLOWED
 from lora_core.preflight.findings import Facts, Finding, length_that_keeps
 from lora_core.preflight.plan import plan_for, with_learning_rate
+from lora_core.schedule import SchedulePlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -137,7 +139,7 @@ def apply_fixes(
     while True:
         config = load_config(cfg, [*overrides, *applied], model)
         findings = run_checks(look_at_run(config, num_processes, gpu_memory_gib))
-        fixes = (finding.fix.split() for finding in findings if finding.fix)
+        fixes = (shlex.split(finding.fix) for finding in findings if finding.fix)
         fix = next((fix for fix in fixes if not set(fix) <= set(applied)), None)
         if fix is None:
             by_key = {override.split("=")[0]: override for override in applied}  # the last one of a key counts
@@ -240,7 +242,24 @@ def _describe_processes(facts: Facts) -> str:
     rates = facts.plan.learning_rates()
     shown = [rates[i * len(rates) // 60] for i in range(60)] if len(rates) > 60 else rates
     bars = "".join(" ▁▂▃▄▅▆▇█"[round(8 * rate / train.peak_learning_rate)] for rate in shown)
-    return "\n".join([*lines, f"learning rate, 0 to {train.peak_learning_rate:g}: |{bars}|"])
+    lines.append(f"learning rate, {describe_schedule(facts.plan)}, 0 to {train.peak_learning_rate:g}: |{bars}|")
+    return "\n".join([*lines, *first_step(facts.plan)])
+
+
+def describe_schedule(plan: SchedulePlan) -> str:
+    """`linear`, or `cosine_with_min_lr (min_lr_rate 0.1)`."""
+    settings = ", ".join(f"{name} {value}" for name, value in plan.lr_scheduler_kwargs.items())
+    return f"{plan.lr_scheduler_type} ({settings})" if settings else plan.lr_scheduler_type
+
+
+def first_step(plan: SchedulePlan) -> list[str]:
+    """A line where warmup's first step, at learning rate 0, is a share of the run."""
+    if not plan.first_step_is_lost:
+        return []
+    return [
+        f"       step {plan.first_step + 1} has learning rate 0, as in transformers' warmup: 1 of "
+        f"{plan.scheduled_steps} steps ({1 / plan.scheduled_steps:.0%}) moves nothing"
+    ]
 
 
 def eval_source(config: DataConfig) -> str:

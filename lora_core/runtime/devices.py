@@ -97,12 +97,26 @@ def build_accelerator(config: RunConfig) -> Accelerator:
             f"train alone and overwrite the others; fix: torchrun --nproc_per_node {launched} launch/train.py ...",
             "world_size_differs",
         )
+    if config.train.fp16 and (accelerator.distributed_type.value == "FSDP" or accelerator.device.type == "mps"):
+        raise ConfigError(
+            "train.fp16=true: loss scaling is not supported with FSDP or on MPS; fix: train.bf16=true",
+            "fp16_unsupported",
+        )
     if accelerator.distributed_type.value in ("DEEPSPEED", "MEGATRON_LM", "TP"):
         raise ConfigError(
             f"distributed_type {accelerator.distributed_type.value}: not supported, its engine counts optimizer steps "
             "on its own; fix: MULTI_GPU (DDP) or FSDP in the accelerate config"
         )
     return accelerator
+
+
+def build_scaler(config: RunConfig, accelerator: Accelerator) -> torch.amp.GradScaler | None:
+    """What scales the loss so that float16 gradients do not vanish; None without `train.fp16`.
+
+    Micikevicius et al. 2017, https://arxiv.org/abs/1710.03740. Torch's own and not Accelerate's, which has it on GPUs
+    alone, so that the CPU's can be tested.
+    """
+    return torch.amp.GradScaler(accelerator.device.type) if config.train.fp16 else None
 
 
 def use_all_cores() -> None:
@@ -171,6 +185,7 @@ class Environment:
     sharding: Literal["ddp", "fsdp"]
     bf16: Literal["native", "emulated", "none"]
     has_bitsandbytes: bool
+    has_schedulefree: bool
     free_disk_bytes: int
     """On the disk of output_dir."""
     output_dir_problem: str | None
@@ -204,6 +219,7 @@ def look_around(config: RunConfig, num_processes: int, gpu_memory_gib: float | N
         sharding="fsdp" if uses_fsdp() else "ddp",
         bf16="native" if gpu_memory_gib is not None else _bf16(),
         has_bitsandbytes=find_spec("bitsandbytes") is not None,
+        has_schedulefree=find_spec("schedulefree") is not None,
         free_disk_bytes=shutil.disk_usage(existing).free,
         output_dir_problem=problem,
         free_output_dir=next((name for name in free_names if not Path(name).expanduser().exists()), None),

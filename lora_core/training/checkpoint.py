@@ -40,6 +40,9 @@ from lora_core.training.adapter_folder import named_trainable, trainable_tensors
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
+# What schedule-free optimizers keep beside the learning rate, by group.
+_GROUP_STATE = ("k", "train_mode", "weight_sum", "lr_max", "scheduled_lr")
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -93,6 +96,9 @@ def take_snapshot(
             "world_size": accelerator.num_processes,
             "optimizer": scalars,
             "schedule": {name: value for name, value in scheduler.state_dict().items() if name != "lr_lambdas"},
+            "optimizer_groups": [
+                {name: group[name] for name in _GROUP_STATE if name in group} for group in optimizer.param_groups
+            ],
             "learning_rates": [group["lr"] for group in optimizer.param_groups],
         },
     )
@@ -202,6 +208,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return _read(path)
 
 
+def refuse_damaged(path: Path) -> None:
+    """Raises ConfigError where a checkpoint that `model.adapter` names is not whole."""
+    problem = _damage(path)
+    if problem is not None:
+        raise ConfigError(f"model.adapter={path}: {problem}; fix: another checkpoint, or model.adapter=null")
+
+
 def set_aside_newer(checkpoint: Checkpoint) -> list[str]:
     """Rename the run's checkpoints of later steps: the run that resumes from this one will write its own.
 
@@ -221,19 +234,25 @@ def restore(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler,
+    scheduler: LRScheduler | None,
 ) -> None:
     """Put adapter, optimizer, schedule and random states back as they were; call it in every rank.
 
     On another number of ranks each draws its dropout masks anew: they are then others in any case.
+
+    Args:
+        scheduler: None where a new schedule begins here.
     """
     restore_adapter(checkpoint, model)
     _restore_optimizer(checkpoint, dict(named_trainable(model)), optimizer)
-    # The lambdas are code: the plan has made them anew.
-    lambdas = [None] * len(optimizer.param_groups)
-    scheduler.load_state_dict({**checkpoint.state["schedule"], "lr_lambdas": lambdas})
-    for group, rate in zip(optimizer.param_groups, checkpoint.state["learning_rates"], strict=True):
-        group["lr"] = rate
+    for group, values in zip(optimizer.param_groups, checkpoint.state.get("optimizer_groups", []), strict=False):
+        group.update(values)
+    if scheduler is not None:
+        # The lambdas are code: the plan has made them anew.
+        lambdas = [None] * len(optimizer.param_groups)
+        scheduler.load_state_dict({**checkpoint.state["schedule"], "lr_lambdas": lambdas})
+        for group, rate in zip(optimizer.param_groups, checkpoint.state["learning_rates"], strict=True):
+            group["lr"] = rate
     rank = accelerator.process_index
     if checkpoint.state["world_size"] == accelerator.num_processes:
         set_random_states(checkpoint.tensors[f"rng-{rank:05d}.safetensors"])

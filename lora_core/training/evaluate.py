@@ -144,7 +144,7 @@ def evaluate_adapter(config: RunConfig, adapter_dir: str | Path) -> EvalResult:
     if eval_data is None:
         raise ConfigError("there is no eval set; fix: data.eval_file=PATH or data.eval_fraction=0.1")
     adapted = load_adapter(config, adapter_dir, accelerator.device)
-    model = accelerator.prepare_model(CausalLMLoss(adapted), evaluation_mode=True)
+    model = accelerator.prepare_model(CausalLMLoss(adapted, config=config.train), evaluation_mode=True)
     return evaluate(accelerator, model, eval_data, eval_batching(config, pad_id(tokenizer)))
 
 

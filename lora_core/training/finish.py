@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from dataclasses import replace
@@ -10,7 +9,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from lora_core.config.schema import LoraConfig
 from lora_core.errors import ConfigError, counted
 from lora_core.report.page import write_report
 from lora_core.report.read import read_run
@@ -36,6 +34,7 @@ def finish(run: Run, started: float) -> Summary:
         started: `time.monotonic()` at the start of the run.
     """
     progress, say = run.progress, run.say
+    run.average(True)
     adapter_step = take_best_adapter(run)
     # Measured already, unless the best step was before a resume.
     examples = run.example_losses.get(adapter_step) or run.measure_examples()
@@ -143,7 +142,7 @@ def _summary(run: Run, adapter_step: int, adapter_dir: Path, comparison: Compari
         stopped_early_at_step=progress.step if progress.step < plan.total_optimizer_steps else None,
         best_step=progress.best_step if progress.best else None,
         adapter_step=adapter_step,
-        adapter_norm=adapter_norm(adapter_dir, _scaling(run.config.lora)),
+        adapter_norm=adapter_norm(adapter_dir),
         alarms=progress.watch.raised,
         tracker_failures=_tracker_failures(run),
         git_commit=git_commit(),
@@ -165,7 +164,3 @@ def _tracker_failures(run: Run) -> dict[str, int]:
     """Calls that a tracker failed at so far."""
     trackers = (callback for callback in run.journal.callbacks if isinstance(callback, Trackers))
     return {name: number for each in trackers for name, number in each.failures.items()}
-
-
-def _scaling(lora: LoraConfig) -> float:
-    return lora.alpha / (math.sqrt(lora.rank) if lora.use_rslora else lora.rank)

@@ -55,11 +55,13 @@ class Lookout:
 
     def after_step(self, progress: Progress, result: StepResult) -> None:
         step, watch = progress.step, progress.watch
+        if result.overflowed:  # how float16's loss scale is found
+            return
         if not result.is_finite:
             self._raise(progress, [loss_not_finite(step, result.loss, result.grad_norm, result.learning_rate)])
             return
         watch.note_step(StepSeen(step, result.loss, result.grad_norm, result.learning_rate))
-        found = step_alarms(watch, self._plan.warmup_steps, self._config.max_grad_norm)
+        found = step_alarms(watch, self._plan.first_step + self._plan.warmup_steps, self._config.max_grad_norm)
         if self._adapter and steps_that_move(watch.recent):
             found.append(adapter_still(self._update_norm(), step, result.grad_norm))
             self._adapter = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -58,6 +58,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler
     batching: Batching
+    scaler: torch.amp.GradScaler | None
     writer: CheckpointWriter
     prompts: list[Any]
     progress: Progress
@@ -111,8 +112,9 @@ class Run:
                 keeps_best = is_best and config.keep_adapter == "best"
                 gives_up = progress.skipped_in_a_row >= config.max_skipped_steps
                 alarmed = self.lookout.stops(progress)
-                saves = stopped or gives_up or alarmed or keeps_best or progress.step % save_every == 0
-                if not is_last and saves:
+                # The last step too: a longer run, or another one, may start from there.
+                saves = is_last or stopped or gives_up or alarmed or keeps_best or progress.step % save_every == 0
+                if saves:
                     with self.pace.timing("save"):
                         self.save()
                 if gives_up:
@@ -121,8 +123,9 @@ class Run:
                         f"{counted(progress.skipped_in_a_row, 'step')} in a row had a loss or gradient that is not "
                         f"finite (train.max_skipped_steps) and {'was' if progress.skipped_in_a_row == 1 else 'were'} "
                         "skipped; the adapter is that of the last good step"
-                        + ("" if is_last else f", in {self.checkpoint_path(progress.step)}")
-                        + "; fix: the rows above, a lower train.learning_rate, or train.bf16=true instead of float16"
+                        + f", in {self.checkpoint_path(progress.step)}"
+                        + "; fix: the rows above, a lower train.learning_rate, or train.bf16=true or "
+                        "model.dtype=float32 in place of float16"
                     )
                 if alarmed and not is_last:  # after the last step there is nothing to stop; the verdict says it all
                     self.finish_saving()
@@ -139,9 +142,10 @@ class Run:
                 "always",
             )
         # The plan is the run. This can only fail by a fault in this file, which must not go unseen.
-        elif self.scheduler.last_epoch != total:
+        elif self.scheduler.last_epoch != plan.scheduled_steps:
             raise TrainingError(
-                f"{total} optimizer steps were planned and taken, but the schedule is at {self.scheduler.last_epoch}"
+                f"{plan.scheduled_steps} optimizer steps were planned and taken, but the schedule is at "
+                f"{self.scheduler.last_epoch}"
             )
 
     def progress_bar(self) -> tqdm[Any]:
@@ -179,6 +183,7 @@ class Run:
         Raises:
             StepDropped: `should_stop` said so between two micro-batches; all is as it was before the step.
         """
+        self.average(False)
         started = time.monotonic()
         step, lengths = self.progress.step, self.facts.train_data.lengths
         states = random_states()
@@ -192,6 +197,7 @@ class Run:
                     self.scheduler,
                     taken.batches,
                     self.config.train.max_grad_norm,
+                    self.scaler,
                     should_stop,
                 )
                 break
@@ -222,8 +228,15 @@ class Run:
         self.progress.num_supervised_tokens += result.num_supervised_tokens
         self.progress.train_time_s += step_s
         self.progress.num_skipped_steps += not result.is_finite
-        self.progress.skipped_in_a_row = 0 if result.is_finite else self.progress.skipped_in_a_row + 1
+        # One that overflowed is how a loss scale is found, and no fault.
+        is_fault = not result.is_finite and not result.overflowed
+        self.progress.skipped_in_a_row = self.progress.skipped_in_a_row + 1 if is_fault else 0
         return result, num_tokens / step_s
+
+    def average(self, on: bool) -> None:
+        """Put the average of a schedule-free optimizer in place of the weights that it trains, or back."""
+        wrapped: Any = self.optimizer  # Accelerate's, which knows whether there is an average
+        wrapped.eval() if on else wrapped.train()
 
     def batches(self, step: int, batching: Batching) -> StepBatches:
         """This rank's share of a step."""
@@ -267,10 +280,19 @@ class Run:
             "tokens_per_s": round(tokens_per_s, 1),
             "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
             "seconds_left": None if seconds_left is None else round(seconds_left, 1),
+            **({} if result.learning_rate_b is None else {"learning_rate_b": result.learning_rate_b}),
+            **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
         }
 
     def note_skipped(self, result: StepResult) -> None:
-        """Log the rows of the step that was not applied."""
+        """Log the rows of the step that was not applied, or that its loss scale was too large."""
+        if result.overflowed:
+            self.journal.record("skipped", {"step": self.progress.step, "loss_scale": result.loss_scale})
+            self.say(
+                f"step {self.progress.step}: the gradient overflowed float16 at a loss scale of {result.loss_scale:g}, "
+                "so the step was skipped; the next has half the scale"
+            )
+            return
         dataset, places = self.facts.train_data.dataset, self.facts.train_data.places
         lines = sorted(int(dataset[int(row)]["line"]) for row in self.step_rows(self.progress.step - 1))
         self.journal.record("skipped", {"step": self.progress.step, "lines": [*map(places.mark, lines)]})
@@ -306,11 +328,13 @@ class Run:
         return None if self.facts.eval_data is None else self._evaluate(self.facts.eval_data)[1]
 
     def _evaluate(self, eval_data: EncodedFile) -> tuple[EvalResult, ExampleLosses]:
+        self.average(True)
         batching = eval_batching(self.config, pad_id(self.facts.tokenizer))
         return evaluate_examples(self.accelerator, self.model, eval_data, batching)
 
     def reply(self, when: str) -> list[Reply]:
         """To the sample prompts, as the model is now: before or after training."""
+        self.average(True)
         if self.prompts:
             self.say(f"sample replies {when} training: {counted(len(self.prompts), 'prompt')} ...")
         with self.pace.timing("replies"):
@@ -344,9 +368,12 @@ class Run:
         state = {
             **self.progress.to_dict(),
             "config": self.asked_config.to_dict(),
+            "plan": asdict(self.facts.plan),
             "rows_per_optimizer_step": self.facts.plan.rows_per_optimizer_step,
             "data": self.fingerprint,
         }
+        if self.scaler is not None:
+            state["scaler"] = self.scaler.state_dict()
         snapshot = take_snapshot(self.accelerator, self.model, self.optimizer, self.scheduler, state)
         keeps_best = self.config.train.keep_adapter == "best" and self.progress.best is not None
         best = self.checkpoint_path(self.progress.best_step).name if keeps_best else None

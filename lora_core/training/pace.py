@@ -33,7 +33,7 @@ def parts_left(
 
     Args:
         eval_every: steps between evaluations; the last step has one too.
-        save_every: steps between checkpoints; the last step has none.
+        save_every: steps between checkpoints; the last step has one too.
         has_replies: sample replies are made at the end.
     """
     evaluations = -(-total // eval_every) - step // eval_every if step < total else 0
@@ -41,7 +41,7 @@ def parts_left(
         step=total - step,
         evaluation=evaluations if has_eval_set else 0,
         film=max(0, evaluations - 1) if has_replies else 0,
-        save=max(0, (total - 1) // save_every - step // save_every),
+        save=-(-total // save_every) - step // save_every if step < total else 0,
         replies=int(has_replies),
     )
 

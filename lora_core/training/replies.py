@@ -120,7 +120,7 @@ def reply_to_all(
     unwrapped = accelerator.unwrap_model(model)
     mine = range(len(prompts)) if sharded else range(accelerator.process_index, len(prompts), accelerator.num_processes)
     # Generation takes a token at a time and grows a cache: train.torch_compile would compile for that anew.
-    with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
+    with accelerator.autocast(), accelerator.unwrap_model(model).autocast(), torch.compiler.set_stance("force_eager"):
         replies = [
             (i, greedy_reply(unwrapped, tokenizer, asked["messages"], asked["tools"], max_new_tokens, sharded))
             for i, asked in ((i, prompts[i]) for i in mine)

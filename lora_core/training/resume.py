@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import replace
 from typing import Any
 
 from lora_core.config.load import with_overrides
-from lora_core.config.schema import RunConfig
+from lora_core.config.schema import RunConfig, TrainConfig
 from lora_core.data.counts import EncodedFile
 from lora_core.errors import ConfigError, counted
+from lora_core.preflight.plan import plan_for
+from lora_core.schedule import SchedulePlan, extended
 from lora_core.training.checkpoint import Checkpoint
 
 # Keys that decide only what is shown and kept: a resumed run may have other values.
@@ -20,6 +23,7 @@ _FREE_KEYS = frozenset(
         "data.cache_dir",
         "data.cache_limit_gib",
         "data.num_proc",
+        "train.extend",
         "train.logging_steps",
         "train.max_skipped_steps",
         "train.auto_batch_size",
@@ -38,6 +42,15 @@ _FREE_KEYS = frozenset(
 )
 # They decide, with the number of processes, how many examples an optimizer step has: free where that stays.
 _STEP_KEYS = frozenset({"train.per_device_train_batch_size", "train.gradient_accumulation_steps"})
+
+# Keys that train.extend may change: how long a run is, and its learning rates from the checkpoint on.
+EXTENDABLE_KEYS = frozenset(
+    f"train.{name}"
+    for name in (
+        *("num_train_epochs", "max_steps", "learning_rate", "warmup_steps", "warmup_ratio"),
+        *("lr_scheduler_type", "lr_scheduler_kwargs", "early_stopping_patience"),
+    )
+)
 
 
 def rows_per_step(config: RunConfig, num_processes: int) -> int:
@@ -113,6 +126,7 @@ def check_same_run(checkpoint: Checkpoint, config: RunConfig, data: str, num_pro
     now = _flat(config.to_dict())
     differing = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
     free = _FREE_KEYS | (_STEP_KEYS if rows_per_step(config, num_processes) == rows_per_step_of(checkpoint) else set())
+    free |= EXTENDABLE_KEYS if config.train.extend else set()
     problems = [f"{key}: {then.get(key)!r} before, {now.get(key)!r} now" for key in differing if key not in free]
     if checkpoint.state["data"] != data:
         problems.append(f"the rows of {config.data.train_source} (or how they are encoded) are not the same")
@@ -120,8 +134,44 @@ def check_same_run(checkpoint: Checkpoint, config: RunConfig, data: str, num_pro
         raise ConfigError(
             "\n  ".join([f"--resume {checkpoint.path}: the settings or the data have changed:", *problems])
             + "\nFix: the settings of the checkpoint (config.yaml in the run folder), or start without --resume"
+            + ("" if set(differing) - free - EXTENDABLE_KEYS else ", or train.extend=true for a longer run")
         )
     return [f"{key}: {then.get(key)!r} before, {now.get(key)!r} now" for key in differing]
+
+
+def plan_to_resume(checkpoint: Checkpoint, config: RunConfig, plan: SchedulePlan) -> SchedulePlan:
+    """The checkpoint's own plan; with `train.extend` and other lengths or rates, a new schedule from its step on.
+
+    Args:
+        plan: of the configuration, as if the run began anew.
+
+    Raises:
+        ConfigError: `train.extend` is set, and no step is left.
+    """
+    then = TrainConfig.model_validate(checkpoint.state["config"]["train"])
+    if "plan" in checkpoint.state:
+        before = SchedulePlan.from_dict(checkpoint.state["plan"])
+    else:  # of a version that had no other plan than the configuration's
+        before = plan_for(config.model_copy(update={"train": then}), plan.num_rows, plan.num_processes)
+    names = [key.removeprefix("train.") for key in EXTENDABLE_KEYS]
+    is_same = all(getattr(then, name) == getattr(config.train, name) for name in names)
+    # On another number of processes a step has the same examples, in other micro-batches.
+    before = replace(before, num_processes=plan.num_processes, micro_batches_per_epoch=plan.micro_batches_per_epoch)
+    if is_same or not config.train.extend:
+        return before
+    left = plan.total_optimizer_steps - checkpoint.step
+    if left < 1:
+        longer = (
+            f"train.max_steps={2 * checkpoint.step}"
+            if config.train.max_steps
+            else f"train.num_train_epochs={checkpoint.step // plan.optimizer_steps_per_epoch + 1}"
+        )
+        raise ConfigError(
+            f"train.extend=true: {checkpoint.path} is at step {checkpoint.step}, and the run would end at step "
+            f"{plan.total_optimizer_steps}; fix: {longer}"
+        )
+    rest = plan_for(with_overrides(config, [f"train.max_steps={left}"]), plan.num_rows, plan.num_processes)
+    return extended(before, checkpoint.step, rest)
 
 
 def data_hash(train_data: EncodedFile, eval_data: EncodedFile | None) -> str:

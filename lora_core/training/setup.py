@@ -20,13 +20,23 @@ from lora_core.data.packing import train_batching
 from lora_core.encoding.chat import text_spans
 from lora_core.errors import ConfigError, counted
 from lora_core.model.base import add_adapter, compile_layers, describe_parameters, load_base_model, load_tokenizer
+from lora_core.model.lora_linear import left_to_peft
 from lora_core.model.loss import CausalLMLoss, check_head
 from lora_core.model.optimizer import build_optimizer, build_scheduler
+from lora_core.model.starting_adapter import find_starting_adapter, put_on
 from lora_core.preflight.memory import micro_batch_limit_that_fits
 from lora_core.preflight.plan import with_learning_rate
-from lora_core.preflight.preflight import eval_source, gather_facts, refuse_errors, report, run_checks
+from lora_core.preflight.preflight import (
+    describe_schedule,
+    eval_source,
+    first_step,
+    gather_facts,
+    refuse_errors,
+    report,
+    run_checks,
+)
 from lora_core.runtime.console import Console
-from lora_core.runtime.devices import build_accelerator, look_around, seed_everything, with_precision
+from lora_core.runtime.devices import build_accelerator, build_scaler, look_around, seed_everything, with_precision
 from lora_core.runtime.faults import naming_lost_ranks
 from lora_core.runtime.launcher import end_with_launcher
 from lora_core.runtime.ranks import first_on_each_machine, from_first_rank, meet
@@ -39,8 +49,9 @@ from lora_core.runtime.run_folder import (
     write_text,
 )
 from lora_core.schedule import SchedulePlan
+from lora_core.training.adapter_folder import save_adapter_start
 from lora_core.training.callbacks import Callback
-from lora_core.training.checkpoint import CheckpointWriter, find_checkpoint, restore, set_aside_newer
+from lora_core.training.checkpoint import CheckpointWriter, find_checkpoint, refuse_damaged, restore, set_aside_newer
 from lora_core.training.end import RecordedEnd, recorded_end
 from lora_core.training.finish import finish
 from lora_core.training.journal import Journal
@@ -48,11 +59,14 @@ from lora_core.training.lookout import Lookout
 from lora_core.training.loop import Run
 from lora_core.training.progress import Progress
 from lora_core.training.replies import sample_prompts
-from lora_core.training.resume import check_same_run, data_hash, keep_rows_per_step
+from lora_core.training.resume import check_same_run, data_hash, keep_rows_per_step, plan_to_resume
 from lora_core.training.summary import Summary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+MORE_STEPS = "; no step is left; for more: train.extend=true and a larger train.num_train_epochs or train.max_steps"
 
 
 def train(
@@ -127,13 +141,20 @@ def _set_up(
     environment = from_first_rank(lambda: look_around(config, accelerator.num_processes))
     if resume is not None:  # the run that is there is the one to resume
         environment = replace(environment, output_dir_problem=None)
+    fingerprint = data_hash(train_data, eval_data)
+    if checkpoint is not None:
+        for difference in check_same_run(checkpoint, config, fingerprint, accelerator.num_processes):
+            say(f"resume: {difference}")
     say("checking the run, and predicting its memory ...")
     config, rate = with_learning_rate(config, len(train_data.lengths), accelerator.num_processes)
     if rate is not None:
         asked_config = with_overrides(asked_config, [f"train.learning_rate={config.train.learning_rate!r}"])
         say(rate)
     facts = gather_facts(config, environment, tokenizer, train_data, eval_data)
+    if checkpoint is not None:
+        facts = replace(facts, plan=plan_to_resume(checkpoint, config, facts.plan))
     plan = facts.plan
+    is_extended = checkpoint is not None and plan.before is not None and plan.first_step == checkpoint.step
     say(describe_plan(plan, config))
     say(str(facts.memory or "predicted peak memory: not known"))
     findings = run_checks(facts)
@@ -141,17 +162,19 @@ def _set_up(
     for finding in findings:
         say(str(finding), "detail" if finding.severity == "note" else "always")
 
-    fingerprint = data_hash(train_data, eval_data)
     if checkpoint is None:
         from_first_rank(lambda: check_run_folder(config.output_dir, config.overwrite_output_dir))
-    else:
-        for difference in check_same_run(checkpoint, config, fingerprint, accelerator.num_processes):
-            say(f"resume: {difference}")
     meet()  # all have looked before one writes
 
     say(f"loading {config.model.name_or_path} ...")
     base = load_base_model(config.model, accelerator.device, config.data.packing)
     adapted = add_adapter(base, config.lora, config.train.seed, config.train.gradient_checkpointing)
+    start = find_starting_adapter(config.model) if checkpoint is None else None
+    if start is not None:
+        if start.is_checkpoint:
+            refuse_damaged(start.weights.parent)
+        put_on(start, adapted)
+        say(f"adapter: starts as {start.weights.parent}, trained on {start.base_model}")
     check_head(adapted)
     if config.train.torch_compile:
         compile_layers(adapted)
@@ -163,15 +186,21 @@ def _set_up(
             for name in set_aside_newer(checkpoint):
                 say(f"resume: a later checkpoint was renamed to {name}")
         write_text(folder / "config.yaml", config.to_yaml())
+        if config.lora.changes_base_weights:
+            save_adapter_start(adapted, folder)
         write_json(folder / "preflight.json", report(facts, findings))
         write_json(folder / "rows.json", rows_as_seen(tokenizer, train_data))
     resumed_at_step = checkpoint.step if checkpoint else None
     end.begin(folder, fingerprint, resumed_at_step, accelerator.is_main_process)
     meet()
     say(f"model: {config.model.name_or_path} on {accelerator.device}: {describe_parameters(adapted)}")
-    optimizer = build_optimizer(adapted, config.train, accelerator.device)
+    if others := left_to_peft(adapted):
+        say(
+            f"       {counted(others, 'layer')} of the adapter {'is' if others == 1 else 'are'} computed by PEFT itself"
+        )
+    optimizer = build_optimizer(adapted, config.train, accelerator.device, config.lora.loraplus_lr_ratio)
     scheduler = build_scheduler(optimizer, plan)
-    model, optimizer = accelerator.prepare(CausalLMLoss(adapted), optimizer)
+    model, optimizer = accelerator.prepare(CausalLMLoss(adapted, config=config.train), optimizer)
     register_fsdp_forward_method(model, "generate")  # it gathers embedding and head; without FSDP this does nothing
     seed_everything(config.train.seed, accelerator.process_index)
     told = (*end.trackers, *callbacks) if accelerator.is_main_process else ()
@@ -187,6 +216,7 @@ def _set_up(
         optimizer=optimizer,
         scheduler=scheduler,
         batching=train_batching(config, pad_id(tokenizer)),
+        scaler=build_scaler(config, accelerator),
         writer=CheckpointWriter(accelerator),
         prompts=sample_prompts(config, train_data, eval_data),
         progress=Progress(),
@@ -206,26 +236,37 @@ def _set_up(
     else:
         known = Progress().to_dict().keys() & checkpoint.state.keys()
         run.progress = Progress.from_dict({key: checkpoint.state[key] for key in known})
+        if is_extended:
+            run.progress.evaluations_since_best = 0
         if run.lookout.stops(run.progress):
             raise ConfigError(f"--resume {checkpoint.path}: {run.lookout.why(run.progress)}")
-        restore(checkpoint, accelerator, model, optimizer, scheduler)
-        say(f"resume: from {checkpoint.path}, at step {run.progress.step} of {plan.total_optimizer_steps}")
+        restore(checkpoint, accelerator, model, optimizer, None if is_extended else scheduler)
+        if run.scaler is not None:
+            run.scaler.load_state_dict(checkpoint.state["scaler"])
+        left = "" if run.progress.step < plan.total_optimizer_steps else MORE_STEPS
+        say(f"resume: from {checkpoint.path}, at step {run.progress.step} of {plan.total_optimizer_steps}{left}")
     if run.progress.micro_batch_limit is not None:
         run.batching = run.batching.limited(run.progress.micro_batch_limit)
     return run
 
 
 def describe_plan(plan: SchedulePlan, config: RunConfig) -> str:
-    """Two lines for the log."""
+    """Two lines for the log, and one more of a short run."""
     train = config.train
     processes = "1 process" if plan.num_processes == 1 else f"{plan.num_processes} processes"
-    return (
+    lines = (
         f"plan:  {counted(plan.num_rows, 'example')} / ({train.per_device_train_batch_size} per device x "
         f"{counted(train.gradient_accumulation_steps, 'accumulation step')} x {processes}) = "
         f"{counted(plan.optimizer_steps_per_epoch, 'optimizer step')} per epoch, {plan.total_optimizer_steps} in all\n"
         f"       {counted(plan.warmup_steps, 'warmup step')}, peak learning rate {plan.peak_learning_rate:.3g} "
-        f"({plan.peak_fraction:.1%} of {train.peak_learning_rate:g})"
+        f"({plan.peak_fraction:.1%} of {train.peak_learning_rate:g}), {describe_schedule(plan)}"
     )
+    if config.lora.loraplus_lr_ratio is not None:
+        peak = plan.peak_learning_rate * config.lora.loraplus_lr_ratio
+        lines += f"\n       LoRA+: B learns at {config.lora.loraplus_lr_ratio:g} times these rates, at most {peak:.3g}"
+    if plan.before is not None:
+        lines += f"\n       planned anew from step {plan.first_step} on: a schedule of {plan.scheduled_steps} steps"
+    return "\n".join([lines, *first_step(plan)])
 
 
 def rows_as_seen(tokenizer: PreTrainedTokenizerBase, data: EncodedFile, num_rows: int = 12) -> list[dict[str, Any]]:

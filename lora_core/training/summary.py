@@ -139,12 +139,16 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def adapter_norm(adapter_dir: Path, scaling: float) -> float:
+def adapter_norm(adapter_dir: Path) -> float:
     """Frobenius norm of the update that a saved adapter adds: sqrt(sum over modules of ||scaling * B A||^2).
 
     Of B A (out, in) only the two (r, r) Gram matrices are made: ||B A||^2 = sum((B^T B) * (A A^T)). B starts at zero,
-    so the norm is how far training has moved the weights. DoRA's magnitudes are not in it.
+    so the norm is how far training has moved the weights. DoRA's magnitudes and what is trained whole are not in it.
     """
+    from peft import LoraConfig
+    from peft.utils.other import get_pattern_key
+
+    settings = LoraConfig.from_pretrained(str(adapter_dir))
     square = 0.0
     with safe_open(adapter_dir / "adapter_model.safetensors", framework="pt") as file:
         names = list(file.keys())
@@ -152,8 +156,11 @@ def adapter_norm(adapter_dir: Path, scaling: float) -> float:
             if "lora_B" in name:
                 up = file.get_tensor(name).double()  # (out, r)
                 down = file.get_tensor(name.replace("lora_B", "lora_A")).double()  # (r, in)
-                square += float(((up.T @ up) * (down @ down.T)).sum())
-    return scaling * math.sqrt(max(0.0, square))
+                module = name.split(".lora_B")[0]
+                alpha = settings.alpha_pattern.get(get_pattern_key(settings.alpha_pattern, module), settings.lora_alpha)
+                scaling = alpha / (math.sqrt(len(down)) if settings.use_rslora else len(down))
+                square += scaling**2 * float(((up.T @ up) * (down @ down.T)).sum())
+    return math.sqrt(max(0.0, square))
 
 
 # What may stand between a shell and this process.

@@ -66,7 +66,7 @@ def test_shipped_values(name: str) -> None:
 
 def test_base_yaml_holds_every_default_and_a_word_on_each() -> None:
     text = (ROOT / "configs/base.yaml").read_text(encoding="utf-8")
-    written = yaml.load(re.sub(r": 5e-5\b", ": 5.0e-5", text), yaml.SafeLoader)
+    written = yaml.load(re.sub(r": (\d)e-", r": \1.0e-", text), yaml.SafeLoader)
     defaults = RunConfig().model_dump(mode="json")
     del defaults["output_dir"]  # comes from the config's name
     assert written == defaults
@@ -118,7 +118,7 @@ def test_every_problem_is_reported_at_once_with_place_value_limit_and_nearest_ke
         ("extends: 3", "must be the name of a file"),
         ("? [a]\n: b", "a key must be a plain string"),
         ("data: {eval_file: a.jsonl, eval_fraction: 0.1}", "both name an eval set"),
-        ("lora: {target_modules: [1]}", "must be a list of str or all-linear"),
+        ("lora: {target_modules: [1]}", "must be a list of str or a str"),
         ("learning_rat: 1e-4", "nearest: train.learning_rate"),
     ],
 )
@@ -237,3 +237,10 @@ def test_each_shipped_config_says_what_auto_would_give(
         model_type=model_type, hidden_size=hidden_size, alpha=lora.alpha, rank=lora.rank, total_steps=steps
     )
     assert f"auto gives {rate.value:g}" in (ROOT / f"configs/{name}.yaml").read_text(encoding="utf-8")
+
+
+def test_a_mistake_over_several_sections_is_a_sentence_with_its_place() -> None:
+    with pytest.raises(
+        ConfigError, match=r"command line  train\.keep_adapter=best needs an eval loss.* fix: data\.eval_f"
+    ):
+        load_config("qwen0.5b", ["train.keep_adapter=best"])

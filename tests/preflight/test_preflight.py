@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -29,6 +30,11 @@ HELD_OUT = [chat(f"another {i}", f"answer {i}") for i in range(10)]
 TRIPS = {
     "warmup_past_end": ("error", ["train.warmup_steps=50"], "train.warmup_steps=5"),
     "warmup_long": ("warning", ["train.warmup_steps=16"], "train.warmup_steps=5"),
+    "decay_past_end": (
+        "error",
+        ["train.lr_scheduler_type=warmup_stable_decay", "train.lr_scheduler_kwargs={num_decay_steps: 46}"],
+        "'train.lr_scheduler_kwargs={num_decay_steps: 10}'",
+    ),
     "few_steps": ("warning", ["train.num_train_epochs=2"], "train.gradient_accumulation_steps=2"),
     "single_pass": (
         "warning",
@@ -64,6 +70,11 @@ TRIPS = {
         ["lora.target_modules=[q_proj,k_proj,lm_head]"],
         "lora.target_modules=[q_proj,k_proj]",
     ),
+    "lora_names_missing": ("error", ["lora.rank_pattern={fc1: 4}"], "lora.rank_pattern={}"),
+    "trains_head": ("note", ["lora.modules_to_save=[lm_head]"], None),
+    "dora_costs": ("note", ["lora.use_dora=true"], None),
+    "attention_unknown": ("error", ["model.attn_implementation=flash"], "model.attn_implementation=sdpa"),
+    "attention_missing": ("error", ["model.attn_implementation=flash_attention_3"], "model.attn_implementation=sdpa"),
     "alpha_unusual": ("warning", ["lora.alpha=80"], "lora.alpha=32"),
     "learning_rate_unusual": ("warning", ["train.learning_rate=5e-3"], "train.learning_rate=0.0005"),
     "rows_truncated": ("warning", ["data.max_seq_length=24"], "data.max_seq_length=26"),
@@ -80,7 +91,26 @@ AROUND: dict[str, tuple[str, dict[str, Any], list[str], str | None]] = {
     "world_size_differs": ("error", {"asked_processes": 2}, [], None),
     "bf16_unsupported": ("error", {"bf16": "none"}, ["train.bf16=true"], "train.bf16=false model.dtype=float32"),
     "bf16_slow": ("warning", {"bf16": "emulated"}, ["train.bf16=true"], "train.bf16=auto"),
+    "fp16_slow": ("warning", {"device": DeviceMemory("cpu", 2**34)}, ["train.fp16=true"], "train.bf16=auto"),
+    "fp16_unsupported": (
+        "error",
+        {"sharding": "fsdp"},
+        ["train.fp16=true", "train.optim=adamw_torch"],
+        "train.bf16=auto",
+    ),
+    "float16_unscaled": (
+        "error",
+        {"device": DeviceMemory("cuda", 2**34)},
+        ["model.dtype=float16", "train.bf16=false"],
+        "train.fp16=true",
+    ),
     "bitsandbytes_missing": ("error", {"has_bitsandbytes": False}, [], "train.optim=adamw_torch"),
+    "schedulefree_missing": (
+        "error",
+        {"has_schedulefree": False},
+        ["train.optim=schedule_free_adamw", "train.lr_scheduler_type=constant_with_warmup"],
+        "train.optim=adamw_torch",
+    ),
     "disk_too_small": ("error", {"free_disk_bytes": 10**6}, [], None),
     "output_dir_taken": (
         "error",
@@ -184,7 +214,7 @@ def test_each_check_trips_alone_and_its_fix_removes_it(find: Any, name: str) -> 
     assert (severity == "error") == (name in ERROR_IDS)
     assert found.fix == fix
     if found.fix:
-        assert find(*overrides, *found.fix.split()) == {}
+        assert find(*overrides, *shlex.split(found.fix)) == {}
 
 
 @pytest.mark.parametrize("name", AROUND)
@@ -307,6 +337,8 @@ def test_every_finding_that_a_check_may_yield_is_tripped_here() -> None:
         "template_uses_date",
         "bos_doubled",
         "tokens_cut_at_border",
+        # In tests/training/test_continue.py.
+        "adapter_differs",
         # In tests/encoding/test_named_templates.py.
         "template_end_token",
         "system_folded",

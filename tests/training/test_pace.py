@@ -16,7 +16,7 @@ def test_parts_are_counted(total: int, eval_every: int, save_every: int, data: s
     step = data.draw(st.integers(0, total))
     later = range(step + 1, total + 1)
     evaluations = [each for each in later if each % eval_every == 0 or each == total]
-    saves = [each for each in later if each % save_every == 0 and each != total]
+    saves = [each for each in later if each % save_every == 0 or each == total]
     films = [each for each in evaluations if each != total]
     expected = PartsLeft(len(later), len(evaluations), len(films), len(saves), 1)
     assert parts_left(step, total, eval_every, save_every, has_eval_set=True, has_replies=True) == expected
