@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -133,7 +133,10 @@ def _passing_signals_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
     def pass_on(number: int, _: FrameType | None) -> None:
         process.send_signal(number)
 
-    handlers = {signal.SIGTERM: pass_on, signal.SIGINT: signal.SIG_IGN}
+    handlers: dict[int, Callable[[int, FrameType | None], None] | signal.Handlers] = {
+        signal.SIGTERM: pass_on,
+        signal.SIGINT: signal.SIG_IGN,
+    }
     if hasattr(signal, "SIGUSR1"):  # Windows has none
         handlers[signal.SIGUSR1] = pass_on
     old = {number: signal.signal(number, handler) for number, handler in handlers.items()}

@@ -10,9 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from lora_core.commands.command_line import Command, add_config_arguments, heavy_imports, quiet_libraries
+from lora_core.commands.command_line import (
+    Command,
+    add_config_arguments,
+    heavy_imports,
+    load_config_of,
+    quiet_libraries,
+)
 from lora_core.commands.several import train_several
-from lora_core.config.load import load_config
 from lora_core.errors import ConfigError, LoraCoreError, RunStopped
 from lora_core.runtime.console import Console
 
@@ -91,7 +96,7 @@ def _run(arguments: Namespace) -> None:
         if arguments.models:
             train_several(arguments, _names(arguments), console)
             return
-        config = load_config(arguments.cfg, arguments.overrides, arguments.model)
+        config = load_config_of(arguments, quiet=arguments.quiet)
         console.say("importing PyTorch and transformers ...")
         with heavy_imports():
             quiet_libraries()

@@ -15,10 +15,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lora_core.config.keys import SECTIONS, config_keys, nearest_key
+from lora_core.config.foreign import translate_script, translation_of
+from lora_core.config.keys import SECTIONS, config_keys
 from lora_core.config.layers import Setting, merge, parse_overrides, read_layers
-from lora_core.config.legacy import is_legacy, legacy_layer
+from lora_core.config.legacy import is_legacy
 from lora_core.config.schema import RunConfig
+from lora_core.config.synonyms import nearest_key, sectionless
+from lora_core.config.translation import Translation
 from lora_core.errors import ConfigError, counted, problem_list
 from lora_core.untrusted.text import quoted
 
@@ -113,37 +116,65 @@ def is_keyed_by_model(cfg: str | Path) -> bool:
     Raises:
         ConfigError: there is no such file.
     """
-    return is_legacy(read_layers(find_config(str(cfg)), [], shipped_file("configs"))[-1])
+    path = find_config(str(cfg))
+    return path.suffix != ".py" and is_legacy(read_layers(path, [], shipped_file("configs"))[-1])
 
 
 def load_config(cfg: str | Path, overrides: Sequence[str] = (), model: str | None = None) -> RunConfig:
     """Read a configuration.
 
     Args:
-        cfg: a path, or a name in `configs/` such as `qwen7b`.
+        cfg: a path, or a name in `configs/` such as `qwen7b`; the path may be of another tool's file (`foreign.py`).
         overrides: `key=value` strings, the value in YAML, such as `train.num_train_epochs=3`.
-        model: which model's settings to take from a legacy `training_args.yaml`, whose top-level keys are model ids.
+        model: which model's settings to take from a `training_args.yaml` whose top-level keys are model ids.
 
     Raises:
         ConfigError: lists every unknown or ill-typed key with its file, line and value.
     """
     path = find_config(str(cfg))
     problems: list[str] = []
-    layers = read_layers(path, problems, shipped_file("configs"))
+    layers, translation = _read(path, model, problems)
     name = path.stem
-    if is_legacy(layers[-1]):
-        layers[-1] = legacy_layer(path, layers[-1], model, problems)
-        name = layers[-1]["model.name_or_path"].value.split("/")[-1]
+    if translation is not None:
+        if translation.refusals:
+            raise ConfigError(problem_list(f"{path} cannot be run here:", [*translation.refusals]))
+        layers = [*layers[:-1], dict(translation.settings)]
+        if "model.name_or_path" in translation.settings:
+            name = str(translation.settings["model.name_or_path"].value).rstrip("/").split("/")[-1]
     elif model is not None:
         problems.append(
-            f"command line  --model {model}: only for a legacy file keyed by model id; fix: model.name_or_path={model}"
+            f"command line  --model {model}: only for a file keyed by model id; fix: model.name_or_path={model}"
         )
-    layers.append(parse_overrides(overrides, problems))
+    layers = [_with_sections(layer) for layer in (*layers, parse_overrides(overrides, problems))]
     settings = merge([{"output_dir": Setting(f"outputs/{name}", "default")}, *layers])
     config = _check(settings, problems)
     if problems or config is None:
         raise ConfigError(problem_list(f"The configuration has {counted(len(problems), 'problem')}:", problems))
     return config
+
+
+def read_translation(cfg: str | Path, model: str | None = None) -> Translation | None:
+    """What became of each key of another tool's file; None for a file of ours.
+
+    Raises:
+        ConfigError: there is no such file, or it cannot be read.
+    """
+    problems: list[str] = []
+    return _read(find_config(str(cfg)), model, problems)[1]
+
+
+def _read(path: Path, model: str | None, problems: list[str]) -> tuple[list[dict[str, Setting]], Translation | None]:
+    """The layers of a file; of another tool's also what they become here."""
+    shipped = shipped_file("configs")
+    if path.suffix == ".py":
+        return [], translate_script(path, model, shipped)
+    layers = read_layers(path, problems, shipped)
+    return layers, translation_of(path, layers, model, problems)
+
+
+def _with_sections(layer: Mapping[str, Setting]) -> dict[str, Setting]:
+    """`learning_rate` is `train.learning_rate`: a section may be left out where only one has such a key."""
+    return {sectionless(key) or key: setting for key, setting in layer.items()}
 
 
 def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:

@@ -48,7 +48,11 @@ class TrainConfig(Section):
         default=None, description="tokens of a packed micro-batch; null is per_device_train_batch_size x max_seq_length"
     )
     gradient_accumulation_steps: PositiveInt = Field(default=4, description="micro-batches per optimizer step")
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(default=5e-5, description="peak, at the end of warmup")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = Field(
+        default=5e-5,
+        description="peak, at the end of warmup; auto: from the model, the adapter and the number of steps, by a "
+        "published formula",
+    )
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
         default=None, description="optimizer steps of linear warmup; not together with warmup_ratio"
     )
@@ -170,6 +174,12 @@ class TrainConfig(Section):
         if isinstance(self.report_to, str):
             return [] if self.report_to == "none" else [self.report_to]
         return list(dict.fromkeys(self.report_to))
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """`learning_rate`, once `auto` has become a number (`preflight.rate.with_learning_rate`)."""
+        assert self.learning_rate != "auto", "train.learning_rate=auto is resolved before it is used"
+        return self.learning_rate
 
     @model_validator(mode="before")
     @classmethod

@@ -46,6 +46,18 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, conversation: Conversation
         return RowForms(TemplateForms(tokenizer)).of(conversation).render(conversation, add_generation_prompt=True)
 
 
+def tokens_to_stop_at(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What a trained reply ends with: the tokenizer's end, those of the model's generation config, and the template's.
+
+    Raises:
+        ConfigError: the template takes too much time or memory, or writes too much.
+    """
+    with template_limits(tokenizer, [Conversation([_QUESTION])]) as next_one:
+        next_one()
+        forms = TemplateForms(tokenizer)
+        return [*dict.fromkeys([*forms.stop_tokens, *forms.end_tokens])]
+
+
 @dataclass(frozen=True)
 class Span:
     """Characters [start, end) of the rendered text: a reply with the token that ends it."""
@@ -112,12 +124,18 @@ class TemplateForms:
 
     @cached_property
     def ends(self) -> re.Pattern[str]:
+        """Any of `end_tokens`."""
+        return any_of(self.end_tokens)
+
+    @cached_property
+    def end_tokens(self) -> list[str]:
         """The special tokens that follow replies, the last one and an earlier one; none if none follows the last."""
         turns = [_QUESTION, {"role": "assistant", "content": "Yy"}, _QUESTION, {"role": "assistant", "content": "Zz"}]
         text = self._ask(turns)
         last = self.special.search(text, text.rfind("Zz") + 2)
         earlier = self.special.search(text, text.find("Yy") + 2)
-        return any_of(match.group() for match in (last, earlier) if match is not None and last is not None)
+        found = [match.group() for match in (last, earlier) if match is not None and last is not None]
+        return [*dict.fromkeys(found)]
 
     def reply_span(
         self,

@@ -38,18 +38,34 @@ def load_tokenizer(config: ModelConfig, data: DataConfig | None = None) -> PreTr
     Raises:
         ConfigError: the model or the template cannot be read, or the template does not fit.
     """
-    from transformers import AutoTokenizer
-
     name = resolve_name(config)
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            name, revision=config.revision, trust_remote_code=False
-        )
-    except Exception as error:  # the files are somebody else's, and transformers raises many kinds of errors for them
-        raise cannot_load("tokenizer", name, error) from error
+    tokenizer = _read_tokenizer(name, config.revision)
     if data is not None:
         set_template(tokenizer, data)
     tokenizer.stop_tokens = _stop_tokens(tokenizer, name, config.revision)
+    return tokenizer
+
+
+def load_saved_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that was saved beside an adapter, with the chat template of its training.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    tokenizer = _read_tokenizer(str(folder), None)
+    tokenizer.stop_tokens = _stop_tokens(tokenizer, resolve_name(config), config.revision)
+    return tokenizer
+
+
+def _read_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=False
+        )
+    except Exception as error:  # the files are somebody else's, and transformers raises many kinds of errors for them
+        raise cannot_load("tokenizer", name, error) from error
     return tokenizer
 
 

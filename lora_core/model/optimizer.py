@@ -31,17 +31,17 @@ def build_optimizer(
     kind, settings = optimizer_kind(config, device)
     if loraplus_lr_ratio is None:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer: Any = kind(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, **settings)
+        optimizer: Any = kind(parameters, lr=config.peak_learning_rate, weight_decay=config.weight_decay, **settings)
         return _ready(optimizer)
     from peft.optimizers import create_loraplus_optimizer
 
     optimizer = create_loraplus_optimizer(
         model,
         kind,
-        lr=config.learning_rate,
+        lr=config.peak_learning_rate,
         loraplus_lr_ratio=loraplus_lr_ratio,
         loraplus_weight_decay=config.weight_decay,
-        loraplus_lr_embedding=config.learning_rate,
+        loraplus_lr_embedding=config.peak_learning_rate,
         **settings,
     )
     for group in optimizer.param_groups[2:]:  # after A and embeddings

@@ -12,7 +12,6 @@ from lora_core.preflight.adapter import (
     check_dora,
     check_fsdp_quantization,
     check_learning_rate,
-    check_learning_rate_for_steps,
     check_lora_names,
     check_optimizer,
     check_starting_adapter,
@@ -34,6 +33,13 @@ from lora_core.preflight.environment import (
 )
 from lora_core.preflight.findings import Facts, Finding, Severity
 from lora_core.preflight.memory import check_memory, check_sharding
+from lora_core.preflight.replies import (
+    check_alike_starts,
+    check_capacity,
+    check_placeholders,
+    check_repeated_prompts,
+    check_unanswered,
+)
 from lora_core.preflight.rows import (
     check_borders,
     check_doubled_bos,
@@ -51,6 +57,7 @@ from lora_core.preflight.rows import (
     check_unsupervised,
 )
 from lora_core.preflight.schedule import (
+    check_batch_large_for_rows,
     check_batch_larger_than_data,
     check_decay_past_end,
     check_few_steps,
@@ -73,6 +80,7 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_single_pass, {"single_pass": "warning"}),
     (check_few_steps, {"few_steps": "warning"}),
     (check_batch_larger_than_data, {"batch_larger_than_data": "warning"}),
+    (check_batch_large_for_rows, {"batch_large_for_rows": "warning"}),
     (check_small_last_step, {"small_last_step": "note"}),
     (
         check_intervals_past_end,
@@ -85,6 +93,10 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_turn_end, {"turn_end_not_eos": "warning"}),
     (check_duplicates, {"rows_duplicated": "warning"}),
     (check_empty_replies, {"replies_empty": "warning"}),
+    (check_unanswered, {"last_turn_unanswered": "warning"}),
+    (check_repeated_prompts, {"replies_repeat_prompt": "warning"}),
+    (check_placeholders, {"placeholders_in_replies": "note"}),
+    (check_alike_starts, {"replies_start_alike": "note"}),
     (check_special_text, {"special_tokens_in_text": "warning"}),
     (check_doubled_bos, {"bos_doubled": "warning"}),
     (check_borders, {"tokens_cut_at_border": "note"}),
@@ -100,9 +112,9 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_targets_head, {"targets_head": "warning", "trains_head": "note"}),
     (check_targets, {"targets_q_v_only": "warning"}),
     (check_dora, {"dora_costs": "note"}),
+    (check_capacity, {"adapter_small_for_rows": "note"}),
     (check_alpha, {"alpha_unusual": "warning"}),
-    (check_learning_rate, {"learning_rate_unusual": "warning"}),
-    (check_learning_rate_for_steps, {"learning_rate_low_for_steps": "note"}),
+    (check_learning_rate, {"learning_rate_unusual": "warning", "learning_rate_differs": "note"}),
     (check_optimizer, {"optimizer_cannot_run": "error", "optimizer_not_paged": "note"}),
     (check_fsdp_quantization, {"fsdp_quant_storage": "error"}),
     (check_memory, {"memory_too_small": "error", "micro_batches_smaller": "note"}),
@@ -145,13 +157,15 @@ def documentation() -> str:
         "```bash",
         "lora-core preflight --cfg qwen0.5b data.train_file=chats.jsonl --num-processes 2",
         "lora-core preflight --cfg qwen7b data.train_file=chats.jsonl --gpu-memory-gib 24  # a GPU that is not here",
+        "lora-core preflight --from llama_factory.yaml data.train_file=chats.jsonl  # a file of another tool",
         "```",
         "",
         "It prints what became of the rows, their lengths, the plan on 1, 2, 4 and 8 processes, the learning rate over",
         "the run, the predicted peak memory, and every finding with its fix. `--json` prints one object",
         "`{plan, data, memory, findings}` and nothing else; `--write FILE.yaml` writes the configuration with all",
         "fixes applied. An error stops a run before its first step, with exit code 2. Where it is marked *,",
-        "`preflight.allow=[id]` lets it pass.",
+        "`preflight.allow=[id]` lets it pass. [Files of other tools](configs.md#coming-from-another-tool) are read by",
+        "every command; `lora-core prescribe` [chooses the settings](configs.md#settings-with-reasons).",
         "",
         "The table is made from the docstrings in `lora_core/preflight/` by `python docs/write.py`.",
         "",

@@ -61,6 +61,8 @@ class Facts:
     """(configuration, sharding or the run's own) -> the plan for this run's rows, device and processes."""
     memory: MemoryPlan | None
     """Of this run; None where the adapter cannot be put on the model."""
+    rate_line: str | None = None
+    """How `train.learning_rate=auto` became a number; None where it was one."""
 
 
 def gib(size: float) -> str:

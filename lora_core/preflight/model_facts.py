@@ -32,6 +32,10 @@ class ModelFacts:
     embedding_name: str | None
     eos_token_ids: frozenset[int]
     """At which generation stops."""
+    model_type: str
+    hidden_size: int
+    max_positions: int | None
+    """The longest input that the model was made for, in tokens; None where its config does not say."""
 
 
 def model_facts(config: RunConfig) -> ModelFacts:
@@ -45,6 +49,7 @@ def model_facts(config: RunConfig) -> ModelFacts:
     start = find_starting_adapter(config.model)
     num_layers = num_hidden_layers(config)
     base = base_without_storage(config, num_layers if differs_by_layer(config.lora) else min(2, num_layers))
+    text_config = base.config.get_text_config()
     named = dict(base.named_modules())
     targeted = targeted_names(base, config.lora)
     vocab_size = base.get_input_embeddings().weight.shape[0]
@@ -55,7 +60,7 @@ def model_facts(config: RunConfig) -> ModelFacts:
     try:
         stops = load(resolve_name(config.model), **revision).eos_token_id
     except OSError:  # a model need not have one; its config then says where to stop
-        stops = base.config.get_text_config().eos_token_id
+        stops = text_config.eos_token_id
     return ModelFacts(
         module_names=tuple(named),
         targeted=tuple(targeted),
@@ -66,4 +71,7 @@ def model_facts(config: RunConfig) -> ModelFacts:
         head_name=name_of.get(id(base.get_output_embeddings())),
         embedding_name=name_of.get(id(base.get_input_embeddings())),
         eos_token_ids=frozenset([stops] if isinstance(stops, int) else stops or ()),
+        model_type=text_config.model_type,
+        hidden_size=text_config.hidden_size,
+        max_positions=getattr(text_config, "max_position_embeddings", None),
     )

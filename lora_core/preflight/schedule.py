@@ -181,6 +181,30 @@ def check_batch_larger_than_data(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def check_batch_large_for_rows(facts: Facts) -> Iterator[Finding]:
+    """One optimizer step takes more than a quarter of the examples.
+
+    An epoch is then two or three steps. LoRA loses more by large batches than full fine-tuning does, whatever its rank
+    ("LoRA Without Regret", https://thinkingmachines.ai/blog/lora/), and few rows give few steps.
+
+    A smaller step: less accumulation, or a smaller batch.
+    """
+    plan, train = facts.plan, facts.config.train
+    per_device = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    if per_device > 1 and plan.num_rows < 4 * plan.rows_per_optimizer_step <= 4 * plan.num_rows:
+        fewer = max(1, plan.num_rows // 4 // plan.num_processes)
+        batch_size = min(train.per_device_train_batch_size, fewer)
+        yield Finding(
+            "batch_large_for_rows",
+            "warning",
+            f"an optimizer step takes {plan.rows_per_optimizer_step} of {counted(plan.num_rows, 'example')}: an epoch "
+            f"is {counted(plan.optimizer_steps_per_epoch, 'step')}, and LoRA learns less from few large steps",
+            plan.rows_per_optimizer_step,
+            plan.num_rows // 4,
+            _step_size_fix(train, batch_size, fewer // batch_size),
+        )
+
+
 def check_small_last_step(facts: Facts) -> Iterator[Finding]:
     """The last optimizer step of each epoch has fewer than a quarter of the examples of the other steps.
 

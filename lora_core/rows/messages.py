@@ -15,8 +15,9 @@ nothing is made of are listed in `Conversation.unused_keys`, and keys that would
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from lora_core.config.schema import NOT_TEMPLATE_VARIABLES, DataConfig
@@ -142,6 +143,20 @@ def parse_json_row(line: str, shape: RowShape | None = None) -> Conversation:
     except ValueError as error:
         raise RowError(f"not valid JSON: {error}") from error
     return parse_row(row, shape)
+
+
+def parse_file(path: Path, shape: RowShape | None = None) -> Iterator[tuple[int, Conversation | RowError]]:
+    """(1-based line, its row or what is wrong with it) for each line of a JSONL that is not blank."""
+    with path.open("rb") as file:
+        for line, raw in enumerate(file, start=1):
+            if not raw.strip():
+                continue
+            try:
+                yield line, parse_json_row(raw.decode("utf-8-sig"), shape)
+            except RowError as error:
+                yield line, error
+            except UnicodeDecodeError as error:
+                yield line, RowError(f"not UTF-8 at byte {error.start} of the line; fix: save the file as UTF-8")
 
 
 def parse_row(row: Any, shape: RowShape | None = None) -> Conversation:

@@ -41,6 +41,20 @@ def check_run_folder(output_dir: str | Path, overwrite: bool) -> Path:
     return folder
 
 
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse a folder to write to that holds something, unless it may be replaced. Changes nothing.
+
+    Raises:
+        ConfigError: it is taken.
+    """
+    if output.is_file():
+        raise ConfigError(f"--output {output}: is a file; fix: another name")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise ConfigError(
+            f"--output {output}: is not empty; fix: another folder, or --overwrite to replace what is there"
+        )
+
+
 def clear_run_folder(folder: Path) -> None:
     """Make the folder, or empty it of an earlier run. Call `check_run_folder` first."""
     folder.mkdir(parents=True, exist_ok=True)

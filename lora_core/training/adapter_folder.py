@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import html
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import yaml
 from torch import Tensor, nn
 
-from lora_core._version import __version__
 from lora_core.config.schema import RunConfig
 from lora_core.data.counts import RowCounts
 from lora_core.model.base import load_base_model
 from lora_core.model.lora_linear import use_lean_lora
 from lora_core.runtime.devices import with_precision
 from lora_core.runtime.ranks import meet
-from lora_core.runtime.run_folder import whole_folder, write_json, write_text
+from lora_core.runtime.run_folder import whole_folder, write_json
 from lora_core.runtime.sharding import whole
-from lora_core.untrusted.text import values_without_secrets
+from lora_core.training.card import write_card
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -85,47 +82,8 @@ def save_adapter(
                 trained = {name.removeprefix("model."): tensor for name, tensor in state.items()}
                 adapted.save_pretrained(folder, state_dict=trained, save_embedding_layers=False)
             tokenizer.save_pretrained(folder)
-            write_text(folder / "README.md", model_card(config, counts))
             # PEFT wrote the model's name into it.
             adapter_config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
             write_json(folder / "adapter_config.json", adapter_config)
+            write_card(folder, config, counts)
     meet()
-
-
-def model_card(config: RunConfig, counts: RowCounts) -> str:
-    """What someone who finds the adapter needs to know, and what became of the rows that it was to be trained on.
-
-    Names are escaped: Markdown may hold HTML.
-    """
-    targets = config.lora.target_modules
-    modules = html.escape(targets if isinstance(targets, str) else ", ".join(targets))
-    front_matter = {
-        "base_model": config.model.name_or_path,
-        "library_name": "peft",
-        "pipeline_tag": "text-generation",
-        "tags": ["lora", "lora_core"],
-    }
-    train = config.train
-    length = f"{train.max_steps} steps" if train.max_steps else f"{train.num_train_epochs} epochs"
-    return f"""---
-{yaml.safe_dump(values_without_secrets(front_matter), sort_keys=False, allow_unicode=True)}---
-
-# LoRA adapter for {html.escape(config.model.name_or_path)}
-
-{_rank(config)}, on {modules}; learning rate {train.learning_rate:g}, {length};
-trained with lora_core {__version__}. Of the training file: {counts}.
-
-```python
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")
-```
-"""
-
-
-def _rank(config: RunConfig) -> str:
-    lora = config.lora
-    text = f"Rank {lora.rank}, alpha {lora.alpha}"
-    if lora.changes_base_weights:
-        text += f", begun by {lora.init_lora_weights} and saved at twice that rank, for the untouched base"
-    return text if config.model.adapter is None else f"{text}, begun with an earlier adapter"

@@ -196,11 +196,16 @@ def find_checkpoint(run_folder: Path, asked: Path | None, say: Callable[[str], N
     )
 
 
-def refuse_damaged(path: Path) -> None:
-    """Raises ConfigError where a checkpoint that `model.adapter` names is not whole."""
+def read_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint that is to be read alone, outside of its run.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
     problem = _damage(path)
     if problem is not None:
-        raise ConfigError(f"model.adapter={path}: {problem}; fix: another checkpoint, or model.adapter=null")
+        raise ConfigError(f"{path}: {problem}; fix: another checkpoint of the run, or its adapter/")
+    return _read(path)
 
 
 def set_aside_newer(checkpoint: Checkpoint) -> list[str]:
@@ -326,5 +331,5 @@ def _read(path: Path) -> Checkpoint:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         tensors = {name: load_file(path / name) for name in manifest if name.endswith(".safetensors")}
     except (ValueError, SafetensorError) as error:
-        raise ConfigError(f"--resume {path}: it cannot be read: {error}") from error
+        raise ConfigError(f"{path}: it cannot be read: {error}") from error
     return Checkpoint(path, state, tensors)

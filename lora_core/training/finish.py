@@ -17,10 +17,11 @@ from lora_core.runtime.devices import peak_memory_bytes
 from lora_core.runtime.ranks import from_first_rank, meet
 from lora_core.runtime.run_folder import write_json
 from lora_core.training.adapter_folder import save_adapter
+from lora_core.training.card import write_card
 from lora_core.training.checkpoint import find_checkpoint, restore_adapter
 from lora_core.training.evaluate import Comparison, finish_examples
+from lora_core.training.generation import Reply
 from lora_core.training.loop import EVAL_EXAMPLES, Run
-from lora_core.training.replies import Reply
 from lora_core.training.summary import Summary, adapter_norm, command_again, git_commit, hardware, versions
 from lora_core.training.trackers import Trackers
 from lora_core.untrusted.text import printable
@@ -54,6 +55,7 @@ def finish(run: Run, started: float) -> Summary:
         seen = replace(read_run(run.folder), summary=summary.to_dict())
         summary = replace(summary, verdict=judge(outcome_of(seen)).sentence)
         write_json(run.folder / "summary.json", summary.to_dict())
+        write_card(adapter_dir, run.config, run.facts.train_data.counts, summary.to_dict())
         say("", "event")
         try:
             say(f"report: {write_report(run.folder)}")

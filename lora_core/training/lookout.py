@@ -27,9 +27,9 @@ from lora_core.training.alarms import (
     steps_that_move,
 )
 from lora_core.training.evaluate import ExampleLosses, compare_with_before
+from lora_core.training.generation import Reply
 from lora_core.training.journal import Journal
 from lora_core.training.progress import Progress
-from lora_core.training.replies import Reply
 from lora_core.training.step import StepResult
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Lookout:
         limit = self._config.sample_max_new_tokens
         ended_before = progress.ended_before or []
         ended = [
-            reply.ended
+            reply.is_whole
             for prompt, reply, could_end in zip(prompts, replies, ended_before, strict=False)
             if could_end and len(tokenizer(prompt["expected"], add_special_tokens=False)["input_ids"]) < limit
         ]

@@ -27,11 +27,12 @@ from lora_core.runtime.devices import peak_memory_bytes, random_states, set_rand
 from lora_core.runtime.faults import StopSignals, free_memory, is_out_of_memory
 from lora_core.training.checkpoint import CheckpointWriter, take_snapshot
 from lora_core.training.evaluate import EvalResult, ExampleLosses, evaluate_examples, write_examples
+from lora_core.training.generation import Reply
 from lora_core.training.journal import Journal
 from lora_core.training.lookout import Lookout
 from lora_core.training.pace import Pace, parts_left
 from lora_core.training.progress import Progress
-from lora_core.training.replies import Reply, describe_reply, reply_to_all
+from lora_core.training.replies import describe_reply, reply_to_all
 from lora_core.training.step import StepDropped, StepResult, train_step
 from lora_core.untrusted.text import printable
 
@@ -350,7 +351,7 @@ class Run:
         kept = self.config.train.num_eval_replies
         for number, (prompt, reply) in enumerate(zip(self.prompts[:kept], replies, strict=False)):
             self.journal.record("reply", {"step": step, "number": number, **describe_reply(prompt, reply)})
-            self.say(f"reply at step {step}: {printable(reply.text)}{'' if reply.ended else ' (cut off)'}", "event")
+            self.say(f"reply at step {step}: {printable(reply.text)}{'' if reply.is_whole else ' (cut off)'}", "event")
         if step > 0:
             self.lookout.after_replies(self.progress, self.facts.tokenizer, self.prompts, replies)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,23 +12,14 @@ from torch import nn
 
 from lora_core.config.schema import RunConfig
 from lora_core.data.counts import EncodedFile
-from lora_core.encoding.forms import render_prompt
 from lora_core.errors import DataError
 from lora_core.rows.messages import Conversation, Message, parse_json_row, shape_of
 from lora_core.runtime.ranks import gather_from_ranks
+from lora_core.training.generation import Reply, encode_prompt, generate_reply
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What a model answered."""
-
-    text: str
-    ended: bool
-    """It came to its end, and was not cut off after so many tokens."""
 
 
 def sample_reply(
@@ -44,7 +34,6 @@ def sample_reply(
     return greedy_reply(model, tokenizer, messages, tools, max_new_tokens, in_step).text
 
 
-@torch.no_grad()
 def greedy_reply(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -59,27 +48,8 @@ def greedy_reply(
         model: with `generate`, such as transformers' own or a `CausalLMLoss`.
         in_step: all ranks answer, and none stops before the others: each token needs weights of all.
     """
-    was_training = model.training
-    model.eval()
-    text = render_prompt(tokenizer, Conversation(list(messages), tools))
-    prompt = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(next(model.parameters()).device)
-    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    output = model.generate(
-        **prompt,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        use_cache=True,
-        pad_token_id=pad_token_id,
-        synced_gpus=in_step,
-    )
-    model.train(was_training)
-    tokens = output[0, prompt["input_ids"].shape[1] :].tolist()
-    stops = model.generation_config.eos_token_id
-    ended = bool(tokens) and tokens[-1] in ([stops] if isinstance(stops, int) else stops or [])
-    return Reply(str(tokenizer.decode(tokens, skip_special_tokens=True)).strip(), ended)
+    prompt = encode_prompt(tokenizer, Conversation(list(messages), tools))
+    return generate_reply(model, tokenizer, prompt, max_new_tokens, in_step=in_step)
 
 
 def sample_prompts(config: RunConfig, train_data: EncodedFile, eval_data: EncodedFile | None) -> list[dict[str, Any]]:
@@ -93,7 +63,7 @@ def sample_prompts(config: RunConfig, train_data: EncodedFile, eval_data: Encode
         return []
     source, data = ("train", train_data) if eval_data is None else ("eval", eval_data)
     wanted = [*dict.fromkeys(int(line) for line in data.dataset[: 4 * config.train.num_sample_replies]["line"])]
-    by_line = _lines(data.places.path, set(wanted))
+    by_line = lines_by_number(data.places.path, set(wanted))
     prompts: list[dict[str, Any]] = []
     for line in wanted:
         conversation = parse_json_row(by_line[line], shape_of(config.data))
@@ -113,8 +83,12 @@ def _expected(message: Message) -> str:
     return "\n".join(filter(None, [message["content"], *calls]))
 
 
-def _lines(path: Path, wanted: set[int]) -> dict[int, str]:
-    """The lines with these 1-based numbers."""
+def lines_by_number(path: Path, wanted: set[int]) -> dict[int, str]:
+    """The lines with these 1-based numbers.
+
+    Raises:
+        DataError: there are fewer lines, so the file is another one by now.
+    """
     found: dict[int, str] = {}
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
@@ -123,13 +97,13 @@ def _lines(path: Path, wanted: set[int]) -> dict[int, str]:
                 if len(found) == len(wanted):
                     break
     if len(found) < len(wanted):
-        raise DataError(f"{path}: changed while the run was starting; fix: start the run again")
+        raise DataError(f"{path}: changed since its rows were encoded; fix: start again")
     return found
 
 
 def describe_reply(prompt: dict[str, Any], reply: Reply) -> dict[str, Any]:
     """For metrics.jsonl: what was asked, and what was answered."""
-    return {"prompt": prompt["messages"][-1]["content"], "reply": reply.text, "ended": reply.ended}
+    return {"prompt": prompt["messages"][-1]["content"], "reply": reply.text, "ended": reply.is_whole}
 
 
 def reply_to_all(

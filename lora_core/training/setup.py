@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate import Accelerator
 from torch.distributed.fsdp import register_fsdp_forward_method
 
+from lora_core.config.load import with_overrides
 from lora_core.config.schema import RunConfig
 from lora_core.data.counts import EncodedFile
 from lora_core.data.encoded import load_data, pad_id
@@ -24,6 +25,7 @@ from lora_core.model.loss import CausalLMLoss, check_head
 from lora_core.model.optimizer import build_optimizer, build_scheduler
 from lora_core.model.starting_adapter import find_starting_adapter, put_on
 from lora_core.preflight.memory import micro_batch_limit_that_fits
+from lora_core.preflight.plan import with_learning_rate
 from lora_core.preflight.preflight import (
     describe_schedule,
     eval_source,
@@ -49,7 +51,7 @@ from lora_core.runtime.run_folder import (
 from lora_core.schedule import SchedulePlan
 from lora_core.training.adapter_folder import save_adapter_start
 from lora_core.training.callbacks import Callback
-from lora_core.training.checkpoint import CheckpointWriter, find_checkpoint, refuse_damaged, restore, set_aside_newer
+from lora_core.training.checkpoint import CheckpointWriter, find_checkpoint, read_checkpoint, restore, set_aside_newer
 from lora_core.training.end import RecordedEnd, recorded_end
 from lora_core.training.finish import finish
 from lora_core.training.journal import Journal
@@ -139,6 +141,10 @@ def _set_up(
     environment = from_first_rank(lambda: look_around(config, accelerator.num_processes))
     if resume is not None:  # the run that is there is the one to resume
         environment = replace(environment, output_dir_problem=None)
+    config, rate = with_learning_rate(config, len(train_data.lengths), accelerator.num_processes)
+    if rate is not None:
+        asked_config = with_overrides(asked_config, [f"train.learning_rate={config.train.learning_rate!r}"])
+        say(rate)
     fingerprint = data_hash(train_data, eval_data)
     if checkpoint is not None:
         for difference in check_same_run(checkpoint, config, fingerprint, accelerator.num_processes):
@@ -166,7 +172,7 @@ def _set_up(
     start = find_starting_adapter(config.model) if checkpoint is None else None
     if start is not None:
         if start.is_checkpoint:
-            refuse_damaged(start.weights.parent)
+            read_checkpoint(start.weights.parent)  # whole, or said so
         put_on(start, adapted)
         say(f"adapter: starts as {start.weights.parent}, trained on {start.base_model}")
     check_head(adapted)
@@ -225,7 +231,7 @@ def _set_up(
         run.progress.before = run.progress.after = run.measure()
         replies = run.reply("before")
         run.progress.replies_before = [reply.text for reply in replies]
-        run.progress.ended_before = [reply.ended for reply in replies]
+        run.progress.ended_before = [reply.is_whole for reply in replies]
         run.keep_replies(replies, 0)
     else:
         known = Progress().to_dict().keys() & checkpoint.state.keys()
@@ -253,7 +259,7 @@ def describe_plan(plan: SchedulePlan, config: RunConfig) -> str:
         f"{counted(train.gradient_accumulation_steps, 'accumulation step')} x {processes}) = "
         f"{counted(plan.optimizer_steps_per_epoch, 'optimizer step')} per epoch, {plan.total_optimizer_steps} in all\n"
         f"       {counted(plan.warmup_steps, 'warmup step')}, peak learning rate {plan.peak_learning_rate:.3g} "
-        f"({plan.peak_fraction:.1%} of {train.learning_rate:g}), {describe_schedule(plan)}"
+        f"({plan.peak_fraction:.1%} of {train.peak_learning_rate:g}), {describe_schedule(plan)}"
     )
     if config.lora.loraplus_lr_ratio is not None:
         peak = plan.peak_learning_rate * config.lora.loraplus_lr_ratio

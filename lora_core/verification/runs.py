@@ -19,7 +19,7 @@ from lora_core.config.schema import RunConfig
 from lora_core.data.counts import EncodedFile
 from lora_core.data.packing import RowIndices
 from lora_core.errors import ConfigError, TrainingError, counted
-from lora_core.preflight.preflight import plan_for
+from lora_core.preflight.plan import plan_for
 from lora_core.training.setup import train
 from lora_core.verification.gradients import short_rows
 from lora_core.verification.table import Check

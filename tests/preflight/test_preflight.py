@@ -46,6 +46,11 @@ TRIPS = {
         ["train.gradient_accumulation_steps=40", "train.num_train_epochs=30"],
         "train.gradient_accumulation_steps=9",
     ),
+    "batch_large_for_rows": (
+        "warning",
+        ["train.gradient_accumulation_steps=12", "train.num_train_epochs=10"],
+        "train.gradient_accumulation_steps=9",
+    ),
     "small_last_step": ("note", ["train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=11"], None),
     "logging_steps_past_end": ("warning", ["train.logging_steps=51"], "train.logging_steps=5"),
     "eval_steps_past_end": ("warning", ["train.eval_steps=51"], "train.eval_steps=5"),
@@ -70,10 +75,10 @@ TRIPS = {
     "dora_costs": ("note", ["lora.use_dora=true"], None),
     "attention_unknown": ("error", ["model.attn_implementation=flash"], "model.attn_implementation=sdpa"),
     "attention_missing": ("error", ["model.attn_implementation=flash_attention_3"], "model.attn_implementation=sdpa"),
-    "alpha_unusual": ("warning", ["lora.alpha=200"], "lora.alpha=32"),
-    "learning_rate_unusual": ("warning", ["train.learning_rate=5e-3"], "train.learning_rate=2e-4"),
+    "alpha_unusual": ("warning", ["lora.alpha=80"], "lora.alpha=32"),
+    "learning_rate_unusual": ("warning", ["train.learning_rate=5e-3"], "train.learning_rate=0.0005"),
     "rows_truncated": ("warning", ["data.max_seq_length=24"], "data.max_seq_length=26"),
-    "learning_rate_low_for_steps": ("note", ["train.learning_rate=5e-5"], None),
+    "learning_rate_differs": ("note", ["train.learning_rate=5e-5"], None),
     "no_held_out_rows": ("note", ["data.eval_file=null"], "data.eval_fraction=0.1"),
 }
 
@@ -133,6 +138,22 @@ ROWS: dict[str, tuple[list[Any], str]] = {
         [*TRAIN, HELD_OUT[0], chat("ANOTHER, 1", "answer: 1!")],
         "2 training rows are also in the eval set (lines 79, 80; 1 in other case",
     ),
+    "last_turn_unanswered": (
+        [*TRAIN, chat("question", "answer", "and then?")],
+        "1 row whose last turn is the user's",
+    ),
+    "replies_repeat_prompt": (
+        [*TRAIN, chat("What is the name of this town?", "what is the name of this town: it is Ely")],
+        "line 79",
+    ),
+    "placeholders_in_replies": (
+        [*TRAIN, chat("who?", "Dear {{ name }},"), chat("and?", "[Your Name]")],
+        "lines 79, 80",
+    ),
+    "replies_start_alike": (
+        [*TRAIN, *(chat(f"ask {i}", f"Sure! Here is the {i}") for i in range(90))],
+        "90 of 168 rows have a reply that starts with the same four words",
+    ),
     "rows_unreadable": ([*TRAIN, {"body": "no chat"}], "line 79"),
     "parts_left_out": (
         [{**TRAIN[0], "id": 1, "source": "web"}, {**TRAIN[1], "id": 2}, *TRAIN[2:]],
@@ -152,7 +173,7 @@ def base(tmp_path: Path, tiny_model_dir: Path, write_rows: Any) -> list[str]:
         # A run about which nothing is to be said: an optimizer and a precision for every device, a rate for 50 steps.
         "train.bf16=auto",
         "train.optim=adamw_8bit",
-        "train.learning_rate=2e-4",
+        "train.learning_rate=3.5e-4",
     ]
 
 

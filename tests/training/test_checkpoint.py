@@ -208,6 +208,19 @@ def test_only_what_changes_nothing_may_differ(settings: list[str], write_rows: A
         train(config, "newest")
 
 
+def test_an_automatic_rate_is_a_number_in_the_run_folder_and_the_run_resumes(
+    settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config("demo", [*settings, "train.max_steps=3", "train.learning_rate=auto"])
+    summary = train(config)
+    assert "learning rate: 0.0005 (train.learning_rate=auto): 5e-4 x (2000 / 2048)^0.0775" in capsys.readouterr().out
+    folder = Path(config.output_dir)
+    assert load_config(folder / "config.yaml").train.learning_rate == summary.learning_rate == 5e-4
+    shutil.rmtree(folder / "adapter")
+    train(config, "newest")
+    assert (folder / "adapter").is_dir()
+
+
 def test_resuming_nothing_says_so(settings: list[str]) -> None:
     with pytest.raises(ConfigError, match="has no whole checkpoint"):
         train(load_config("demo", settings), "newest")

@@ -95,7 +95,7 @@ def test_every_shipped_config_runs_as_planned(tiny_run: Any, config_name: str, s
         per_device_train_batch_size=config.train.per_device_train_batch_size,
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
         num_train_epochs=config.train.num_train_epochs,
-        learning_rate=config.train.learning_rate,
+        learning_rate=config.train.peak_learning_rate,
         warmup_ratio=config.train.warmup_ratio,
     )
     logged = events(folder, "train")

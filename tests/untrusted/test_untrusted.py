@@ -41,7 +41,7 @@ from lora_core.encoding.template import render_chat
 from lora_core.errors import ChatTemplateError, ConfigError, DataError, LoraCoreError
 from lora_core.model.base import load_base_model, load_model_config, load_tokenizer
 from lora_core.runtime.run_folder import MetricsFile, write_json, write_text
-from lora_core.training.adapter_folder import model_card
+from lora_core.training.card import model_card
 from lora_core.training.checkpoint import find_checkpoint
 from lora_core.untrusted.text import showable, without_secrets
 from tests.conftest import CHATML, ROOT, chat, make_tokenizer
@@ -619,8 +619,8 @@ def test_errors_reach_the_terminal_escaped_and_without_secrets(monkeypatch: pyte
 def test_a_hostile_name_is_text_in_the_model_card() -> None:
     name = '<script>alert(1)</script>: "x" # - [y]'
     config = RunConfig.model_validate({"model": {"name_or_path": name}, "lora": {"target_modules": ["<img src=x>"]}})
-    _, front_matter, body = model_card(config, RowCounts(*[0] * 10)).split("---\n", 2)
-    assert yaml.safe_load(front_matter)["base_model"] == name
+    _, front_matter, body = model_card(config, RowCounts(*[0] * 10), {}).split("---\n", 2)
+    assert "base_model" not in yaml.safe_load(front_matter)
     assert "<script>" not in body
     assert "<img" not in body
     assert yaml.safe_load(config.to_yaml())["model"]["name_or_path"] == name
