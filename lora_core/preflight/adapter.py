@@ -193,10 +193,10 @@ def check_learning_rate(facts: Facts) -> Iterator[Finding]:
 
     `train.learning_rate=auto`, and let eval loss decide; for a note no action is needed.
     """
-    if "adamw" not in facts.config.train.optim:  # the formula and the range are AdamW's
-        return
     rate, steps = facts.plan.learning_rate, facts.plan.total_optimizer_steps
     formula = suggested_rate(facts.config, facts.model.model_type, facts.model.hidden_size, steps)
+    if "adamw" not in facts.config.train.optim:  # the formula and the limits are AdamW's
+        return
     if not _LOWEST_RATE <= rate <= _HIGHEST_RATE:
         yield Finding(
             "learning_rate_unusual",

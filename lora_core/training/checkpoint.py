@@ -208,13 +208,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return _read(path)
 
 
-def refuse_damaged(path: Path) -> None:
-    """Raises ConfigError where a checkpoint that `model.adapter` names is not whole."""
-    problem = _damage(path)
-    if problem is not None:
-        raise ConfigError(f"model.adapter={path}: {problem}; fix: another checkpoint, or model.adapter=null")
-
-
 def set_aside_newer(checkpoint: Checkpoint) -> list[str]:
     """Rename the run's checkpoints of later steps: the run that resumes from this one will write its own.
 

@@ -152,7 +152,11 @@ def plan_to_resume(checkpoint: Checkpoint, config: RunConfig, plan: SchedulePlan
     if "plan" in checkpoint.state:
         before = SchedulePlan.from_dict(checkpoint.state["plan"])
     else:  # of a version that had no other plan than the configuration's
-        before = plan_for(config.model_copy(update={"train": then}), plan.num_rows, plan.num_processes)
+        before = plan_for(
+            config.model_copy(update={"train": then.model_copy(update={"learning_rate": plan.learning_rate})}),
+            plan.num_rows,
+            plan.num_processes,
+        )
     names = [key.removeprefix("train.") for key in EXTENDABLE_KEYS]
     is_same = all(getattr(then, name) == getattr(config.train, name) for name in names)
     # On another number of processes a step has the same examples, in other micro-batches.

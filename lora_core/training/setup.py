@@ -51,7 +51,7 @@ from lora_core.runtime.run_folder import (
 from lora_core.schedule import SchedulePlan
 from lora_core.training.adapter_folder import save_adapter_start
 from lora_core.training.callbacks import Callback
-from lora_core.training.checkpoint import CheckpointWriter, find_checkpoint, refuse_damaged, restore, set_aside_newer
+from lora_core.training.checkpoint import CheckpointWriter, find_checkpoint, read_checkpoint, restore, set_aside_newer
 from lora_core.training.end import RecordedEnd, recorded_end
 from lora_core.training.finish import finish
 from lora_core.training.journal import Journal
@@ -141,15 +141,15 @@ def _set_up(
     environment = from_first_rank(lambda: look_around(config, accelerator.num_processes))
     if resume is not None:  # the run that is there is the one to resume
         environment = replace(environment, output_dir_problem=None)
+    config, rate = with_learning_rate(config, len(train_data.lengths), accelerator.num_processes)
+    if rate is not None:
+        asked_config = with_overrides(asked_config, [f"train.learning_rate={config.train.learning_rate!r}"])
+        say(rate)
     fingerprint = data_hash(train_data, eval_data)
     if checkpoint is not None:
         for difference in check_same_run(checkpoint, config, fingerprint, accelerator.num_processes):
             say(f"resume: {difference}")
     say("checking the run, and predicting its memory ...")
-    config, rate = with_learning_rate(config, len(train_data.lengths), accelerator.num_processes)
-    if rate is not None:
-        asked_config = with_overrides(asked_config, [f"train.learning_rate={config.train.learning_rate!r}"])
-        say(rate)
     facts = gather_facts(config, environment, tokenizer, train_data, eval_data)
     if checkpoint is not None:
         facts = replace(facts, plan=plan_to_resume(checkpoint, config, facts.plan))
@@ -172,7 +172,7 @@ def _set_up(
     start = find_starting_adapter(config.model) if checkpoint is None else None
     if start is not None:
         if start.is_checkpoint:
-            refuse_damaged(start.weights.parent)
+            read_checkpoint(start.weights.parent)  # whole, or said so
         put_on(start, adapted)
         say(f"adapter: starts as {start.weights.parent}, trained on {start.base_model}")
     check_head(adapted)

@@ -14,7 +14,7 @@ from lora_core.config.load import load_config
 from lora_core.errors import ConfigError, PreflightError, TrainingError
 from lora_core.memory.micro_batch import MicroBatch
 from lora_core.memory.plan import predict_memory
-from lora_core.preflight.preflight import plan_for
+from lora_core.preflight.plan import plan_for
 from lora_core.runtime.devices import DeviceMemory
 from lora_core.training.evaluate import evaluate_adapter
 from lora_core.training.setup import train
