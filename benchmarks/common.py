@@ -33,7 +33,7 @@ with heavy_imports():  # as the commands do
     from lora_core.model.base import add_adapter
     from lora_core.model.loss import CausalLMLoss
     from lora_core.model.optimizer import build_optimizer, build_scheduler
-    from lora_core.preflight.preflight import plan_for
+    from lora_core.preflight.plan import plan_for
     from lora_core.rows.messages import parse_json_row
     from lora_core.runtime.devices import build_accelerator
     from lora_core.schedule import SchedulePlan

@@ -35,7 +35,7 @@ from lora_core.config.schema import ALL_SEVEN_PROJECTIONS
 from lora_core.data.encoded import load_data
 from lora_core.data.packing import micro_batches, step_rows
 from lora_core.model.base import load_tokenizer
-from lora_core.preflight.preflight import plan_for
+from lora_core.preflight.plan import plan_for
 from lora_core.report.read import Run, read_run
 from lora_core.runtime.run_folder import write_json
 

@@ -85,7 +85,7 @@ class OurLoop:
         self.bar.set_postfix(loss=f"{result.loss:.3f}", lr=f"{result.learning_rate:.1e}", refresh=False)
         self.bar.update()
         _log_step(self.training.accelerator, self.metrics, self.training.plan, step + 1, result, 1.0)
-        self.signals.any_rank(self.training.accelerator)
+        self.signals.any_rank()
 
     def __call__(self, step: int) -> float:
         result = self.training.step(self.batches(step))

@@ -38,7 +38,7 @@ import torch
 from lora_core.data.encoded import load_data
 from lora_core.data.packing import collate_packed, step_rows, train_batching
 from lora_core.model.base import load_tokenizer
-from lora_core.preflight.preflight import plan_for
+from lora_core.preflight.plan import plan_for
 from lora_core.runtime.devices import use_all_cores
 
 ALTERNATIONS = 5

@@ -9,7 +9,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lora_core.commands.command_line import quiet_libraries
+from lora_core.config.load import load_config
 from lora_core.runtime.devices import reuse_freed_memory
+from lora_core.training.setup import train
 from tests.tiny import CHATML, ROOT, chat, make_model, make_tokenizer, save_tiny_model, write_jsonl
 
 __all__ = ["CHATML", "DEMO_MODEL", "ROOT", "chat", "make_model", "make_tokenizer"]
@@ -36,6 +38,33 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrain
 def demo_model_dir() -> Path:
     assert (DEMO_MODEL / "model.safetensors").is_file(), "fix: python examples/fetch_demo_model.py"
     return DEMO_MODEL
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """The folder of a run that knows half of its eval set by heart; with checkpoints of steps 10 and 20 of 30."""
+    folder = tmp_path_factory.mktemp("finished")
+    asked = [("red", "stop"), ("green", "go on"), ("amber", "wait")]
+    rows = write_jsonl(folder / "train.jsonl", [chat(*asked[i % 3]) for i in range(24)])
+    held_out = write_jsonl(folder / "eval.jsonl", [chat(*pair) for pair in (*asked, ("blue", "x y"), ("grey", "z"))])
+    settings = [
+        f"model.name_or_path={tiny_model_dir}",
+        "model.dtype=float32",
+        f"data.train_file={rows}",
+        f"data.eval_file={held_out}",
+        f"data.cache_dir={folder / 'cache'}",
+        f"output_dir={folder / 'run'}",
+        "train.bf16=false",
+        "train.max_steps=30",
+        "train.eval_steps=10",
+        "train.save_steps=10",
+        "train.learning_rate=5e-3",
+        "train.num_sample_replies=5",
+        "train.sample_max_new_tokens=8",
+        "lora.dropout=0",
+    ]
+    train(load_config("demo", settings))
+    return folder / "run"
 
 
 @pytest.fixture

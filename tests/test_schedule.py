@@ -14,6 +14,8 @@ from transformers import get_linear_schedule_with_warmup
 
 from lora_core import schedule
 from lora_core.config.load import load_config
+from lora_core.errors import ConfigError
+from lora_core.model.optimizer import build_scheduler
 from lora_core.schedule import SchedulePlan, plan_schedule
 
 
@@ -111,6 +113,102 @@ def test_learning_rates_are_the_real_schedulers(total: int, warmup: float, learn
         scheduler.step()
     assert plan.learning_rates() == pytest.approx(real, rel=1e-12)
     assert plan.peak_learning_rate == pytest.approx(max(real), rel=1e-12)
+
+
+SCHEDULES = st.one_of(
+    st.tuples(st.sampled_from(["linear", "constant", "constant_with_warmup"]), st.just({})),
+    st.tuples(st.just("cosine"), st.fixed_dictionaries({}, optional={"num_cycles": st.floats(0, 3)})),
+    st.tuples(
+        st.just("cosine_with_min_lr"),
+        st.fixed_dictionaries({"min_lr_rate": st.floats(0, 1)}, optional={"num_cycles": st.floats(0, 3)}),
+    ),
+    st.tuples(
+        st.just("warmup_stable_decay"),
+        st.fixed_dictionaries(
+            {"num_decay_steps": st.integers(1, 70)},
+            optional={
+                "min_lr_ratio": st.floats(0, 1),
+                "warmup_type": st.sampled_from(["linear", "cosine", "1-sqrt"]),
+                "decay_type": st.sampled_from(["linear", "cosine", "1-sqrt"]),
+                "num_cycles": st.floats(0, 3),
+            },
+        ),
+    ),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(total=st.integers(1, 60), warmup=st.integers(0, 80), schedule_of=SCHEDULES, ratio=st.sampled_from([1.0, 16.0]))
+def test_every_schedule_is_the_one_that_transformers_runs(
+    total: int, warmup: int, schedule_of: tuple[str, dict[str, Any]], ratio: float
+) -> None:
+    name, kwargs = schedule_of
+    plan = plan_schedule(
+        1,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+        max_steps=total,
+        learning_rate=2e-4,
+        warmup_steps=warmup,
+        lr_scheduler_type=name,
+        lr_scheduler_kwargs=kwargs,
+    )
+    groups = [{"params": [torch.zeros(1, requires_grad=True)], "lr": 2e-4 * scale} for scale in (1.0, ratio)]
+    optimizer = torch.optim.SGD(groups, lr=2e-4)
+    scheduler = build_scheduler(optimizer, plan)
+    real: list[list[float]] = []
+    for _ in range(total):
+        real.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    assert plan.learning_rates() == pytest.approx([rates[0] for rates in real], rel=1e-12, abs=1e-12 * 2e-4)
+    assert [rate * ratio for rate in plan.learning_rates()] == pytest.approx(
+        [rates[1] for rates in real], rel=1e-12, abs=1e-12 * 2e-4 * ratio
+    )
+    assert plan.peak_learning_rate == pytest.approx(max(rates[0] for rates in real), rel=1e-12, abs=1e-16)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.lr_scheduler_type=polynomial"], r"must be one of linear\|cosine\|constant"),
+        (
+            ["train.lr_scheduler_type=cosine_with_min_lr"],
+            r"needs lr_scheduler_kwargs with min_lr_rate; fix: 'train\.lr_scheduler_kwargs=\{min_lr_rate: 0\.1\}'",
+        ),
+        (["train.lr_scheduler_type=warmup_stable_decay"], r"fix: 'train\.lr_scheduler_kwargs=\{num_decay_steps: 10\}'"),
+        (["train.lr_scheduler_kwargs={min_lr_rate: 0.1}"], "min_lr_rate: lr_scheduler_type=linear takes none"),
+        (
+            ["train.lr_scheduler_type=cosine", "train.lr_scheduler_kwargs={num_cycles: -1}"],
+            r"num_cycles=-1: must be a float in \[0, 100\]",
+        ),
+        (
+            ["train.lr_scheduler_type=constant", "train.warmup_steps=3"],
+            r"has no warmup, and warmup_steps=3; fix: train\.lr_scheduler_type=constant_with_warmup",
+        ),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused_with_what_can(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config("demo", overrides)
+
+
+@pytest.mark.parametrize(
+    "fix", ["train.lr_scheduler_kwargs={min_lr_rate: 0.1}", "train.lr_scheduler_kwargs={min_lr_rate: 0}"]
+)
+def test_the_fix_of_a_schedule_works(fix: str) -> None:
+    assert load_config("demo", ["train.lr_scheduler_type=cosine_with_min_lr", fix]).train.lr_scheduler_kwargs
+
+
+def test_the_first_step_of_a_short_warmup_is_said_to_move_nothing() -> None:
+    def lost(total: int, **settings: Any) -> bool:
+        sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": total}
+        return plan_schedule(1, **sizes, **settings).first_step_is_lost
+
+    assert lost(50, warmup_steps=5)
+    assert not lost(101, warmup_steps=5)
+    assert not lost(50, warmup_steps=0)
+    assert not lost(50, warmup_steps=5, lr_scheduler_type="constant")
 
 
 def test_max_steps_replaces_epochs() -> None:

@@ -13,11 +13,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
 from lora_core.config.keys import config_keys
-from lora_core.errors import LoraCoreError, RankFault
+from lora_core.config.load import load_config, read_translation
+from lora_core.config.schema import RunConfig
+from lora_core.errors import ConfigError, LoraCoreError, RankFault
 from lora_core.runtime.launcher import end_accelerate_launch
 from lora_core.untrusted.text import showable
 
@@ -35,8 +38,9 @@ def run_command(command: Callable[[], None]) -> int:
     try:
         command()
     except LoraCoreError as error:
-        # Every rank finds the same mistake, and one says so; a fault is said where it is found.
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankFault):
+        # Every rank finds the same mistake, and one of each machine says so: a file may be missing on one alone.
+        # A fault is said where it is found.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankFault):
             print(f"\nerror: {error}", file=sys.stderr, flush=True)
         end_accelerate_launch()
         return error.exit_code
@@ -75,23 +79,65 @@ class Parser(argparse.ArgumentParser):
         super().error(showable(message))
 
 
-def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+def add_config_arguments(
+    parser: argparse.ArgumentParser, default: str | None = None, *other_names: str, is_required: bool = True
+) -> None:
     """`--cfg NAME [--model ID] [key=value ...]`, with every key in the help.
 
     Args:
         default: the configuration where `--cfg` is not given; None is to ask for it.
+        other_names: what `--cfg` may also be called.
+        is_required: without a default, whether to refuse a command line without `--cfg`.
     """
-    keys = "\n".join(f"  {key}\n      {text}" for key, text in config_keys().items())
-    parser.epilog = f"keys, for key=value and for the YAML file:\n{keys}"
     parser.add_argument(
         "--cfg",
-        required=default is None,
+        *other_names,
+        required=is_required and default is None,
         default=default,
         metavar="NAME",
-        help="a shipped configuration, such as qwen7b, or a YAML file",
+        help="a shipped configuration, such as qwen7b, or a file: YAML, or another tool's (see docs/configs.md)",
     )
     parser.add_argument("--model", metavar="ID", help="which model of an old training_args.yaml, keyed by model id")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any key: train.num_train_epochs=3")
+    add_overrides(parser, "train.num_train_epochs=3")
+
+
+def add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
+    """`[key=value ...]`, with every key in the help."""
+    keys = "\n".join(f"  {key}\n      {text}" for key, text in config_keys().items())
+    parser.epilog = f"keys, for key=value and for the YAML file:\n{keys}"
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"override any key: {example}")
+
+
+def new_file(option: str, given: str | None) -> Path | None:
+    """The file that an option names, for a command to write.
+
+    Raises:
+        ConfigError: it exists, or its folder does not.
+    """
+    if given is None:
+        return None
+    path = Path(given).expanduser()
+    if path.exists():
+        raise ConfigError(f"{option} {path}: exists, and would be lost; fix: another name")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option} {path}: no folder {path.parent}; fix: make it first, or another name")
+    return path
+
+
+def load_config_of(arguments: argparse.Namespace, *more: str, quiet: bool = False) -> RunConfig:
+    """The configuration that `add_config_arguments` asked for; says what became of another tool's file.
+
+    Args:
+        more: further overrides.
+        quiet: say nothing.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    translation = read_translation(arguments.cfg, arguments.model)
+    if translation is not None and not quiet:
+        say_first(showable(f"{translation}\n"))
+    return load_config(arguments.cfg, [*arguments.overrides, *more], arguments.model)
 
 
 def say_first(line: str) -> None:

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from lora_core.commands.command_line import Command, add_config_arguments
-from lora_core.config.load import load_config
-from lora_core.config.schema import DataConfig
-from lora_core.errors import ConfigError, DataError, RowError, counted, problem_list
-from lora_core.rows.messages import Conversation, Message, parse_json_row, shape_of
+from lora_core.commands.command_line import Command, add_config_arguments, load_config_of, new_file
+from lora_core.errors import DataError, RowError, counted, problem_list
+from lora_core.rows.messages import Conversation, Message, parse_file, shape_of
 from lora_core.sources.files import as_jsonl
-from lora_core.sources.places import Places
 from lora_core.untrusted.text import showable
 
 
@@ -25,17 +20,14 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 
 def _run(arguments: Namespace) -> None:
-    output = Path(arguments.output).expanduser()
-    if output.exists():
-        raise ConfigError(f"--output {output}: exists, and would be lost; fix: another name")
-    if not output.parent.is_dir():
-        raise ConfigError(f"--output {output}: no folder {output.parent}; fix: make it first, or another name")
+    output = new_file("--output", arguments.output)
+    assert output is not None  # argparse requires it
     train_file = f"data.train_file={json.dumps(arguments.file, ensure_ascii=False)}"
-    data = load_config(arguments.cfg, [*arguments.overrides, train_file], arguments.model).data
-    places = as_jsonl(data.train_file, data.cache_dir, key="data.train_file")
+    data = load_config_of(arguments, train_file).data
+    places = as_jsonl(data.train_file, data.cache_dir, streaming=data.streaming)
     rows, problems = [], []
     left_out: dict[str, int] = {}
-    for line, parsed in _rows(places, data):
+    for line, parsed in parse_file(places.path, shape_of(data)):
         if isinstance(parsed, RowError):
             problems.append(f"{places.place(line)}: {parsed}")
             continue
@@ -53,20 +45,6 @@ def _run(arguments: Namespace) -> None:
         print(showable(f"left out: {listed}"))
 
 
-def _rows(places: Places, data: DataConfig) -> Iterator[tuple[int, Conversation | RowError]]:
-    shape = shape_of(data)
-    with places.path.open("rb") as file:
-        for line, raw in enumerate(file, start=1):
-            if not raw.strip():
-                continue
-            try:
-                yield line, parse_json_row(raw.decode("utf-8-sig"), shape)
-            except RowError as error:
-                yield line, error
-            except UnicodeDecodeError as error:
-                yield line, RowError(f"not UTF-8 at byte {error.start} of the line; fix: save the file as UTF-8")
-
-
 def as_row(conversation: Conversation) -> dict[str, Any]:
     """What was read, as a row that `parse_row` reads back as the same."""
     if conversation.text is not None:
@@ -80,7 +58,8 @@ def as_row(conversation: Conversation) -> dict[str, Any]:
     row: dict[str, Any] = (
         {"prompt": messages[:split], "completion": messages[split:]} if split else {"messages": messages}
     )
-    return row | ({"tools": conversation.tools} if conversation.tools else {})
+    row |= {"tools": conversation.tools} if conversation.tools else {}
+    return row | ({"chat_template_kwargs": conversation.template_variables} if conversation.template_variables else {})
 
 
 def _as_turn(message: Message) -> Message:

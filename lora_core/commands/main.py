@@ -8,15 +8,33 @@ import sys
 from collections.abc import Sequence
 
 from lora_core._version import __version__
-from lora_core.commands import convert, demo, evaluate, export, merge, preflight, push, report, rows, train, verify
+from lora_core.commands import (
+    chat,
+    convert,
+    demo,
+    evaluate,
+    export,
+    merge,
+    preflight,
+    prescribe,
+    push,
+    report,
+    rows,
+    runs,
+    train,
+    verify,
+)
 from lora_core.commands.command_line import Parser, run_command
 
 COMMANDS = {
     "train": train.COMMAND,
     "preflight": preflight.COMMAND,
+    "prescribe": prescribe.COMMAND,
     "verify": verify.COMMAND,
     "evaluate": evaluate.COMMAND,
+    "chat": chat.COMMAND,
     "report": report.COMMAND,
+    "runs": runs.COMMAND,
     "rows": rows.COMMAND,
     "convert": convert.COMMAND,
     "demo": demo.COMMAND,

@@ -7,13 +7,19 @@ import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from lora_core.commands.command_line import Command, add_config_arguments, heavy_imports, quiet_libraries
-from lora_core.config.load import load_config
+from lora_core.commands.command_line import (
+    Command,
+    add_config_arguments,
+    heavy_imports,
+    load_config_of,
+    quiet_libraries,
+)
+from lora_core.config.load import read_translation
 from lora_core.errors import ConfigError, LoraCoreError
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
-    add_config_arguments(parser)
+    add_config_arguments(parser, None, "--from")
     parser.add_argument("--num-processes", type=int, default=1, metavar="N", help="devices of the run to plan for")
     parser.add_argument("--gpu-memory-gib", type=float, metavar="GIB", help="plan for a GPU of this size, not for here")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -40,7 +46,7 @@ def _run(arguments: Namespace) -> None:
         from lora_core.untrusted.text import showable, values_without_secrets
 
     try:
-        config = load_config(arguments.cfg, arguments.overrides, arguments.model)
+        config = load_config_of(arguments, quiet=arguments.json)
         facts = look_at_run(config, *run)
         findings = run_checks(facts)
     except LoraCoreError as error:
@@ -48,7 +54,9 @@ def _run(arguments: Namespace) -> None:
             print(json.dumps({"plan": None, "data": None, "memory": None, "findings": [finding_of(error).to_dict()]}))
         raise
     if arguments.json:
-        print(json.dumps(values_without_secrets(report(facts, findings))))
+        translation = read_translation(arguments.cfg, arguments.model)
+        translated = {} if translation is None else {"translation": translation.to_dict()}
+        print(json.dumps(values_without_secrets({**translated, **report(facts, findings)})))
     else:
         # Refused errors are printed below, as the reason not to start.
         refused = refused_errors(findings, config.preflight.allow)

@@ -10,8 +10,13 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from lora_core.commands.command_line import Command, add_config_arguments, heavy_imports, quiet_libraries
-from lora_core.config.load import load_config
+from lora_core.commands.command_line import (
+    Command,
+    add_config_arguments,
+    heavy_imports,
+    load_config_of,
+    quiet_libraries,
+)
 from lora_core.config.schema import RunConfig
 from lora_core.errors import DataError, RowError, counted
 from lora_core.untrusted.text import printable, showable
@@ -32,15 +37,15 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 def _run(arguments: Namespace) -> None:
     train_file = f"data.train_file={json.dumps(arguments.file, ensure_ascii=False)}"
-    config = load_config(arguments.cfg, [*arguments.overrides, train_file], arguments.model)
+    config = load_config_of(arguments, train_file)
     with heavy_imports():
         quiet_libraries()
         from lora_core.encoding.chat import ChatEncoder
         from lora_core.model.base import load_tokenizer
         from lora_core.sources.files import as_jsonl
 
-    encoder = ChatEncoder(load_tokenizer(config.model, config.data), config.data.train_on)
-    places = as_jsonl(config.data.train_file, config.data.cache_dir, key="data.train_file")
+    encoder = ChatEncoder(load_tokenizer(config.model, config.data), config.data.train_on, config.data.mask_reasoning)
+    places = as_jsonl(config.data.train_file, config.data.cache_dir, streaming=config.data.streaming)
     number = 1 if arguments.line is not None else max(1, arguments.num_rows)
     shown = list(itertools.islice(_rows(places, arguments.line), number))
     if not shown:

@@ -6,8 +6,13 @@ import json
 import sys
 from argparse import ArgumentParser, Namespace
 
-from lora_core.commands.command_line import Command, add_config_arguments, heavy_imports, quiet_libraries
-from lora_core.config.load import load_config
+from lora_core.commands.command_line import (
+    Command,
+    add_config_arguments,
+    heavy_imports,
+    load_config_of,
+    quiet_libraries,
+)
 from lora_core.errors import LoraCoreError
 
 
@@ -22,7 +27,7 @@ def _run(arguments: Namespace) -> None:
         from lora_core.verification.contracts import verify
 
     try:
-        config = load_config(arguments.cfg, arguments.overrides, arguments.model)
+        config = load_config_of(arguments)
         result = verify(config, say=lambda line: print(line, file=sys.stderr, flush=True))
     except LoraCoreError as error:
         if arguments.json:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -89,47 +88,6 @@ def _interval(schema: Mapping[str, Any]) -> str:
         (_, opening, low), (_, closing, high) = limits
         return f"in {opening}{low:g}, {high:g}{closing}"
     return "".join(f"{sign} {limit:g}" for sign, _, limit in limits)
-
-
-# What the keys are called elsewhere: TRL and transformers, PEFT, Axolotl, LLaMA-Factory, Unsloth.
-_ALSO_CALLED = {
-    "lr": "train.learning_rate",
-    "epochs": "train.num_train_epochs",
-    "num_epochs": "train.num_train_epochs",
-    "batch_size": "train.per_device_train_batch_size",
-    "micro_batch_size": "train.per_device_train_batch_size",
-    "grad_accum": "train.gradient_accumulation_steps",
-    "optimizer": "train.optim",
-    "r": "lora.rank",
-    "lora_r": "lora.rank",
-    "lora_rank": "lora.rank",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "lora_target_modules": "lora.target_modules",
-    "lora_target": "lora.target_modules",
-    "base_model": "model.name_or_path",
-    "model_name_or_path": "model.name_or_path",
-    "load_in_4bit": "model.quantization",
-    "load_in_8bit": "model.quantization",
-    "sequence_len": "data.max_seq_length",
-    "max_length": "data.max_seq_length",
-    "cutoff_len": "data.max_seq_length",
-    "dataset": "data.train_file",
-    "val_size": "data.eval_fraction",
-    "val_set_size": "data.eval_fraction",
-    "sample_packing": "data.packing",
-}
-
-
-def nearest_key(key: str) -> str:
-    """The key that was most likely meant, with what it allows; the sections where nothing is near."""
-    other = _ALSO_CALLED.get(key.split(".")[-1])
-    if other is not None:
-        return f"nearest: {other} ({config_keys()[other]})"
-    keys = list(config_keys())
-    by_last_part = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
-    close = by_last_part or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    return f"nearest: {close[0]} ({config_keys()[close[0]]})" if close else f"sections: {', '.join(SECTIONS)}"
 
 
 def json_schema() -> dict[str, Any]:

@@ -169,17 +169,19 @@ def parse_overrides(overrides: Sequence[str], problems: list[str]) -> dict[str, 
 _EITHER_OR: dict[str, tuple[str, Any]] = {
     "train.warmup_steps": ("train.warmup_ratio", None),
     "train.warmup_ratio": ("train.warmup_steps", None),
+    "train.fp16": ("train.bf16", False),
+    "train.bf16": ("train.fp16", False),
     "data.train_files": ("data.train_file", DEFAULT_TRAIN_FILE),
     "data.train_file": ("data.train_files", []),
 }
 
 
 def merge(layers: Sequence[Mapping[str, Setting]]) -> dict[str, Setting]:
-    """Later layers win. Setting either kind of warmup, or of training files, replaces the other from earlier layers."""
+    """Later layers win. Either kind of warmup, precision or training files replaces the other from earlier layers."""
     merged: dict[str, Setting] = {"train.warmup_ratio": Setting(0.1, "default")}
     for layer in layers:
         for key, (other, unset) in _EITHER_OR.items():
-            if key in layer and layer[key].value not in (None, []) and other not in layer:
+            if key in layer and layer[key].value not in (None, [], False) and other not in layer:
                 merged[other] = Setting(unset, layer[key].source)
         merged.update(layer)
     return merged

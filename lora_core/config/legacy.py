@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 
 from lora_core.config.layers import Setting
 from lora_core.config.schema import TrainConfig
+from lora_core.config.synonyms import nearest_key
 from lora_core.errors import ConfigError, problem_list
 from lora_core.untrusted.text import quoted
 
@@ -24,10 +24,15 @@ def is_legacy(settings: Mapping[str, Setting]) -> bool:
     return bool(settings) and all("/" in key for key in settings)
 
 
+def models_of(settings: Mapping[str, Setting]) -> list[str]:
+    """The model ids of such a file."""
+    return list(dict.fromkeys(key.rpartition(".")[0] or key for key in settings))
+
+
 def legacy_layer(
     path: Path, settings: Mapping[str, Setting], model: str | None, problems: list[str]
 ) -> dict[str, Setting]:
-    models = list(dict.fromkeys(key.rpartition(".")[0] or key for key in settings))
+    models = models_of(settings)
     if model is None and len(models) == 1:
         model = models[0]
     if model not in models:
@@ -46,7 +51,5 @@ def legacy_layer(
         if name in _LEGACY_KEYS:
             layer[_LEGACY_KEYS[name]] = setting
         else:
-            close = difflib.get_close_matches(name, _LEGACY_KEYS, n=1)
-            hint = f"nearest: {close[0]}" if close else f"known: {', '.join(_LEGACY_KEYS)}"
-            problems.append(f"{setting.source}  {name} = {quoted(setting.value)}: unknown key; {hint}")
+            problems.append(f"{setting.source}  {name} = {quoted(setting.value)}: unknown key; {nearest_key(name)}")
     return layer

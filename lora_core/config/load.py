@@ -15,10 +15,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lora_core.config.keys import SECTIONS, config_keys, nearest_key
+from lora_core.config.foreign import translate_script, translation_of
+from lora_core.config.keys import SECTIONS, config_keys
 from lora_core.config.layers import Setting, merge, parse_overrides, read_layers
-from lora_core.config.legacy import is_legacy, legacy_layer
+from lora_core.config.legacy import is_legacy
 from lora_core.config.schema import RunConfig
+from lora_core.config.synonyms import nearest_key, sectionless
+from lora_core.config.translation import Translation
 from lora_core.errors import ConfigError, counted, problem_list
 from lora_core.untrusted.text import quoted
 
@@ -43,14 +46,16 @@ def _check(settings: Mapping[str, Setting], problems: list[str]) -> RunConfig | 
         return RunConfig.model_validate(nested)
     except ValidationError as error:
         for key, details in {_error_key(details["loc"], keys): details for details in error.errors()}.items():
+            message = details["msg"].removeprefix("Value error, ")
             if key in keys:
                 setting = settings[key]
-                problems.append(f"{setting.source}  {key} = {quoted(setting.value)}: must be {keys[key]}")
-            else:  # a check over a whole section
-                message = details["msg"].removeprefix("Value error, ")
-                named = [name for name in settings if name.startswith(f"{key}.") and name.split(".")[1] in message]
+                wrong = message if details["type"] == "value_error" else f"must be {keys[key]}"
+                problems.append(f"{setting.source}  {key} = {quoted(setting.value)}: {wrong}")
+            else:  # a check over a whole section, or over several
+                prefix = f"{key}." if key else ""
+                named = [n for n in settings if n.startswith(prefix) and n.removeprefix(prefix) in message]
                 sources = dict.fromkeys(settings[name].source for name in named)
-                problems.append(f"{', '.join(sources)}  {key}: {message}")
+                problems.append(f"{', '.join(sources)}  {key}{': ' if key else ''}{message}")
         return None
 
 
@@ -62,7 +67,12 @@ def _holds_control_characters(value: Any) -> bool:
 
 
 def _error_key(location: tuple[int | str, ...], keys: Mapping[str, str]) -> str:
-    """The config key of a pydantic error; what follows it tells union members and list positions apart."""
+    """The config key of a pydantic error; what follows it tells union members and list positions apart.
+
+    An error over several sections has no location, and the key is empty.
+    """
+    if not location:
+        return ""
     if str(location[0]) in keys:
         return str(location[0])
     return ".".join(str(part) for part in location[:2])
@@ -100,34 +110,71 @@ def shipped_file(name: str) -> Path:
     return inside if inside.parent.is_dir() and inside.exists() else package.parent / name
 
 
+def is_keyed_by_model(cfg: str | Path) -> bool:
+    """Whether a configuration is an old `training_args.yaml`, with settings for several models.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    path = find_config(str(cfg))
+    return path.suffix != ".py" and is_legacy(read_layers(path, [], shipped_file("configs"))[-1])
+
+
 def load_config(cfg: str | Path, overrides: Sequence[str] = (), model: str | None = None) -> RunConfig:
     """Read a configuration.
 
     Args:
-        cfg: a path, or a name in `configs/` such as `qwen7b`.
+        cfg: a path, or a name in `configs/` such as `qwen7b`; the path may be of another tool's file (`foreign.py`).
         overrides: `key=value` strings, the value in YAML, such as `train.num_train_epochs=3`.
-        model: which model's settings to take from a legacy `training_args.yaml`, whose top-level keys are model ids.
+        model: which model's settings to take from a `training_args.yaml` whose top-level keys are model ids.
 
     Raises:
         ConfigError: lists every unknown or ill-typed key with its file, line and value.
     """
     path = find_config(str(cfg))
     problems: list[str] = []
-    layers = read_layers(path, problems, shipped_file("configs"))
+    layers, translation = _read(path, model, problems)
     name = path.stem
-    if is_legacy(layers[-1]):
-        layers[-1] = legacy_layer(path, layers[-1], model, problems)
-        name = layers[-1]["model.name_or_path"].value.split("/")[-1]
+    if translation is not None:
+        if translation.refusals:
+            raise ConfigError(problem_list(f"{path} cannot be run here:", [*translation.refusals]))
+        layers = [*layers[:-1], dict(translation.settings)]
+        if "model.name_or_path" in translation.settings:
+            name = str(translation.settings["model.name_or_path"].value).rstrip("/").split("/")[-1]
     elif model is not None:
         problems.append(
-            f"command line  --model {model}: only for a legacy file keyed by model id; fix: model.name_or_path={model}"
+            f"command line  --model {model}: only for a file keyed by model id; fix: model.name_or_path={model}"
         )
-    layers.append(parse_overrides(overrides, problems))
+    layers = [_with_sections(layer) for layer in (*layers, parse_overrides(overrides, problems))]
     settings = merge([{"output_dir": Setting(f"outputs/{name}", "default")}, *layers])
     config = _check(settings, problems)
     if problems or config is None:
         raise ConfigError(problem_list(f"The configuration has {counted(len(problems), 'problem')}:", problems))
     return config
+
+
+def read_translation(cfg: str | Path, model: str | None = None) -> Translation | None:
+    """What became of each key of another tool's file; None for a file of ours.
+
+    Raises:
+        ConfigError: there is no such file, or it cannot be read.
+    """
+    problems: list[str] = []
+    return _read(find_config(str(cfg)), model, problems)[1]
+
+
+def _read(path: Path, model: str | None, problems: list[str]) -> tuple[list[dict[str, Setting]], Translation | None]:
+    """The layers of a file; of another tool's also what they become here."""
+    shipped = shipped_file("configs")
+    if path.suffix == ".py":
+        return [], translate_script(path, model, shipped)
+    layers = read_layers(path, problems, shipped)
+    return layers, translation_of(path, layers, model, problems)
+
+
+def _with_sections(layer: Mapping[str, Setting]) -> dict[str, Setting]:
+    """`learning_rate` is `train.learning_rate`: a section may be left out where only one has such a key."""
+    return {sectionless(key) or key: setting for key, setting in layer.items()}
 
 
 def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:

@@ -111,6 +111,14 @@ class RowFacts:
     has_doubled_bos: npt.NDArray[np.bool_]
     has_system_turn: npt.NDArray[np.bool_]
     """Of its own; False for an unreadable row."""
+    has_placeholder: npt.NDArray[np.bool_]
+    """In a reply: {{name}}, [INSERT NAME]."""
+    repeats_prompt: npt.NDArray[np.bool_]
+    """A reply begins with the whole turn before it."""
+    ends_unanswered: npt.NDArray[np.bool_]
+    """The last turn is the user's."""
+    reply_start: npt.NDArray[np.int64]
+    """Hash of the first four words of the first reply; 0 where it has fewer."""
     exact_key: npt.NDArray[np.int64]
     """Hash of the row's tokens before truncation."""
     text_key: npt.NDArray[np.int64]
@@ -189,6 +197,10 @@ def account(
         cut_at_border=column("cut_at_border"),
         has_doubled_bos=column("has_doubled_bos"),
         has_system_turn=column("has_system_turn"),
+        has_placeholder=column("has_placeholder"),
+        repeats_prompt=column("repeats_prompt"),
+        ends_unanswered=column("ends_unanswered"),
+        reply_start=column("reply_start"),
         exact_key=column("exact_key"),
         text_key=column("text_key"),
         is_repeat=places.repeats(column("line")),

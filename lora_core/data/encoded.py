@@ -11,8 +11,7 @@ import hashlib
 import json
 import mmap
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,15 +20,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from lora_core.config.schema import RunConfig, TrainFile
+from lora_core.config.schema import RunConfig
+from lora_core.data import row_text
 from lora_core.data.cache import cache_folder, make_entry, naming_cache_folder, take_entry
 from lora_core.data.counts import EncodedFile, Truncation, account
 from lora_core.data.split import hold_out
-from lora_core.encoding import chat, forms, provenance, spans, template
+from lora_core.encoding import chat, forms, provenance, reasoning, spans, template
 from lora_core.encoding.chat import ChatEncoder, EncodedChat
 from lora_core.errors import ConfigError, DataError, RowError
 from lora_core.rows import json_values, messages, tool_use, turns
-from lora_core.rows.json_values import strings
 from lora_core.rows.messages import Conversation, RowShape, TrainOn, one_for_each_reply, parse_json_row, shape_of
 from lora_core.sources.files import as_jsonl
 from lora_core.sources.places import Places
@@ -43,34 +42,30 @@ if TYPE_CHECKING:
 _ROWS_WORTH_A_PROCESS = 2_500
 # A row this long has some million tokens, of which max_seq_length are kept; tokenizing it takes 100 bytes each.
 _MAX_ROW_BYTES = 10_000_000
-_WORD = re.compile(r"\w+")
+# Keys of `data` that `encode_file` takes under the same name.
+_SAME_NAMES = ["max_seq_length", "cache_dir", "on_bad_row", "num_proc", "cache_limit_gib"]
+_SAME_NAMES += ["train_on", "truncation", "split_turns", "mask_reasoning"]
 
 
 def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[EncodedFile, EncodedFile | None]:
     """The training set, and the eval set if there is one."""
-
-    def encode(given: str | Sequence[str | TrainFile], key: str) -> EncodedFile:
-        return encode_file(
-            as_jsonl(given, config.data.cache_dir, seed=config.train.seed, key=key),
-            tokenizer,
-            source=given if isinstance(given, str) else config.data.train_source,
-            max_seq_length=config.data.max_seq_length,
-            cache_dir=config.data.cache_dir,
-            on_bad_row=config.data.on_bad_row,
-            num_proc=config.data.num_proc,
-            cache_limit_gib=config.data.cache_limit_gib,
-            train_on=config.data.train_on,
-            truncation=config.data.truncation,
-            split_turns=config.data.split_turns,
-            shape=shape_of(config.data),
-        )
-
-    train_data = encode(config.data.train_files or config.data.train_file, "data.train_file")
+    train_data = encode_set(config, tokenizer, "train_file")
     if config.data.eval_file is not None:
-        return train_data, encode(config.data.eval_file, "data.eval_file")
+        return train_data, encode_set(config, tokenizer, "eval_file")
     if config.data.eval_fraction > 0:
         return hold_out(train_data, config.data.eval_fraction, config.train.seed)
     return train_data, None
+
+
+def encode_set(config: RunConfig, tokenizer: PreTrainedTokenizerBase, key: str) -> EncodedFile:
+    """All rows of `data.train_file` (or `data.train_files`), or of `data.eval_file`: `key` says which."""
+    data = config.data
+    given = data.eval_file if key == "eval_file" else data.train_files or data.train_file
+    assert given is not None
+    places = as_jsonl(given, data.cache_dir, seed=config.train.seed, key=f"data.{key}", streaming=data.streaming)
+    source = given if isinstance(given, str) else data.train_source
+    same = {name: getattr(data, name) for name in _SAME_NAMES}
+    return encode_file(places, tokenizer, source=source, shape=shape_of(data), **same)
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -94,6 +89,7 @@ def encode_file(
     train_on: TrainOn = "all_assistant",
     truncation: Truncation = "right",
     split_turns: bool = False,
+    mask_reasoning: bool = False,
     shape: RowShape | None = None,
 ) -> EncodedFile:
     """Encode the rows of a chat file, or take the result of an earlier call from `cache_dir`.
@@ -109,6 +105,7 @@ def encode_file(
         train_on: which tokens are loss tokens, as `ChatEncoder` takes it.
         truncation: of longer rows: "right" keeps their beginning, "drop" drops and counts them, "error" stops.
         split_turns: make one example of each reply, with all before it.
+        mask_reasoning: leave the reasoning of replies out of the loss tokens.
         shape: what the file calls its columns and roles.
 
     Raises:
@@ -125,7 +122,7 @@ def encode_file(
         raise DataError(f"{path}: cannot be read: {error}", "data_file_missing") from error
     if num_proc is None:
         num_proc = min(allowed_cores(), max(1, len(starts) // _ROWS_WORTH_A_PROCESS))
-    encoder, shape = ChatEncoder(tokenizer, train_on), shape or RowShape()
+    encoder, shape = ChatEncoder(tokenizer, train_on, mask_reasoning), shape or RowShape()
     fingerprint = _fingerprint(path, encoder, [max_seq_length, split_turns, dict(shape.columns), dict(shape.roles)])
     folder = cache_folder(cache_dir)
 
@@ -180,9 +177,21 @@ def _fingerprint(path: Path, encoder: ChatEncoder, settings: list[Any]) -> str:
     tokenizer = encoder.tokenizer
     backend = tokenizer.backend_tokenizer.to_str()
     parts = [backend, tokenizer.chat_template, tokenizer.special_tokens_map]
-    parts += [encoder.forms.stop_tokens, encoder.train_on, *settings]
+    parts += [encoder.forms.stop_tokens, encoder.train_on, encoder.mask_reasoning, *settings]
     digest.update(json.dumps(parts, default=str, sort_keys=True).encode())
-    for module in (json_values, tool_use, turns, messages, template, provenance, forms, spans, chat):
+    for module in (
+        json_values,
+        tool_use,
+        turns,
+        messages,
+        template,
+        provenance,
+        forms,
+        spans,
+        reasoning,
+        chat,
+        row_text,
+    ):
         digest.update(Path(str(module.__file__)).read_bytes())
     digest.update(Path(__file__).read_bytes())
     return digest.hexdigest()[:32]
@@ -219,6 +228,10 @@ def _encode_lines(
             "cut_at_border": Value("bool"),
             "has_doubled_bos": Value("bool"),
             "has_system_turn": Value("bool"),
+            "has_placeholder": Value("bool"),
+            "repeats_prompt": Value("bool"),
+            "ends_unanswered": Value("bool"),
+            "reply_start": Value("int64"),
             "left_out": Value("string"),
             "exact_key": Value("int64"),
             "text_key": Value("int64"),
@@ -339,14 +352,13 @@ def _row_columns(
         "num_supervised": sum(mask[:max_seq_length]),
         "truncated_tokens": len(ids[max_seq_length:]),
         "truncated_supervised": sum(mask[max_seq_length:]),
-        "has_empty_reply": isinstance(parsed, Conversation) and _has_empty_reply(parsed),
         "holds_special_text": encoded_or_not.holds_special_text,
         "cut_at_border": encoded_or_not.cut_at_border,
         "has_doubled_bos": bos is not None and ids[:2] == [bos, bos],
-        "has_system_turn": isinstance(parsed, Conversation) and _has_system_turn(parsed),
+        **row_text.signs(parsed if isinstance(parsed, Conversation) else None),
         "left_out": _left_out(parsed, encoded_or_not),
-        "exact_key": _key(np.array(ids, dtype=np.int32).tobytes()),
-        "text_key": _key(_words(parsed).encode()) if isinstance(parsed, Conversation) else 0,
+        "exact_key": row_text.key(np.array(ids, dtype=np.int32).tobytes()),
+        "text_key": row_text.key(row_text.words(parsed).encode()) if isinstance(parsed, Conversation) else 0,
     }
 
 
@@ -356,35 +368,6 @@ def _left_out(parsed: Conversation | RowError, encoded: EncodedChat) -> str:
         return ""
     keys = sorted({*parsed.unused_keys, *encoded.not_shown})
     return json.dumps(keys, ensure_ascii=False) if keys else ""
-
-
-def _has_empty_reply(conversation: Conversation) -> bool:
-    return any(
-        message["role"] == "assistant" and not message["content"].strip() and "tool_calls" not in message
-        for message in conversation.messages
-    )
-
-
-def _has_system_turn(conversation: Conversation) -> bool:
-    return any(message["role"] == "system" for message in conversation.messages)
-
-
-def _words(conversation: Conversation) -> str:
-    """A row's text without case, white space and punctuation: what near duplicates have in common.
-
-    A turn without a word, such as one of emoji or a call alone, counts with all that it holds.
-    """
-    turns = []
-    for message in conversation.messages:
-        calls = " ".join(strings(message["tool_calls"])) if "tool_calls" in message else ""
-        text = f"{message['content']} {calls}".casefold()
-        turns.append(f"{message['role']} {' '.join(_WORD.findall(text)) or text.strip()}")
-    return "\n".join(turns)
-
-
-def _key(content: bytes) -> int:
-    """A 64-bit hash, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
 def _parse_line(raw: bytes, shape: RowShape) -> Conversation | RowError:

@@ -25,8 +25,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lora_core.encoding.forms import Span, TemplateForms, special_tokens
+from lora_core.encoding.forms import RowForms, Span, TemplateForms, special_tokens
 from lora_core.encoding.provenance import hide_specials
+from lora_core.encoding.reasoning import reasoning_spans
 from lora_core.encoding.spans import Reading, read_spans
 from lora_core.encoding.template import template_limits
 from lora_core.errors import ChatTemplateError, RowError
@@ -106,22 +107,26 @@ def text_spans(
 class ChatEncoder:
     """`encode_chat` for many rows with one tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = "all_assistant") -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = "all_assistant", mask_reasoning: bool = False
+    ) -> None:
         """
         Args:
             train_on: all_assistant turns; the last_assistant turn; the completion: what follows the prompt in rows that
                 say so, else what follows the last user turn; or everything that the template writes.
+            mask_reasoning: leave the reasoning of replies out, in whatever way rows hold it.
         """
         if not tokenizer.is_fast:
             raise ChatTemplateError(
                 f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed"
             )
         self.tokenizer = tokenizer
-        self.train_on = train_on
+        self.train_on, self.mask_reasoning = train_on, mask_reasoning
         self._special = special_tokens(tokenizer)
         self.forms = TemplateForms(tokenizer)
+        self._row_forms = RowForms(self.forms)
         self._adds_prefix_space = tokenizer.decode([*self._ids("a"), *self._ids("a")]) != "aa"
-        self._frames_by_roles: dict[tuple[str, ...], list[str] | None] = {}
+        self._frames_by_roles: dict[tuple[TemplateForms, tuple[str, ...]], list[str] | None] = {}
 
     def encode_batch(self, conversations: Sequence[Conversation]) -> list[EncodedChat | RowError]:
         """One result per row, in order; a `RowError` where it cannot be encoded.
@@ -146,11 +151,12 @@ class ChatEncoder:
         encodings = self._encode([reading.text for _, reading, _ in whole])
         for (index, reading, _), (ids, offsets) in zip(whole, encodings, strict=True):
             mask = _mask_tokens(offsets, reading.spans)
-            results[index] = (
-                self._encode_cut(reading, {}, True)
-                if mask is None
-                else EncodedChat(ids, mask, False, False, reading.not_shown, _token_weights(offsets, reading.spans))
-            )
+            if mask is None:
+                results[index] = self._encode_cut(reading, {}, True)
+                continue
+            mask = _without_masked(mask, offsets, reading.masked)
+            weights = _token_weights(offsets, reading.spans, mask)
+            results[index] = EncodedChat(ids, mask, False, False, reading.not_shown, weights)
         for index, reading, hidden in plans:
             if hidden:
                 results[index] = self._encode_cut(reading, hidden)
@@ -165,8 +171,11 @@ class ChatEncoder:
                 f"the tokenizer of {self.tokenizer.name_or_path} has no chat template; fix: data.chat_template=chatml "
                 "(or another name or file), or a model that was trained to chat (its name often ends in -Instruct)"
             )
-        text = self.forms.render(conversation)
-        reading = self._spans_between_frames(text, conversation) or read_spans(self.forms, conversation, text)
+        forms = self._row_forms.of(conversation)
+        text = forms.render(conversation)
+        reading = self._spans_between_frames(forms, text, conversation) or read_spans(forms, conversation, text)
+        if self.mask_reasoning:
+            reading = replace(reading, masked=reasoning_spans(conversation, reading))
         weights = conversation.weights or (1.0,) * len(conversation.messages)
         replies = [replace(span, weight=weights[span.message]) for span in reading.spans]
         if self.train_on == "everything":
@@ -174,47 +183,35 @@ class ChatEncoder:
         trained = trained_messages(conversation, self.train_on)
         return replace(reading, spans=[span for span in replies if span.message in trained])
 
-    def _spans_between_frames(self, text: str, conversation: Conversation) -> Reading | None:
+    def _spans_between_frames(self, forms: TemplateForms, text: str, conversation: Conversation) -> Reading | None:
         """Turns as what is between the template's frames; None if the text is not built that way."""
         messages = conversation.messages
         if conversation.tools or any(message.keys() != {"role", "content"} for message in messages):
             return None
-        spans = _turns_between(text, self._frames_of_all(messages), messages)
+        spans = _turns_between(text, self._frames_of_all(forms, messages), messages)
         if spans is None:
             return None
         floor, replies = 0, []
         for index, ((start, end), message) in enumerate(zip(spans, messages, strict=True)):
             if message["role"] == "assistant":
                 limit = spans[index + 1][0] if index + 1 < len(spans) else None
-                letter = start + self.forms.leading_signs(text[start:end])
-                text, span = self.forms.reply_span(conversation, text, index, floor, start, letter, end, limit)
+                letter = start + forms.leading_signs(text[start:end])
+                text, span = forms.reply_span(conversation, text, index, floor, start, letter, end, limit)
                 replies.append(span)
             floor = end
         return Reading(text, replies)
 
-    def _frames_of_all(self, messages: list[Message]) -> list[str] | None:
+    def _frames_of_all(self, forms: TemplateForms, messages: list[Message]) -> list[str] | None:
         """What the template writes around every turn: the same for all rows of the same roles, so rendered once."""
-        roles = tuple(message["role"] for message in messages)
+        roles = forms, tuple(message["role"] for message in messages)
         if roles not in self._frames_by_roles:
             if len(self._frames_by_roles) == _ROLES_REMEMBERED:
                 self._frames_by_roles.clear()
-            frames = self._frames(messages)
+            frames = _frames(forms, messages)
             # Over a blank frame, a turn's own white space could be taken for the next turn's.
             is_certain = frames is not None and all(frame.strip() for frame in frames[1:-1])
             self._frames_by_roles[roles] = frames if is_certain else None
         return self._frames_by_roles[roles]
-
-    def _frames(self, messages: list[Message]) -> list[str] | None:
-        """What the template writes around turns of these roles; None if that cannot be determined."""
-        markers = [f"TurnMarker{number}x" for number in range(len(messages))]
-        marked = [{"role": turn["role"], "content": marker} for turn, marker in zip(messages, markers, strict=True)]
-        try:
-            rest = self.forms.render(Conversation(marked))
-        except ChatTemplateError:  # for example one that requires a tool's answer to follow a call
-            return None
-        if re.findall(r"TurnMarker\d+x", rest) != markers:
-            return None
-        return re.split(r"TurnMarker\d+x", rest)
 
     def _encode_text(self, text: str) -> EncodedChat:
         """A text without turns: all of it is trained, and the token that ends it."""
@@ -256,6 +253,7 @@ class ChatEncoder:
             )
         text, spans = reading.text, reading.spans
         cuts = {0, len(text), *(span.start for span in spans), *(span.end for span in spans)}
+        cuts |= {at for masked in reading.masked for at in masked}
         for index, character in enumerate(text):
             if character in hidden:
                 cuts |= {index, index + 1}
@@ -270,14 +268,27 @@ class ChatEncoder:
             piece_ids = self._ids(hidden[piece], as_plain_text=True) if piece in hidden else self._ids(piece)
             while span.end <= start:
                 span = next(turns)
-            is_in_turn = span.start <= start
+            is_trained = span.start <= start and not any(first <= start < last for first, last in reading.masked)
             ids += piece_ids
-            mask += [is_in_turn] * len(piece_ids)
-            weights += [span.weight if is_in_turn else 0.0] * len(piece_ids)
+            mask += [is_trained] * len(piece_ids)
+            weights += [span.weight if is_trained else 0.0] * len(piece_ids)
         is_plain = all(span.weight == 1 for span in spans)
         return EncodedChat(
             ids, mask, bool(hidden), cut_at_border, reading.not_shown, () if is_plain else tuple(weights)
         )
+
+
+def _frames(forms: TemplateForms, messages: list[Message]) -> list[str] | None:
+    """What the template writes around turns of these roles; None if that cannot be determined."""
+    markers = [f"TurnMarker{number}x" for number in range(len(messages))]
+    marked = [{"role": turn["role"], "content": marker} for turn, marker in zip(messages, markers, strict=True)]
+    try:
+        rest = forms.render(Conversation(marked))
+    except ChatTemplateError:  # for example one that requires a tool's answer to follow a call
+        return None
+    if re.findall(r"TurnMarker\d+x", rest) != markers:
+        return None
+    return re.split(r"TurnMarker\d+x", rest)
 
 
 def _with_all_between(replies: Sequence[Span], length: int) -> list[Span]:
@@ -319,15 +330,30 @@ def _turn_end_before_frame(text: str, start: int, message: Message, frame: str, 
     return None
 
 
-def _token_weights(offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> tuple[float, ...]:
-    """(T,) the weight of each token's loss; empty if all are 1."""
+def _token_weights(
+    offsets: Sequence[tuple[int, int]], spans: Sequence[Span], mask: Sequence[bool]
+) -> tuple[float, ...]:
+    """(T,) the weight of each token's loss, 0 where it has none; empty if all are 1."""
     if all(span.weight == 1 for span in spans):
         return ()
     weights = [0.0] * len(offsets)
     for span in spans:
         for token, is_in_span in enumerate(_mask_tokens(offsets, [span]) or ()):
             weights[token] = span.weight if is_in_span else weights[token]
-    return tuple(weights)
+    return tuple(weight if is_loss else 0.0 for weight, is_loss in zip(weights, mask, strict=True))
+
+
+def _without_masked(
+    mask: list[bool], offsets: Sequence[tuple[int, int]], masked: Sequence[tuple[int, int]]
+) -> list[bool]:
+    """The mask without each token that holds a character of these spans."""
+    ends = [end for _, end in offsets]
+    for start, end in masked:
+        token = bisect_right(ends, start)
+        while token < len(ends) and min(ends[token - 1] if token else 0, offsets[token][0]) < end:
+            mask[token] = False
+            token += 1
+    return mask
 
 
 def _mask_tokens(offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> list[bool] | None:

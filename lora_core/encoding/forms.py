@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lora_core.encoding.template import apply_template, template_limits
 from lora_core.errors import ChatTemplateError
+from lora_core.rows.json_values import strings
 from lora_core.rows.messages import Conversation, Message
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ _TOOLS = [{"type": "function", "function": {"name": "Ff", "description": "", "pa
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 # What templates without a generation prompt write before replies; they have a few ways.
 _STARTS_REMEMBERED = 1_000
+# Values for a template's variables that rows bring; data has a few.
+_VARIABLES_REMEMBERED = 100
 # Of what was said before a reply, compared to find it again.
 _CONTEXT_CHARACTERS = 20
 
@@ -40,7 +43,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, conversation: Conversation
     """
     with template_limits(tokenizer, [conversation]) as next_one:
         next_one()
-        return TemplateForms(tokenizer).render(conversation, add_generation_prompt=True)
+        return RowForms(TemplateForms(tokenizer)).of(conversation).render(conversation, add_generation_prompt=True)
 
 
 def tokens_to_stop_at(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -70,8 +73,13 @@ class Span:
 class TemplateForms:
     """Answers about one tokenizer's template. Use it inside `template_limits`."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer, self._special = tokenizer, special_tokens(tokenizer)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any] | None = None) -> None:
+        """
+        Args:
+            variables: values for variables of the template.
+        """
+        self.tokenizer, self.special = tokenizer, special_tokens(tokenizer)
+        self._variables = variables
         eos = [str(tokenizer.eos_token)] if tokenizer.eos_token else []
         self.stop_tokens: list[str] = [*dict.fromkeys([*eos, *getattr(tokenizer, "stop_tokens", ())])]
         """At which generation stops: the tokenizer's end, and those of the model's generation config if it was read."""
@@ -89,7 +97,9 @@ class TemplateForms:
         refusals = []
         for messages in forms:
             try:
-                return apply_template(self._tokenizer, messages, conversation.tools, add_generation_prompt)
+                return apply_template(
+                    self.tokenizer, messages, conversation.tools, add_generation_prompt, self._variables
+                )
             except ChatTemplateError as error:
                 refusals.append(error)
         raise refusals[0]
@@ -100,7 +110,7 @@ class TemplateForms:
         prompted, plain = self._ask([_QUESTION], True), self._ask([_QUESTION], False)
         # Some templates end a row with EOS where the prompt would be.
         same = next((i for i, (a, b) in enumerate(zip(prompted, plain, strict=False)) if a != b), len(plain))
-        inside = next((m.start() for m in self._special.finditer(prompted) if m.start() < same < m.end()), same)
+        inside = next((m.start() for m in self.special.finditer(prompted) if m.start() < same < m.end()), same)
         return prompted[inside:]
 
     @cached_property
@@ -108,7 +118,7 @@ class TemplateForms:
         """The generation prompt without the spaces at its end, then as much of it as stands before replies that the
         template shows in another form: up to a line or a special token, the longest first."""
         prompt = self.generation_prompt.rstrip(" ")
-        ends = {match.end() for match in self._special.finditer(prompt)}
+        ends = {match.end() for match in self.special.finditer(prompt)}
         lines = {at + 1 for at, character in enumerate(prompt) if character == "\n" and any(end <= at for end in ends)}
         return [prompt[:end] for end in sorted({*ends, *lines, len(prompt)} - {0}, reverse=True)]
 
@@ -122,8 +132,8 @@ class TemplateForms:
         """The special tokens that follow replies, the last one and an earlier one; none if none follows the last."""
         turns = [_QUESTION, {"role": "assistant", "content": "Yy"}, _QUESTION, {"role": "assistant", "content": "Zz"}]
         text = self._ask(turns)
-        last = self._special.search(text, text.rfind("Zz") + 2)
-        earlier = self._special.search(text, text.find("Yy") + 2)
+        last = self.special.search(text, text.rfind("Zz") + 2)
+        earlier = self.special.search(text, text.find("Yy") + 2)
         found = [match.group() for match in (last, earlier) if match is not None and last is not None]
         return [*dict.fromkeys(found)]
 
@@ -166,7 +176,7 @@ class TemplateForms:
         raise ChatTemplateError(
             f"the chat template ends an assistant turn with {text[last : last + 20]!r}, which is not a special "
             "token: the model would not learn to stop; fix: data.chat_template=FILE.jinja that puts "
-            f"{self._tokenizer.eos_token!r} after each assistant turn"
+            f"{self.tokenizer.eos_token!r} after each assistant turn"
         )
 
     def _start(self, conversation: Conversation, text: str, index: int, floor: int, first: int, letter: int) -> int:
@@ -226,7 +236,7 @@ class TemplateForms:
         """What the template may look for in contents, such as `</think>`."""
         from jinja2 import Environment, TemplateSyntaxError
 
-        templates = self._tokenizer.chat_template
+        templates = self.tokenizer.chat_template
         sources = templates.values() if isinstance(templates, dict) else [templates]
         try:
             tokens = [token for source in sources for token in Environment().lex(str(source))]
@@ -291,9 +301,10 @@ class TemplateForms:
     def _ask(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """What the template says to it; nothing if it refuses."""
         # Of several templates, the one for tools is taken for rows that have some.
-        with_tools = isinstance(self._tokenizer.chat_template, dict) and any("tool_calls" in m for m in messages)
+        with_tools = isinstance(self.tokenizer.chat_template, dict) and any("tool_calls" in m for m in messages)
         try:
-            return apply_template(self._tokenizer, messages, _TOOLS if with_tools else None, add_generation_prompt)
+            tools = _TOOLS if with_tools else None
+            return apply_template(self.tokenizer, messages, tools, add_generation_prompt, self._variables)
         except ChatTemplateError:  # one that wants ids of calls, or a system turn
             return ""
 
@@ -309,6 +320,43 @@ class TemplateForms:
                 adapted["content"] = [{"type": "text", "text": message["content"]}]
             messages.append(adapted)
         return _with_names_as_ids(messages) if self._shows_ids_for_names else messages
+
+
+class RowForms:
+    """Forms of one template with the values that rows have for its variables (`chat_template_kwargs`)."""
+
+    def __init__(self, plain: TemplateForms) -> None:
+        self._plain = plain
+        self._by_variables: dict[str, TemplateForms] = {}
+
+    def of(self, conversation: Conversation) -> TemplateForms:
+        """Those for one row.
+
+        Raises:
+            ChatTemplateError: the template has no such variable, or a value holds a special token.
+        """
+        variables = conversation.template_variables
+        if not variables:
+            return self._plain
+        key = json.dumps(variables, sort_keys=True)
+        if key not in self._by_variables:
+            self._check(variables)
+            if len(self._by_variables) == _VARIABLES_REMEMBERED:
+                self._by_variables.clear()
+            self._by_variables[key] = TemplateForms(self._plain.tokenizer, variables)
+        return self._by_variables[key]
+
+    def _check(self, variables: Mapping[str, Any]) -> None:
+        templates = self._plain.tokenizer.chat_template
+        text = " ".join(templates.values()) if isinstance(templates, dict) else str(templates)
+        unknown = [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", text)]
+        if unknown:
+            raise ChatTemplateError(
+                f"chat_template_kwargs: the chat template has no {', '.join(unknown)}, so it would change nothing; "
+                "fix: leave it out of the row, or data.chat_template=FILE.jinja that has it"
+            )
+        if any(self._plain.special.search(value) for value in strings(dict(variables))):
+            raise ChatTemplateError("chat_template_kwargs: a value holds a special token; fix: leave it out of the row")
 
 
 def any_of(words: Iterable[str]) -> re.Pattern[str]:

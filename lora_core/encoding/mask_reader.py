@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from lora_core.encoding.chat import EncodedChat
-from lora_core.encoding.forms import TemplateForms, any_of, special_tokens
+from lora_core.encoding.forms import RowForms, TemplateForms, any_of, special_tokens
 from lora_core.encoding.provenance import hide_specials
 from lora_core.encoding.template import template_limits
 from lora_core.errors import ChatTemplateError
@@ -51,12 +51,16 @@ class MaskReader:
     none of another's, start right after the generation prompt, and end with the first token that generation stops at.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = "all_assistant") -> None:
-        self._tokenizer, self._train_on = tokenizer, train_on
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = "all_assistant", mask_reasoning: bool = False
+    ) -> None:
+        self._tokenizer, self._train_on, self._mask_reasoning = tokenizer, train_on, mask_reasoning
         self._special = special_tokens(tokenizer)
         special = (index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
         self._special_ids = {*special, *tokenizer.all_special_ids}
         self._forms = TemplateForms(tokenizer)
+        """Of the row that is read."""
+        self._row_forms = RowForms(self._forms)
 
     def read(self, conversation: Conversation, encoded: EncodedChat) -> MaskReading:
         """Read one row that was not truncated."""
@@ -79,6 +83,7 @@ class MaskReader:
         try:
             with template_limits(self._tokenizer, [safe]) as next_one:
                 next_one()
+                self._forms = self._row_forms.of(safe)
                 shown, prompts = self._shown(safe, trained)
         except ChatTemplateError:
             return MaskReading("the chat template refuses it now")
@@ -87,6 +92,11 @@ class MaskReader:
         added = same(text).removeprefix(same(shown))
         if added and added not in map(same, self._forms.stop_tokens):
             return MaskReading(f"its tokens read {_shortened(text)!r}, the template writes {_shortened(shown)!r}")
+        if self._mask_reasoning:
+            reasoning = [piece for index in trained for piece in _reasoning(safe.messages[index])]
+            mask, problem = self._with_reasoning(reasoning, ids, [*mask], stand_ins)
+            if problem is not None:
+                return MaskReading(problem)
         runs = [
             _Run(*(same(self._decode(part, stand_ins)) for part in (ids[:start], ids[start:end], ids[end:])))
             for start, end in _runs(mask)
@@ -95,6 +105,32 @@ class MaskReader:
         is_beginning = [bool(prompt) and shown.startswith(prompt) for prompt in prompts]
         given = [*zip(map(same, prompts), is_beginning, strict=True)]
         return MaskReading(self._problem(safe.messages, trained, runs, given, same))
+
+    def _with_reasoning(
+        self, reasoning: Sequence[str], ids: Sequence[int], mask: Sequence[bool], stand_ins: Mapping[str, str]
+    ) -> tuple[list[bool], str | None]:
+        """The mask as it would be if reasoning were trained; what is wrong with what it leaves out."""
+        filled, waiting = list(mask), [_loose(piece) for piece in reasoning]
+        for start, end in _runs([not flag for flag in mask]):
+            for piece in waiting:
+                length = self._length_of_end(piece, ids[start:end], stand_ins)
+                if length:
+                    filled[end - length : end] = [True] * length
+                    waiting.remove(piece)
+                    break
+        shown = _loose(self._decode(ids, stand_ins))
+        left = next((piece for piece in waiting if piece in shown), None)
+        return filled, None if left is None else f"the reasoning {_shortened(left)!r} is not left out, or more is"
+
+    def _length_of_end(self, piece: str, ids: Sequence[int], stand_ins: Mapping[str, str]) -> int:
+        """How many of the last tokens say the piece, and beside it nothing but signs; 0 if they do not."""
+        low, high = 0, len(ids)
+        while low < high:  # the fewest that hold it
+            middle = (low + high) // 2
+            holds = piece in _loose(self._decode(ids[len(ids) - middle :], stand_ins))
+            low, high = (low, middle) if holds else (middle + 1, high)
+        said = _loose(self._decode(ids[len(ids) - low :], stand_ins))
+        return low if piece in said and not any(map(str.isalnum, said.replace(piece, "", 1))) else 0
 
     def _shown(self, conversation: Conversation, trained: Sequence[int]) -> tuple[str, list[str]]:
         """What the template writes, and what generation gets before each of these turns; empty if it refuses that.
@@ -241,13 +277,18 @@ def _texts(message: Message, is_earlier: bool) -> list[list[str]]:
 def _own_words(message: Message, is_earlier: bool) -> list[list[str]]:
     """Reasoning, unless a later question lets templates leave it out, and content."""
     content = message["content"]
-    reasoning = [[message["reasoning_content"].strip()]] if message.get("reasoning_content") else []
     inline = _INLINE_REASONING.fullmatch(content) if message["role"] == "assistant" else None
-    if inline is not None:
-        pieces = (piece.strip() for piece in _TAG.split(inline[1]))
-        reasoning += [[piece] for piece in pieces if piece]
-        content = inline[2]
-    return ([] if is_earlier else reasoning) + ([[content, content.strip()]] if content.strip() else [])
+    content = content if inline is None else inline[2]
+    reasoning = [] if is_earlier else [[piece] for piece in _reasoning(message)]
+    return reasoning + ([[content, content.strip()]] if content.strip() else [])
+
+
+def _reasoning(message: Message) -> list[str]:
+    """The texts of a turn's reasoning: beside its content, and inside it."""
+    pieces = [message.get("reasoning_content", "").strip()]
+    inline = _INLINE_REASONING.fullmatch(message["content"]) if message["role"] == "assistant" else None
+    pieces += [piece.strip() for piece in _TAG.split(inline[1])] if inline is not None else []
+    return [piece for piece in pieces if piece]
 
 
 def _call_texts(message: Message) -> list[list[str]]:

@@ -28,6 +28,8 @@ class Reading:
     """Of the replies, in order."""
     not_shown: tuple[str, ...] = ()
     """What the template leaves out and the row can do without."""
+    masked: Sequence[tuple[int, int]] = ()
+    """Characters [start, end) inside the replies that are not trained."""
 
 
 def read_spans(forms: TemplateForms, conversation: Conversation, text: str) -> Reading:

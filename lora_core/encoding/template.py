@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -81,13 +81,21 @@ def _runaway(tokenizer: PreTrainedTokenizerBase, did: str, conversation: Convers
 
 
 def apply_template(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Any, add_generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: Any,
+    add_generation_prompt: bool = False,
+    variables: Mapping[str, Any] | None = None,
 ) -> str:
-    """Render inside `template_limits`."""
+    """Render inside `template_limits`, with values for variables of the template."""
     # A chat template is somebody's program and may raise anything; transformers runs it in Jinja's sandbox.
     try:
         rendered = tokenizer.apply_chat_template(
-            list(messages), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+            list(messages),
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **(variables or {}),
         )
         assert isinstance(rendered, str)
         rendered.encode("utf-8")  # half a surrogate pair is not text

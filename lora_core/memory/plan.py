@@ -43,7 +43,7 @@ class MemoryPlan:
     sharding: Sharding
     micro_batch: MicroBatch
     components: dict[str, int]
-    """weights, adapter, gradients, optimizer, activations, logits, allocator, process: bytes."""
+    """weights, adapter, gradients, optimizer, activations, logits, loading, allocator, process: bytes."""
     limit_bytes: int
     """What the device has for this process."""
 
@@ -95,20 +95,25 @@ def predict_memory(
         micro_batch: the largest one of training, and `eval_micro_batch` of evaluation.
         num_processes: of the run; each has its own device, or its share of a CPU machine (`device.limit_bytes`).
 
-    FSDP is worked out from the same counts: weights, adapter, gradients and optimizer state are shared out, two decoder
-    layers are whole at a time (one at work, the next on its way). It has not been measured.
+    FSDP is worked out from the same counts: weights, adapter, gradients and optimizer state are shared out, embedding
+    and head are whole through a step, and two decoder layers at a time (one at work, the next on its way). Each rank
+    loads the whole model before it is shared out: `loading` is what that takes beyond a step's peak. It has not been
+    measured.
 
     Raises:
         ConfigError: the model's config cannot be read, or a target module matches nothing.
     """
-    live, layer_bytes = live_at_peak(config, micro_batch, eval_micro_batch, device.kind)
+    live, frozen = live_at_peak(config, micro_batch, eval_micro_batch, device.kind)
     components = {name: live.get(name, 0) for name in ("weights", "adapter", "gradients", "optimizer")}
-    if num_processes > 1 and sharding == "fsdp":
+    shards = num_processes > 1 and sharding == "fsdp"
+    if shards:
         components = {name: -(-size // num_processes) for name, size in components.items()}
-        components["weights"] += 2 * layer_bytes
+        while_loading = live["weights"] + components["weights"]  # whole, until all is shared out
+        components["weights"] += frozen.root + 2 * frozen.layer
     elif num_processes > 1:
         components["gradients"] *= 2  # DDP keeps a copy in the buckets that it sends
     components |= {name: live.get(name, 0) for name in ("activations", "logits")}
+    components["loading"] = max(0, while_loading - sum(components.values())) if shards else 0
     components["allocator"] = round(_HEAP_HOLES * sum(components.values())) if device.keeps_freed_memory else 0
     components["process"] = device.process_bytes if device.kind == "cpu" else _CUDA_CONTEXT_BYTES
     return MemoryPlan(device.kind, num_processes, sharding, micro_batch, components, device.limit_bytes)

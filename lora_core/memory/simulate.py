@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
 import torch
@@ -21,6 +21,7 @@ from lora_core.memory.without_storage import (
 )
 from lora_core.model.attention import causal_lm_of
 from lora_core.model.base import load_model_config
+from lora_core.model.lora_settings import differs_by_layer
 from lora_core.model.loss import CausalLMLoss
 from lora_core.model.optimizer import build_optimizer
 
@@ -28,12 +29,21 @@ _LAYERS_RUN = (1, 2)
 _LAYERS_RUN_IF_KINDS_DIFFER = (2, 4)  # an even number between them: some families alternate two kinds of layer
 
 
+class FrozenBytes(NamedTuple):
+    """Frozen weights, in bytes."""
+
+    layer: int
+    """Of one decoder layer."""
+    root: int
+    """Of what is in no layer: embedding, head, last norm."""
+
+
 def live_at_peak(
     config: RunConfig, micro_batch: MicroBatch, eval_micro_batch: MicroBatch | None, device_kind: str
-) -> tuple[dict[str, int], int]:
-    """(bytes by component at the peak, bytes of one decoder layer's weights)."""
+) -> tuple[dict[str, int], FrozenBytes]:
+    """(bytes by component at the peak, frozen weights of the parts that FSDP gathers)."""
 
-    def simulate(num_layers: int) -> tuple[list[dict[str, int]], int]:
+    def simulate(num_layers: int) -> tuple[list[dict[str, int]], FrozenBytes]:
         model = model_without_storage(config, device_kind, micro_batch.packed, num_layers)
         return _simulate(model, config, micro_batch, eval_micro_batch, device_kind)
 
@@ -41,19 +51,19 @@ def live_at_peak(
     one_kind = len(set(getattr(text_config, "layer_types", None) or [""])) == 1
     few, more = _LAYERS_RUN if one_kind else _LAYERS_RUN_IF_KINDS_DIFFER
     num_layers = num_hidden_layers(config)
-    if num_layers > more:
+    if num_layers > more and not differs_by_layer(config.lora):
         first, middle, whole = (num_parameters(config, n) for n in (few, more, num_layers))
         layers_are_equal = (whole - first) * (more - few) == (middle - first) * (num_layers - few)
-    if num_layers <= more or not layers_are_equal:
-        peaks, layer_bytes = simulate(num_layers)
+    if num_layers <= more or differs_by_layer(config.lora) or not layers_are_equal:
+        peaks, frozen = simulate(num_layers)
     else:
-        (peaks_at_few, layer_bytes), (peaks_at_more, _) = simulate(few), simulate(more)
+        (peaks_at_few, frozen), (peaks_at_more, _) = simulate(few), simulate(more)
         layers_more = (num_layers - few) / (more - few)
         peaks = [
             {name: round(at_few.get(name, 0) + (at_more[name] - at_few.get(name, 0)) * layers_more) for name in at_more}
             for at_few, at_more in zip(peaks_at_few, peaks_at_more, strict=True)
         ]
-    return max(peaks, key=lambda at_peak: sum(at_peak.values())), layer_bytes
+    return max(peaks, key=lambda at_peak: sum(at_peak.values())), frozen
 
 
 def _simulate(
@@ -62,13 +72,13 @@ def _simulate(
     micro_batch: MicroBatch,
     eval_micro_batch: MicroBatch | None,
     device_kind: str,
-) -> tuple[list[dict[str, int]], int]:
-    """(bytes by component at the peaks of a micro-batch, an optimizer step and an evaluation batch; of one layer)."""
+) -> tuple[list[dict[str, int]], FrozenBytes]:
+    """(bytes by component at the peaks of a micro-batch, an optimizer step and an evaluation batch; of the parts)."""
     bnb.functional.quantize_blockwise(torch.zeros(256))  # its tables are made at first use, and must be real ones
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         give_fake_weights(model)
-    optimizer = build_optimizer(model, config.train, torch.device("cpu"))
+    optimizer = build_optimizer(model, config.train, torch.device("cpu"), config.lora.loraplus_lr_ratio)
     live = LiveBytes(causal_lm_of(model).config.get_text_config().vocab_size)
     with mode:
         for tensor in frozen_tensors(model):
@@ -83,7 +93,7 @@ def _simulate(
             for value in state.values():
                 if isinstance(value, Tensor):
                     live.count(value, "optimizer")
-        loss = CausalLMLoss(model, device_kind).train()
+        loss = CausalLMLoss(model, device_kind, config.train).train()
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.train.bf16 is not False)
         with live:
             live.num_loss_tokens = micro_batch.num_loss_tokens
@@ -100,8 +110,10 @@ def _simulate(
                 with torch.no_grad(), autocast:
                     loss(**_fake_batch(eval_micro_batch, device_kind))
                 peaks.append(live.take_peak())
-    layer = causal_lm_of(model).get_decoder().layers[0]
-    return peaks, sum(tensor.untyped_storage().nbytes() for tensor in frozen_tensors(layer))
+    layers = causal_lm_of(model).get_decoder().layers
+    layer_bytes = [sum(tensor.untyped_storage().nbytes() for tensor in frozen_tensors(layer)) for layer in layers]
+    all_bytes = sum(tensor.untyped_storage().nbytes() for tensor in frozen_tensors(model))
+    return peaks, FrozenBytes(layer=layer_bytes[0], root=all_bytes - sum(layer_bytes))
 
 
 def _fake_batch(micro_batch: MicroBatch, device_kind: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,9 @@ def model_without_storage(config: RunConfig, device_kind: str, packed: bool, num
         if packed:
             AttentionInterface.register(_SIMULATED, _segments if device_kind == "cpu" else _fused_attention)
             base.set_attn_implementation(_SIMULATED)
-        model: PeftModel = add_adapter(base, config.lora, config.train.seed, config.train.gradient_checkpointing)
+        # Whatever A and B begin with: there are no weights here to take it from.
+        lora = config.lora.model_copy(update={"init_lora_weights": True})
+        model: PeftModel = add_adapter(base, lora, config.train.seed, config.train.gradient_checkpointing)
     use_lean_lora(model, ByteMask if device_kind == "cuda" else _BitMaskWithoutStorage)
     return model
 
@@ -67,23 +70,45 @@ _SIMULATED = "lora_core_simulated"
 
 
 def _fused_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    **_: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """A flash kernel over one row: what it keeps does not depend on segments, and there is no mask.
+    """FlashAttention over segments, as on a GPU.
 
     transformers' own "sdpa" builds a whole mask for tensors without storage, which it does not for real ones.
     """
-    attended = nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-    )
-    return attended.transpose(1, 2).contiguous(), None
+    apply: Any = _FlashWithoutStorage.apply
+    return apply(query, key, value, len(kwargs.get("segment_lengths") or (1,))), None
+
+
+# Of an H100, and no GPU that is meant here has many more.
+_MULTIPROCESSORS = 132
+
+
+class _FlashWithoutStorage(torch.autograd.Function):
+    """What FlashAttention 2 keeps, and what its backward takes while it runs.
+
+    To give the same bits each time, the backward sums gradients to queries in one float32 copy for each share of the
+    work, as many as fill the GPU (`mha_varlen_bwd` in flash-attention).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, num_segments: int) -> Tensor:
+        """(1, heads, T, D), (1, key heads, T, D) twice -> (1, T, heads, D)."""
+        _, heads, length, width = query.shape
+        output = query.new_empty(1, length, heads, width)
+        ctx.save_for_backward(query, key, value, output, query.new_empty(heads, length, dtype=torch.float32))
+        ctx.num_copies = max(1, math.ceil(_MULTIPROCESSORS / (num_segments * heads)))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients to query, key and value."""
+        query, key, value, output, _ = ctx.saved_tensors
+        to_inputs = tuple(map(torch.empty_like, (query, key, value)))
+        query.new_empty(ctx.num_copies, *output.shape, dtype=torch.float32)
+        if query.shape[1] != key.shape[1]:  # to keys and values, by query head
+            query.new_empty(2, *output.shape)
+        return *to_inputs, None
 
 
 def _segments(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:

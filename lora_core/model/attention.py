@@ -15,6 +15,8 @@ under `SEGMENT_ATTENTION`; the model passes `segment_lengths` through.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any
@@ -83,7 +85,8 @@ def segment_attention(
         apply: Any = _ShortSegments.apply
         q, k, v = (tensor.to(dtype) for tensor in (query, key, value))
         return apply(q, k, v, lengths, query.shape[3] ** -0.5 if scaling is None else scaling, sliding_window), None
-    if len(lengths) > 1 and dropout == 0 and softcap is None and has_varlen_kernel(query):
+    is_whole = query.shape[2] == key.shape[2]  # and no token after others in a cache, as in generation
+    if is_whole and dropout == 0 and softcap is None and has_varlen_kernel(query):
         return attend_varlen(query, key, value, lengths, scaling, sliding_window), None
     if len(lengths) == 1:
         return _attend(query, key, value, scaling, dropout, sliding_window, softcap).transpose(1, 2), None
@@ -112,64 +115,80 @@ def has_varlen_kernel(query: Tensor) -> bool:
 
 
 def attend_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: tuple[int, ...],
-    scaling: float | None,
-    window: int | None,
-    kernel: Any = None,
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scaling: float | None, window: int | None
 ) -> Tensor:
-    """All segments in one call of the kernel; as `segment_attention` -> (1, T, heads, D).
-
-    Args:
-        kernel: in place of torch's own, with the arguments of `torch.nn.attention.varlen.varlen_attn`.
-    """
-    kernel = kernel or _varlen_kernel()
-    borders = _borders(lengths, query.device)
-    longest = max(lengths)
-    output: Tensor = kernel(
-        *(tensor[0].transpose(0, 1) for tensor in (query, key, value)),  # (T, heads, D)
-        borders,
-        borders,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0),  # places to the left, besides one's own
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    """All segments in one call of the kernel; as `segment_attention` -> (1, T, heads, D)."""
+    apply: Any = _Varlen.apply
+    by_token = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, heads, D)
+    output: Tensor = apply(*by_token, _borders(lengths, query.device), max(lengths), scaling, window)
     return output[None]
 
 
-def _varlen_kernel() -> Any:
-    if torch.__version__ < "2.12":  # there is no `varlen_attn` yet, or one that knows no grouped heads
-        return _flash_forward
-    from torch.nn.attention.varlen import varlen_attn
+class _Varlen(torch.autograd.Function):
+    """torch's FlashAttention over segments, with the same bits each time.
 
-    return varlen_attn
+    By the operators themselves: autograd asks for a backward whose sums come in any order, so that no run could be
+    repeated, or resumed to the same adapter.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        borders: Tensor,
+        longest: int,
+        scaling: float | None,
+        window: int | None,
+    ) -> Tensor:
+        """(T, heads, D), (T, key heads, D) twice -> (T, heads, D)."""
+        # A causal kernel with a window wants both sides of it.
+        ctx.settings = {"scale": scaling} | (
+            {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+        )
+        ctx.longest, ctx.is_causal = longest, window is None
+        borders_of_both = (borders, borders, longest, longest)
+        output: Tensor
+        output, log_sums, *random = flash_forward(
+            query, key, value, *borders_of_both, 0.0, ctx.is_causal, False, **ctx.settings
+        )[:4]
+        ctx.save_for_backward(query, key, value, output, log_sums, borders, *random)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """(T, heads, D) -> gradients to query, key and value."""
+        query, key, value, output, log_sums, borders, *random = ctx.saved_tensors
+        borders_of_both = (borders, borders, ctx.longest, ctx.longest)
+        with _same_bits_each_time():
+            to_inputs = flash_backward(
+                *(gradients[0], query, key, value, output, log_sums, *borders_of_both, 0.0, ctx.is_causal, *random),
+                **ctx.settings,
+            )
+        return *to_inputs, None, None, None, None
 
 
-def _flash_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_borders: Tensor,
-    key_borders: Tensor,
-    longest_query: int,
-    longest_key: int,
-    *,
-    scale: float | None,
-    window_size: tuple[int, int],
-    enable_gqa: bool,
-) -> Tensor:
-    """`varlen_attn` by the operator below it, which groups heads by itself."""
-    left, right = window_size
-    window = {} if left < 0 else {"window_size_left": left, "window_size_right": right}
-    borders = (query_borders, key_borders, longest_query, longest_key)
-    output: Tensor = torch.ops.aten._flash_attention_forward(
-        query, key, value, *borders, dropout_p=0.0, is_causal=not window, return_debug_mask=False, scale=scale, **window
-    )[0]
-    return output
+# They group query heads by themselves. Changed in tests, because they need a GPU.
+flash_forward: Any = torch.ops.aten._flash_attention_forward
+flash_backward: Any = torch.ops.aten._flash_attention_backward
+
+
+@contextmanager
+def _same_bits_each_time() -> Iterator[None]:
+    """FlashAttention's backward obeys this switch. On for the whole step, it would refuse operations that have no such
+    form, and fill new tensors."""
+    memory: Any = torch.utils.deterministic
+    fills = memory.fill_uninitialized_memory
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        memory.fill_uninitialized_memory = fills
 
 
 @lru_cache(maxsize=4)  # all layers of a micro-batch ask for the same, and each answer is a wait for the device

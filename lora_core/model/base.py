@@ -25,6 +25,7 @@ from lora_core.model.attention import (
     use_segment_attention,
 )
 from lora_core.model.lora_linear import use_lean_lora
+from lora_core.model.lora_settings import check_target_modules, peft_settings
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -232,7 +233,7 @@ def quantization_config(config: ModelConfig) -> Any:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=torch.float16 if config.dtype == "float16" else torch.bfloat16,
             bnb_4bit_quant_storage=getattr(torch, config.quant_storage),
         )
     if config.quantization == "int8":
@@ -246,25 +247,20 @@ def add_adapter(
     """Put a LoRA adapter on the base model: float32, the only thing that trains, its start fixed by `seed`.
 
     Raises:
-        ConfigError: a target module matches nothing; lists the linear layers.
+        ConfigError: a target module matches nothing (lists the linear layers), or PEFT cannot make the adapter.
     """
     import peft
 
     check_target_modules(base, config.target_modules)
     torch.manual_seed(seed)
-    model: PeftModel = peft.get_peft_model(
-        base,
-        peft.LoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            target_modules=config.target_modules,
-            use_rslora=config.use_rslora,
-            use_dora=config.use_dora,
-            task_type="CAUSAL_LM",
-        ),
-        autocast_adapter_dtype=True,
-    )
+    tied = bool(getattr(base.config.get_text_config(), "tie_word_embeddings", False))
+    try:
+        model: PeftModel = peft.get_peft_model(base, peft_settings(config, tied), autocast_adapter_dtype=True)
+    except ValueError as error:  # PEFT finds that no module is left, or a combination that it does not have
+        raise ConfigError(f"lora: {str(error).splitlines()[0]}; fix: see `lora` in docs/keys.md") from error
+    for parameter in model.parameters():  # modules that are trained whole come in the base's type
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
     use_lean_lora(model)
     if gradient_checkpointing:
         # Non-reentrant: the reentrant kind needs gradients on its inputs, which a frozen embedding does not give.
@@ -297,25 +293,6 @@ def compile_layers(model: PeftModel) -> None:
     AttentionInterface.register(SEGMENT_ATTENTION, torch.compiler.disable(segment_attention))
     for layer in causal_lm_of(model).get_decoder().layers:
         layer.compile(dynamic=True)
-
-
-def check_target_modules(model: nn.Module, target_modules: list[str] | str) -> None:
-    """Every name must match a module; PEFT itself only complains when none does.
-
-    Raises:
-        ConfigError: lists the names that match nothing, and the linear layers.
-    """
-    if isinstance(target_modules, str):
-        return
-    names = [name for name, _ in model.named_modules()]
-    missing = [target for target in target_modules if not any(n == target or n.endswith(f".{target}") for n in names)]
-    if missing or not target_modules:
-        linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        fix = f"lora.target_modules=[{','.join(sorted(linear - {'lm_head'}))}]"
-        raise ConfigError(
-            f"lora.target_modules: {', '.join(missing) or 'an empty list'} matches nothing in {type(model).__name__}; "
-            f"its linear layers: {', '.join(sorted(linear))}; fix: {fix}"
-        )
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -97,6 +97,16 @@ def use_lean_lora(model: PeftModel, mask: Any = None) -> None:
             setattr(module, "forward", MethodType(partial(_forward, mask), module))  # noqa: B010
 
 
+def left_to_peft(model: PeftModel) -> int:
+    """Layers that keep PEFT's own forward: those with DoRA, embeddings, tokens and modules that are trained whole."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    plain = [layer for layer in layers if "forward" in vars(layer) and not layer.lora_variant]
+    whole = sum(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules())
+    return len(layers) - len(plain) + whole
+
+
 def _forward(mask: Any, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """In place of the forward of PEFT's `lora.Linear` and its quantized kin."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
@@ -112,13 +122,19 @@ def _forward(mask: Any, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Ten
     apply: Any = _LoraLinear.apply
     # A layer of 4 or 8 bits, or one that trains, multiplies by itself.
     if type(base) is nn.Linear and not any(parameter.requires_grad for parameter in base.parameters()):
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.weight.dtype
+        dtype = _autocast_dtype(x) or base.weight.dtype
         whole: Tensor = apply(x.to(dtype), None, base.weight, base.bias, *branch)
         return whole
     y = base(x)
-    branched: Tensor = apply(x.to(y.dtype), y, None, None, *branch)
+    # A 4-bit layer answers in the type of x. The branch is computed under autocast, and its backward is not.
+    dtype = _autocast_dtype(x) or y.dtype
+    branched: Tensor = apply(x.to(dtype), y.to(dtype), None, None, *branch)
     return branched
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 class _LoraLinear(torch.autograd.Function):

@@ -6,11 +6,13 @@ and divided once, so one optimizer step has the same loss and gradient however i
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lora_core.config.schema import TrainConfig
 from lora_core.errors import TrainingError
 from lora_core.model.attention import causal_lm_of
 
@@ -28,12 +30,14 @@ class LossSums(NamedTuple):
     """Scalars over the loss tokens of one micro-batch."""
 
     loss_sum: Tensor
-    """Cross-entropy, times the loss weights if there are any, summed, float32; carries the gradient."""
+    """Cross-entropy (smoothed, where that is asked for), times the loss weights if there are any, summed, float32;
+    carries the gradient."""
     num_tokens: Tensor
     num_correct: Tensor
     """Tokens whose most likely prediction was right."""
     token_losses: Tensor
-    """(N,) the cross-entropy of each loss token without its weight, float32, row by row; carries no gradient."""
+    """(N,) the cross-entropy of each loss token, neither smoothed nor weighted, float32, row by row; carries no
+    gradient."""
 
 
 class CausalLMLoss(nn.Module):
@@ -42,16 +46,51 @@ class CausalLMLoss(nn.Module):
     As a module, so that what wraps a model for several devices (DDP, FSDP) wraps the whole computation.
     """
 
-    def __init__(self, model: nn.Module, device_kind: str | None = None) -> None:
-        """As the model's own device, or as another kind ("cuda", "cpu") would compute it."""
+    def __init__(self, model: nn.Module, device_kind: str | None = None, config: TrainConfig | None = None) -> None:
+        """As the model's own device, or as another kind ("cuda", "cpu") would compute it.
+
+        Args:
+            config: for `label_smoothing_factor`, `neftune_noise_alpha` and `fp16`; None is without.
+        """
         super().__init__()
         self.model = model
         self._logits_per_chunk = logits_per_chunk(device_kind or next(model.parameters()).device.type)
+        self._smoothing = 0.0 if config is None else config.label_smoothing_factor
+        self._fp16 = config is not None and config.fp16
+        self._noise = None
+        if config is not None and config.neftune_noise_alpha is not None:
+            self._noise = EmbeddingNoise(causal_lm_of(model).get_input_embeddings(), config.neftune_noise_alpha)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """float16 where `train.fp16` says so; bfloat16 is Accelerate's, around all of this."""
+        device = next(self.model.parameters()).device.type
+        return torch.autocast(device, torch.float16) if self._fp16 else nullcontext()
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Class names of the decoder layers: Accelerate's FSDP reads this, and gathers one layer at a time."""
+        named = causal_lm_of(self.model)._no_split_modules or ()
+        return sorted({type(module).__name__ for module in self.model.modules()} & set(named))
+
+    def generate(self, **inputs: Any) -> Tensor:
+        """transformers' `generate`, of the model inside; (1, T) ids of prompt and reply."""
+        model: Any = self.model
+        ids: Tensor = model.generate(**inputs)
+        return ids
 
     def forward(
         self, input_ids: Tensor, loss_mask: Tensor, loss_weights: Tensor | None = None, **inputs: Any
     ) -> LossSums:
-        """One micro-batch, as `packing` makes them -> sums.
+        """One micro-batch, as `packing` makes them -> sums; see `_sums`."""
+        if self._noise is not None:
+            self._noise.measure(input_ids, **inputs)
+        with self.autocast():
+            return self._sums(input_ids, loss_mask, loss_weights, inputs)
+
+    def _sums(
+        self, input_ids: Tensor, loss_mask: Tensor, loss_weights: Tensor | None, inputs: dict[str, Any]
+    ) -> LossSums:
+        """One micro-batch -> sums.
 
         Args:
             input_ids: (B, T).
@@ -75,12 +114,16 @@ class CausalLMLoss(nn.Module):
         if any(parameter.requires_grad for parameter in head.parameters()):
             # A head that trains needs its own gradient, so all logits are kept.
             logits = project(self.model, states).float()
-            losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+            losses = nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=self._smoothing)
             loss_sum, token_losses = (losses if weights is None else losses * weights).sum(), losses.detach()
+            if self._smoothing:
+                token_losses = nn.functional.cross_entropy(logits.detach(), targets, reduction="none")
             num_correct = (logits.detach().argmax(dim=-1) == targets).sum()
         else:
             apply: Any = _HeadLoss.apply
-            loss_sum, num_correct, token_losses = apply(states, targets, weights, self.model, self._logits_per_chunk)
+            loss_sum, num_correct, token_losses = apply(
+                states, targets, weights, self._smoothing, self.model, self._logits_per_chunk
+            )
         num_tokens = torch.tensor(targets.numel(), device=targets.device)
         return LossSums(loss_sum, num_tokens, num_correct, token_losses)
 
@@ -99,10 +142,15 @@ class _HeadLoss(torch.autograd.Function):
         hidden: Tensor,
         targets: Tensor,
         weights: Tensor | None,
+        smoothing: float,
         model: nn.Module,
         logits_per_chunk: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, H) hidden states, (N,) targets, weights -> (summed loss, number of right first guesses, (N,) losses)."""
+        """(N, H) hidden states, (N,) targets, weights -> (summed loss, number of right first guesses, (N,) losses).
+
+        Smoothed by e, a token's loss is (1 - e) times its cross-entropy plus e times the mean over the vocabulary of
+        -log p, as transformers' `LabelSmoother` has it (Szegedy et al. 2015, https://arxiv.org/abs/1512.00567).
+        """
         needs_gradient = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if needs_gradient else None
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -122,12 +170,20 @@ class _HeadLoss(torch.autograd.Function):
             log_probability = values.gather(1, target).float() - values.gather(1, best).float()
             log_probability += probabilities.gather(1, best).log()
             weight = None if weights is None else weights[part, None]  # (P, 1)
-            loss_sum -= (log_probability if weight is None else log_probability * weight).sum()
             token_losses[part] = -log_probability[:, 0]
+            losses = -log_probability
+            if smoothing:
+                normalizer = values.gather(1, target).float() - log_probability  # log of the sum of exponentials
+                uniform = normalizer - values.mean(dim=-1, keepdim=True, dtype=torch.float32)
+                losses = (1 - smoothing) * losses + smoothing * uniform
+            loss_sum += (losses if weight is None else losses * weight).sum()
             num_correct += (best == target).sum()
             if gradient is not None:
                 # d loss / d logits = probabilities - one-hot target, in the memory of the probabilities
                 to_logits = probabilities.scatter_(1, target, log_probability.exp() - 1)
+                if smoothing:  # probabilities - ((1 - e) one-hot target + e / V)
+                    to_logits.sub_(smoothing / values.shape[-1])
+                    to_logits.scatter_add_(1, target, torch.full_like(log_probability, smoothing))
                 to_logits = to_logits if weight is None else to_logits.mul_(weight)
                 (gradient[part],) = torch.autograd.grad(logits, chunk, to_logits.to(logits.dtype))
         ctx.save_for_backward(gradient)
@@ -135,9 +191,46 @@ class _HeadLoss(torch.autograd.Function):
         return loss_sum, num_correct, token_losses
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outputs[0].to(gradient.dtype), None, None, None, None
+        return gradient * outputs[0].to(gradient.dtype), None, None, None, None, None
+
+
+class EmbeddingNoise:
+    """NEFTune, Jain et al. 2023, https://arxiv.org/abs/2310.05914: noise on the embeddings while training.
+
+    Each value gets alpha / sqrt(L H) times a draw from [-1, 1), for an example of L tokens and H values a token.
+    transformers' hook takes for L the width of the batch: padding, and with packing all examples of a row, would then
+    change the noise. Here L is the example's own.
+    """
+
+    def __init__(self, embedding: nn.Module, alpha: float) -> None:
+        self._alpha = alpha
+        self._lengths: Tensor | None = None
+        embedding.register_forward_hook(self._add)
+
+    def measure(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        segment_lengths: tuple[int, ...] | None = None,
+        **_: Any,
+    ) -> None:
+        """Take the length of the example that each position of the next forward belongs to, (B, T)."""
+        if segment_lengths is not None:
+            lengths = torch.tensor(segment_lengths, device=input_ids.device)
+            self._lengths = lengths.repeat_interleave(lengths, output_size=input_ids.shape[1])[None]
+        elif attention_mask is not None:
+            self._lengths = attention_mask.sum(dim=-1, keepdim=True).expand_as(input_ids)
+        else:
+            self._lengths = torch.full_like(input_ids, input_ids.shape[1])
+
+    def _add(self, embedding: nn.Module, _: Any, embedded: Tensor) -> Tensor:
+        """(B, T, H) -> (B, T, H)."""
+        if not embedding.training or self._lengths is None or self._lengths.shape != embedded.shape[:2]:
+            return embedded
+        size = self._alpha / (self._lengths * embedded.shape[-1]).float().sqrt()
+        return embedded + torch.empty_like(embedded).uniform_(-1, 1) * size[..., None].to(embedded.dtype)
 
 
 def project(model: nn.Module, hidden: Tensor) -> Tensor:

@@ -4,53 +4,122 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lora_core.config.schema import uses_bitsandbytes
 from lora_core.preflight.findings import Facts, Finding
+from lora_core.preflight.plan import suggested_rate
+
+_LOWEST_RATE, _HIGHEST_RATE = 1e-5, 2e-3
+_FAR = 3
 
 
 def check_targets_exist(facts: Facts) -> Iterator[Finding]:
-    """A name in `lora.target_modules` matches nothing in the model.
+    """A name in `lora.target_modules` matches nothing in the model, or all that match are excluded.
 
     PEFT complains only when no name matches; otherwise the run would train without these, silently.
 
     The finding lists the linear layers of the model.
     """
-    targets = facts.config.lora.target_modules
-    if isinstance(targets, str):
+    lora = facts.config.lora
+    missing = dict(facts.model.without_match).get("target_modules", ())
+    if not missing and facts.model.targeted:
         return
-    missing = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in facts.model.module_names)]
-    if missing or not targets:
-        linear = [name for name in facts.model.linear_names if name != facts.model.head_name]
+    linear = _linear_layers(facts)
+    if missing or not lora.target_modules:
+        what = f"{', '.join(missing) or 'an empty list'} matches nothing in this model"
+    else:
+        what = "all that match are in lora.exclude_modules, lora.modules_to_save or not in lora.layers_to_transform"
+    hint = ""
+    if isinstance(lora.target_modules, str) and lora.target_modules in linear:
+        hint = " (a str is a regular expression for whole names; a list holds names)"
+        linear = [lora.target_modules]
+    yield Finding(
+        "targets_missing",
+        "error",
+        f"lora.target_modules: {what}{hint}; its linear layers: {', '.join(_linear_layers(facts))}",
+        list(missing),
+        linear,
+        f"lora.target_modules=[{','.join(linear)}]",
+    )
+
+
+def check_starting_adapter(facts: Facts) -> Iterator[Finding]:
+    """The adapter that training starts from (`model.adapter`) has another rank, scale or other targets than `lora`.
+
+    Its tensors would not fit, or would mean another update than the one that was trained.
+
+    The adapter's own settings, which the fix names.
+    """
+    differing = facts.model.adapter_differences
+    if differing:
+        words = ", ".join(f"lora.{key}={ours} and {theirs} in the adapter" for key, theirs, ours, _ in differing)
         yield Finding(
-            "targets_missing",
+            "adapter_differs",
             "error",
-            f"lora.target_modules: {', '.join(missing) or 'an empty list'} matches nothing in this model; its linear "
-            f"layers: {', '.join(linear)}",
-            missing,
-            linear,
-            f"lora.target_modules=[{','.join(linear)}]",
+            f"model.adapter={facts.config.model.adapter} was made with other settings: {words}",
+            {key: ours for key, _, ours, _ in differing},
+            {key: theirs for key, theirs, _, _ in differing},
+            " ".join(fix for *_, fix in differing),
         )
 
 
+def check_lora_names(facts: Facts) -> Iterator[Finding]:
+    """A name, layer or token in another key of `lora` is not in the model.
+
+    PEFT says nothing of a pattern, an exclusion or a module to save that matches no module: the run would train as if
+    the key were not set. A layer or token that does not exist stops it later.
+
+    Correct the name, or leave the key out.
+    """
+    unset = {"exclude_modules": "null", "layers_to_transform": "null", "trainable_token_indices": "null"}
+    empty = {"modules_to_save": "[]", "rank_pattern": "{}", "alpha_pattern": "{}"}
+    for key, missing in facts.model.without_match:
+        if key != "target_modules":
+            yield Finding(
+                "lora_names_missing",
+                "error",
+                f"lora.{key}: {', '.join(missing)} matches nothing in this model"
+                + (" that gets an adapter" if key.endswith("pattern") else ""),
+                list(missing),
+                None,
+                f"lora.{key}={(unset | empty)[key]}",
+            )
+
+
+def _linear_layers(facts: Facts) -> list[str]:
+    return [name for name in facts.model.linear_names if name != facts.model.head_name]
+
+
 def check_targets_head(facts: Facts) -> Iterator[Finding]:
-    """An adapter sits on the output head or the embedding.
+    """The output head or the embedding gets an adapter, or is trained whole.
 
     The head's cross-entropy then keeps all logits, which costs more memory than everything else together, and a tied
     embedding changes with it.
 
-    Adapters on the layers between learn the same at a fraction of the cost.
+    Adapters on the layers between learn the same at a fraction of the cost. New tokens need their embeddings trained:
+    `lora.trainable_token_indices` trains those alone.
     """
-    targets = facts.config.lora.target_modules
-    ends = [name for name in (facts.model.head_name, facts.model.embedding_name) if name]
-    hit = [target for target in targets if target in ends] if isinstance(targets, list) else []
+    lora, ends = facts.config.lora, [name for name in (facts.model.head_name, facts.model.embedding_name) if name]
+    hit = [name for name in dict.fromkeys(n.rsplit(".", 1)[-1] for n in facts.model.targeted) if name in ends]
     if hit:
-        rest = [target for target in targets if target not in hit] or facts.model.linear_names
+        rest = [t for t in lora.target_modules if t not in hit] if isinstance(lora.target_modules, list) else []
         yield Finding(
             "targets_head",
             "warning",
             f"lora.target_modules: {', '.join(hit)} is the output head or the embedding; every logit is kept in memory",
             hit,
             [],
-            f"lora.target_modules=[{','.join(rest)}]",
+            f"lora.target_modules=[{','.join(rest or _linear_layers(facts))}]",
+        )
+    whole = [name for name in lora.modules_to_save if name.rsplit(".", 1)[-1] in ends]
+    if whole:
+        yield Finding(
+            "trains_head",
+            "note",
+            f"lora.modules_to_save: {', '.join(whole)} is the output head or the embedding, trained whole in float32 "
+            "and saved with the adapter; every logit is kept in memory",
+            whole,
+            [],
+            None,
         )
 
 
@@ -61,16 +130,36 @@ def check_targets(facts: Facts) -> Iterator[Finding]:
 
     Name all seven projections.
     """
-    targets = facts.config.lora.target_modules
-    if isinstance(targets, list) and targets and set(targets) <= {"q_proj", "v_proj"}:
-        linear = [name for name in facts.model.linear_names if name != facts.model.head_name]
+    parts = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in facts.model.targeted))
+    if parts and set(parts) <= {"q_proj", "v_proj"}:
+        linear = _linear_layers(facts)
         yield Finding(
             "targets_q_v_only",
             "warning",
-            f"LoRA on {', '.join(targets)} only; adapters on all linear layers learn more from the same rows",
-            targets,
+            f"LoRA on {', '.join(parts)} only; adapters on all linear layers learn more from the same rows",
+            parts,
             linear,
             f"lora.target_modules=[{','.join(linear)}]",
+        )
+
+
+def check_dora(facts: Facts) -> Iterator[Finding]:
+    """`lora.use_dora` is on.
+
+    DoRA computes the norm of every adapted weight in each step, and its layers are PEFT's own in place of the lean ones
+    here: more time and memory a step. What it learns more is small once the rate suits.
+
+    No action is needed; compare its eval loss with plain LoRA's.
+    """
+    if facts.config.lora.use_dora:
+        yield Finding(
+            "dora_costs",
+            "note",
+            "lora.use_dora=true takes the norm of every adapted weight in each step, in PEFT's own layers: more time "
+            "and memory than plain LoRA",
+            True,
+            False,
+            None,
         )
 
 
@@ -95,48 +184,49 @@ def check_alpha(facts: Facts) -> Iterator[Finding]:
 
 
 def check_learning_rate(facts: Facts) -> Iterator[Finding]:
-    """The learning rate is outside the range in which LoRA trains, 1e-5 to 1e-3.
+    """The learning rate is far from what a published formula gives, or outside the range in which LoRA trains.
 
-    Below, the adapter hardly moves from zero; above, training diverges.
+    A warning: below 1e-5 the adapter hardly moves from zero, and AdamW above 2e-3 diverges with most models. A note: it
+    is more than 3 times, or less than a third, of what `train.learning_rate=auto` gives. In benchmarks/diagnosis.py
+    (135M parameters, 78 rows, 50 steps, all seven projections) eval loss fell from 3.42 to 2.87 with 5e-5, 2.36 with
+    1e-4, 1.83 with 2e-4 and 1.05 with 5e-4. Other models and rows may differ.
 
-    2e-4 is a start; the README has a table of what four rates did to one small model.
+    `train.learning_rate=auto`, and let eval loss decide; for a note no action is needed.
     """
-    learning_rate = facts.config.train.learning_rate
-    if not 1e-5 <= learning_rate <= 1e-3:
+    rate, steps = facts.plan.learning_rate, facts.plan.total_optimizer_steps
+    formula = suggested_rate(facts.config, facts.model.model_type, facts.model.hidden_size, steps)
+    if "adamw" not in facts.config.train.optim:  # the formula and the limits are AdamW's
+        return
+    if not _LOWEST_RATE <= rate <= _HIGHEST_RATE:
         yield Finding(
             "learning_rate_unusual",
             "warning",
-            f"train.learning_rate={learning_rate:g} is {'low' if learning_rate < 1e-5 else 'high'} for LoRA",
-            learning_rate,
-            [1e-5, 1e-3],
-            "train.learning_rate=2e-4",
+            f"train.learning_rate={rate:g} is {'low' if rate < _LOWEST_RATE else 'high'} for LoRA with AdamW; "
+            f"train.learning_rate=auto gives {formula}",
+            rate,
+            [_LOWEST_RATE, _HIGHEST_RATE],
+            f"train.learning_rate={formula.value:g}",
         )
-
-
-def check_learning_rate_for_steps(facts: Facts) -> Iterator[Finding]:
-    """The run is short, and a higher learning rate learned more where it was measured.
-
-    In benchmarks/diagnosis.py (135M parameters, 78 rows, 50 steps, all seven projections) eval loss fell from 3.42 to
-    2.87 with 5e-5, 2.36 with 1e-4, 1.83 with 2e-4 and 1.05 with 5e-4. Other models and rows may differ.
-
-    No action is needed. Try `train.learning_rate=2e-4`, and let eval loss decide.
-    """
-    plan = facts.plan
-    if 30 <= plan.total_optimizer_steps <= 100 and 1e-5 <= plan.learning_rate < 2e-4:
+    elif not formula.value / _FAR <= rate <= formula.value * _FAR:
+        factor = max(rate / formula.value, formula.value / rate)
+        measured = (
+            " (a 135M model after 50 steps on 78 rows, eval loss 3.42 before: 2.87 with 5e-5, 1.05 with 5e-4)"
+            if rate < formula.value
+            else ""
+        )
         yield Finding(
-            "learning_rate_low_for_steps",
+            "learning_rate_differs",
             "note",
-            f"train.learning_rate={plan.learning_rate:g} over {plan.total_optimizer_steps} optimizer steps: in "
-            "benchmarks/diagnosis.py (a 135M model, 78 rows, 50 steps) eval loss fell from 3.42 to 2.87 with 5e-5, "
-            "2.36 with 1e-4, 1.83 with 2e-4, 1.05 with 5e-4; train.learning_rate=2e-4 is worth a try",
-            plan.learning_rate,
-            2e-4,
+            f"train.learning_rate={rate:g} is {factor:.1f} times {'below' if rate < formula.value else 'above'} "
+            f"{formula.value:g}, which train.learning_rate=auto gives: {formula}{measured}",
+            rate,
+            formula.value,
             None,
         )
 
 
 def check_optimizer(facts: Facts) -> Iterator[Finding]:
-    """The 8-bit or paged optimizer cannot run here.
+    """An optimizer of bitsandbytes cannot run here, or not paged.
 
     bitsandbytes has no kernels for Apple's GPUs, and its 8-bit state cannot be sharded by FSDP. Paging is a CUDA
     feature: elsewhere the same optimizer runs without it, which changes no result. On a CPU its 8 bits cost time: 7% of
@@ -145,7 +235,7 @@ def check_optimizer(facts: Facts) -> Iterator[Finding]:
     `train.optim=adamw_torch`: the state of an adapter is small.
     """
     optim, environment = facts.config.train.optim, facts.environment
-    if optim == "adamw_torch":
+    if not uses_bitsandbytes(optim):
         return
     if environment.device.kind == "mps" or environment.sharding == "fsdp":
         where = "FSDP cannot shard its state" if environment.sharding == "fsdp" else "there are no kernels for MPS"
@@ -161,8 +251,8 @@ def check_optimizer(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "optimizer_not_paged",
             "note",
-            f"train.optim={optim} runs as plain 8-bit AdamW on {environment.device.kind}; paging needs CUDA, and "
-            "adamw_torch takes less time here",
+            f"train.optim={optim} runs without paging on {environment.device.kind}, as paging needs CUDA; adamw_torch "
+            "takes less time here",
             optim,
             "adamw_torch",
             "train.optim=adamw_torch",
@@ -172,12 +262,14 @@ def check_optimizer(facts: Facts) -> Iterator[Finding]:
 def check_fsdp_quantization(facts: Facts) -> Iterator[Finding]:
     """A quantized model under FSDP is stored in a type that FSDP cannot shard.
 
-    FSDP flattens parameters of one floating-point type; 4-bit weights packed in bytes cannot take part unless they are
-    stored as that type, and int8 weights not at all.
+    FSDP casts what it gathers to the type that is computed in, and 4-bit weights packed in another type would become
+    other weights. It leaves weights that are stored as bytes whole on each GPU. int8 weights cannot take part.
 
-    `model.quant_storage` the same as `model.dtype`; for int8, NF4 or no quantization.
+    `model.quant_storage` the type that is computed in: bfloat16, or `model.dtype` where `train.bf16` is off; for int8,
+    NF4 or no quantization.
     """
     model = facts.config.model
+    computes_in = model.dtype if facts.config.train.bf16 is False else "bfloat16"
     if facts.environment.sharding != "fsdp" or model.quantization == "none":
         return
     if model.quantization == "int8":
@@ -187,15 +279,15 @@ def check_fsdp_quantization(facts: Facts) -> Iterator[Finding]:
             "model.quantization=int8 cannot be sharded by FSDP",
             "int8",
             "nf4",
-            f"model.quantization=nf4 model.quant_storage={model.dtype}",
+            f"model.quantization=nf4 model.quant_storage={computes_in}",
         )
-    elif model.quant_storage != model.dtype:
+    elif model.quant_storage != computes_in:
         yield Finding(
             "fsdp_quant_storage",
             "error",
-            f"model.quant_storage={model.quant_storage}, model.dtype={model.dtype}: FSDP shards NF4 weights only if "
-            "they are stored as the model's own type",
+            f"model.quant_storage={model.quant_storage}: FSDP shards NF4 weights only if they are stored as the type "
+            f"that is computed in, {computes_in}",
             model.quant_storage,
-            model.dtype,
-            f"model.quant_storage={model.dtype}",
+            computes_in,
+            f"model.quant_storage={computes_in}",
         )

@@ -57,10 +57,12 @@ class Facts:
     tokenizer: PreTrainedTokenizerBase
     model: ModelFacts
     environment: Environment
-    predict_memory: Callable[[RunConfig], MemoryPlan]
-    """For this run's rows, device and processes, under any configuration."""
+    predict_memory: Callable[..., MemoryPlan]
+    """(configuration, sharding or the run's own) -> the plan for this run's rows, device and processes."""
     memory: MemoryPlan | None
     """Of this run; None where the adapter cannot be put on the model."""
+    rate_line: str | None = None
+    """How `train.learning_rate=auto` became a number; None where it was one."""
 
 
 def gib(size: float) -> str:

@@ -56,6 +56,44 @@ def check_memory(facts: Facts) -> Iterator[Finding]:
     )
 
 
+def check_sharding(facts: Facts) -> Iterator[Finding]:
+    """Another way to use several GPUs suits this run better: DDP, a whole copy of the model on each, or FSDP, a share.
+
+    Where a copy fits, DDP takes less time: it sends the adapter's gradients once a step, a hundredth of the model, and
+    FSDP the frozen weights of every layer twice a micro-batch. Where none fits, FSDP may.
+
+    `accelerate launch` with `configs/accelerate/ddp.yaml`, or with `fsdp2.yaml` (`fsdp2_qlora.yaml` in 4 bits).
+    """
+    memory, sharding = facts.memory, facts.environment.sharding
+    if memory is None or facts.environment.num_processes == 1 or (sharding == "ddp" and memory.fits):
+        return
+    other = facts.predict_memory(facts.config, "ddp" if sharding == "fsdp" else "fsdp")
+    if not other.fits:
+        return
+    predicted = f"{gib(other.total_bytes)} of {gib(other.limit_bytes)} predicted"
+    if sharding == "fsdp":
+        yield Finding(
+            "ddp_fits",
+            "note",
+            f"the whole model fits on each device ({predicted}), and DDP sends a hundredth of what FSDP sends: "
+            "configs/accelerate/ddp.yaml takes less time",
+            "fsdp",
+            "ddp",
+            None,
+        )
+    else:
+        file = "fsdp2_qlora.yaml" if facts.config.model.quantization == "nf4" else "fsdp2.yaml"
+        yield Finding(
+            "fsdp_fits",
+            "note",
+            f"a copy of the model on each device does not fit, and a share of it does ({predicted}): "
+            f"configs/accelerate/{file} needs no other change",
+            "ddp",
+            "fsdp",
+            None,
+        )
+
+
 def micro_batch_limit_that_fits(facts: Facts) -> int | None:
     """The limit (tokens where packed, rows where padded) that `train.auto_batch_size` takes so that the run fits.
 

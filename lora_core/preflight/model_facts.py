@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from lora_core.config.schema import RunConfig
 from lora_core.memory.without_storage import base_without_storage, num_hidden_layers
 from lora_core.model.base import resolve_name
+from lora_core.model.lora_settings import differs_by_layer, linear_names, names_without_match, targeted_names
+from lora_core.model.starting_adapter import differing_settings, find_starting_adapter
 
 
 @dataclass(frozen=True)
@@ -17,36 +17,61 @@ class ModelFacts:
     """What a model's config tells without its weights."""
 
     module_names: tuple[str, ...]
-    """Dotted names of all modules of the first decoder layers."""
+    """Dotted names of all modules: of the first decoder layers, or of all where the adapters of layers differ."""
+    targeted: tuple[str, ...]
+    """Dotted names of those that get an adapter."""
+    without_match: tuple[tuple[str, tuple[str, ...]], ...]
+    """(key of `lora`, those of its values that match nothing), where there are any."""
     linear_names: tuple[str, ...]
     """Last parts of the names of the linear layers, such as q_proj."""
+    adapter_differences: tuple[tuple[str, Any, Any, str], ...]
+    """(key of `lora`, its value in `model.adapter`, its value here, the override that takes the adapter's)."""
+    dtype: str
+    """Of the frozen weights, such as bfloat16."""
     head_name: str | None
     embedding_name: str | None
     eos_token_ids: frozenset[int]
     """At which generation stops."""
+    model_type: str
+    hidden_size: int
+    max_positions: int | None
+    """The longest input that the model was made for, in tokens; None where its config does not say."""
 
 
 def model_facts(config: RunConfig) -> ModelFacts:
     """Look at the model's modules.
 
     Raises:
-        ConfigError: the model's config cannot be read.
+        ConfigError: the model's config cannot be read, or there is no adapter where `model.adapter` says.
     """
     from transformers import GenerationConfig
 
-    base = base_without_storage(config, min(2, num_hidden_layers(config)))
+    start = find_starting_adapter(config.model)
+    num_layers = num_hidden_layers(config)
+    base = base_without_storage(config, num_layers if differs_by_layer(config.lora) else min(2, num_layers))
+    text_config = base.config.get_text_config()
     named = dict(base.named_modules())
+    targeted = targeted_names(base, config.lora)
+    vocab_size = base.get_input_embeddings().weight.shape[0]
+    unmatched = names_without_match(config.lora, [*named], targeted, num_layers, vocab_size)
     name_of = {id(module): name.rsplit(".", 1)[-1] for name, module in named.items()}
     load: Any = GenerationConfig.from_pretrained
     revision = {} if config.model.revision is None else {"revision": config.model.revision}
     try:
         stops = load(resolve_name(config.model), **revision).eos_token_id
     except OSError:  # a model need not have one; its config then says where to stop
-        stops = base.config.get_text_config().eos_token_id
+        stops = text_config.eos_token_id
     return ModelFacts(
         module_names=tuple(named),
-        linear_names=tuple(dict.fromkeys(n.rsplit(".", 1)[-1] for n, m in named.items() if isinstance(m, nn.Linear))),
+        targeted=tuple(targeted),
+        without_match=tuple((key, tuple(map(str, values))) for key, values in unmatched if values),
+        linear_names=tuple(linear_names(base)),
+        adapter_differences=tuple(differing_settings(start, config.lora)) if start is not None else (),
+        dtype=str(base.dtype).removeprefix("torch."),
         head_name=name_of.get(id(base.get_output_embeddings())),
         embedding_name=name_of.get(id(base.get_input_embeddings())),
         eos_token_ids=frozenset([stops] if isinstance(stops, int) else stops or ()),
+        model_type=text_config.model_type,
+        hidden_size=text_config.hidden_size,
+        max_positions=getattr(text_config, "max_position_embeddings", None),
     )

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,8 @@ from lora_core.data.encoded import load_data
 from lora_core.errors import ConfigError, LoraCoreError, PreflightError
 from lora_core.preflight.catalogue import CHECKS, ERROR_IDS, NEVER_ALLOWED
 from lora_core.preflight.findings import Facts, Finding, length_that_keeps
-from lora_core.schedule import SchedulePlan, plan_schedule
+from lora_core.preflight.plan import plan_for, with_learning_rate
+from lora_core.schedule import SchedulePlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,20 +42,20 @@ def gather_facts(
     Raises:
         ConfigError: the model's config cannot be read.
     """
-    from lora_core.memory.plan import MemoryPlan, plan_memory
+    from lora_core.memory.plan import MemoryPlan, Sharding, plan_memory
     from lora_core.preflight.model_facts import model_facts
 
     plan = plan_for(config, len(train_data.lengths), environment.num_processes)
     model = model_facts(config)
 
-    def predict(changed: RunConfig) -> MemoryPlan:
+    def predict(changed: RunConfig, sharding: Sharding | None = None) -> MemoryPlan:
         return plan_memory(
             changed,
             train_data,
             eval_data,
             plan_for(changed, len(train_data.lengths), environment.num_processes),
             environment.device,
-            environment.sharding,
+            sharding or environment.sharding,
         )
 
     try:
@@ -78,7 +80,9 @@ def look_at_run(config: RunConfig, num_processes: int, gpu_memory_gib: float | N
     tokenizer = load_tokenizer(config.model, config.data)
     train_data, eval_data = load_data(config, tokenizer)
     environment = look_around(config, num_processes, gpu_memory_gib)
-    return gather_facts(config, environment, tokenizer, train_data, eval_data)
+    config, rate = with_learning_rate(config, len(train_data.lengths), environment.num_processes)
+    facts = gather_facts(config, environment, tokenizer, train_data, eval_data)
+    return replace(facts, rate_line=rate)
 
 
 def run_checks(facts: Facts) -> list[Finding]:
@@ -135,7 +139,7 @@ def apply_fixes(
     while True:
         config = load_config(cfg, [*overrides, *applied], model)
         findings = run_checks(look_at_run(config, num_processes, gpu_memory_gib))
-        fixes = (finding.fix.split() for finding in findings if finding.fix)
+        fixes = (shlex.split(finding.fix) for finding in findings if finding.fix)
         fix = next((fix for fix in fixes if not set(fix) <= set(applied)), None)
         if fix is None:
             by_key = {override.split("=")[0]: override for override in applied}  # the last one of a key counts
@@ -200,12 +204,14 @@ def describe(facts: Facts) -> str:
     lines = [
         f"train: {config.data.train_source}: {facts.train_data.counts}",
         *(f"       {note}" for note in facts.train_data.places.notes),
-        f"       tokens per row: {_describe_lengths(facts.train_data)}; max_seq_length {config.data.max_seq_length:,}",
+        f"       tokens per row: {_describe_lengths(facts.train_data)}; {_describe_limit(facts)}",
     ]
     if facts.eval_data is not None and config.data.eval_file is not None:
         lines.append(f"eval:  {eval_source(config.data)}: {facts.eval_data.counts}")
         lines += [f"       {note}" for note in facts.eval_data.places.notes if config.data.eval_file is not None]
     lines.append(_describe_processes(facts))
+    if facts.rate_line is not None:
+        lines.append(facts.rate_line)
     lines.append(str(facts.memory or "predicted peak memory: not known"))
     return "\n".join(lines)
 
@@ -214,6 +220,13 @@ def _describe_lengths(data: EncodedFile) -> str:
     lengths = data.rows.length[~data.rows.is_bad]
     p50, p90, p99 = (int(np.percentile(lengths, p, method="higher")) for p in (50, 90, 99))
     return f"p50 {p50:,}, p90 {p90:,}, p99 {p99:,}, max {int(lengths.max()):,} ({p99:,} keeps 99% of the rows whole)"
+
+
+def _describe_limit(facts: Facts) -> str:
+    limit, longest = facts.config.data.max_seq_length, int(facts.train_data.rows.length.max())
+    return f"max_seq_length {limit:,}" + (
+        f", of which the longest row fills {longest / limit:.0%}" if longest < limit else ""
+    )
 
 
 def _describe_processes(facts: Facts) -> str:
@@ -228,25 +241,27 @@ def _describe_processes(facts: Facts) -> str:
         )
     rates = facts.plan.learning_rates()
     shown = [rates[i * len(rates) // 60] for i in range(60)] if len(rates) > 60 else rates
-    bars = "".join(" ▁▂▃▄▅▆▇█"[round(8 * rate / train.learning_rate)] for rate in shown)
-    return "\n".join([*lines, f"learning rate, 0 to {train.learning_rate:g}: |{bars}|"])
+    bars = "".join(" ▁▂▃▄▅▆▇█"[round(8 * rate / train.peak_learning_rate)] for rate in shown)
+    lines.append(f"learning rate, {describe_schedule(facts.plan)}, 0 to {train.peak_learning_rate:g}: |{bars}|")
+    return "\n".join([*lines, *first_step(facts.plan)])
+
+
+def describe_schedule(plan: SchedulePlan) -> str:
+    """`linear`, or `cosine_with_min_lr (min_lr_rate 0.1)`."""
+    settings = ", ".join(f"{name} {value}" for name, value in plan.lr_scheduler_kwargs.items())
+    return f"{plan.lr_scheduler_type} ({settings})" if settings else plan.lr_scheduler_type
+
+
+def first_step(plan: SchedulePlan) -> list[str]:
+    """A line where warmup's first step, at learning rate 0, is a share of the run."""
+    if not plan.first_step_is_lost:
+        return []
+    return [
+        f"       step {plan.first_step + 1} has learning rate 0, as in transformers' warmup: 1 of "
+        f"{plan.scheduled_steps} steps ({1 / plan.scheduled_steps:.0%}) moves nothing"
+    ]
 
 
 def eval_source(config: DataConfig) -> str:
     """Where the eval set comes from: the file, or `10% of data/train.jsonl`."""
     return config.eval_file or f"{100 * config.eval_fraction:g}% of {config.train_source}"
-
-
-def plan_for(config: RunConfig, num_rows: int, num_processes: int) -> SchedulePlan:
-    """The schedule of a configuration on so many rows and processes."""
-    return plan_schedule(
-        num_rows,
-        per_device_train_batch_size=config.train.per_device_train_batch_size,
-        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
-        num_train_epochs=config.train.num_train_epochs,
-        num_processes=num_processes,
-        learning_rate=config.train.learning_rate,
-        warmup_steps=config.train.warmup_steps,
-        warmup_ratio=config.train.warmup_ratio,
-        max_steps=config.train.max_steps,
-    )

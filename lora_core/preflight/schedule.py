@@ -22,14 +22,14 @@ def check_warmup_past_end(facts: Facts) -> Iterator[Finding]:
     Shorten the warmup, or make the run longer.
     """
     plan = facts.plan
-    if plan.warmup_steps >= plan.total_optimizer_steps:
-        healthy = plan.total_optimizer_steps // 10
+    if plan.warmup_steps >= plan.scheduled_steps:
+        healthy = plan.scheduled_steps // 10
         lost = 1 - plan.learning_rate_integral() / plan.with_warmup(healthy).learning_rate_integral()
         yield Finding(
             "warmup_past_end",
             "error",
             "the model would learn next to nothing: the run has "
-            f"{counted(plan.total_optimizer_steps, 'optimizer step')}, warmup takes {plan.warmup_steps}, and the "
+            f"{counted(plan.scheduled_steps, 'optimizer step')}, warmup takes {plan.warmup_steps}, and the "
             f"learning rate would only reach {plan.peak_learning_rate:.3g}, {plan.peak_fraction:.1%} of the "
             f"configured {plan.learning_rate:g} ({lost:.0%} of all learning lost)",
             plan.warmup_steps,
@@ -46,18 +46,44 @@ def check_warmup_long(facts: Facts) -> Iterator[Finding]:
     10% of the steps is usual.
     """
     plan = facts.plan
-    limit = math.floor(0.3 * plan.total_optimizer_steps)
+    limit = math.floor(0.3 * plan.scheduled_steps)
     # One step of warmup is the least there is, and the default of a very short run.
-    if max(limit, 1) < plan.warmup_steps < plan.total_optimizer_steps:
-        share = plan.warmup_steps / plan.total_optimizer_steps
+    if max(limit, 1) < plan.warmup_steps < plan.scheduled_steps:
+        share = plan.warmup_steps / plan.scheduled_steps
         yield Finding(
             "warmup_long",
             "warning",
-            f"warmup takes {plan.warmup_steps} of {plan.total_optimizer_steps} optimizer steps ({share:.0%}); "
-            "10% is usual",
+            f"warmup takes {plan.warmup_steps} of {plan.scheduled_steps} optimizer steps ({share:.0%}); 10% is usual",
             plan.warmup_steps,
             limit,
-            f"train.warmup_steps={math.ceil(0.1 * plan.total_optimizer_steps)}",
+            f"train.warmup_steps={math.ceil(0.1 * plan.scheduled_steps)}",
+        )
+
+
+def check_decay_past_end(facts: Facts) -> Iterator[Finding]:
+    """Warmup and the decay of `warmup_stable_decay` together are longer than the run.
+
+    The decay is counted back from the last step, so the rate would jump down where warmup ends and never be at its
+    configured value.
+
+    A shorter decay; a fifth of the steps or less is usual.
+    """
+    plan = facts.plan
+    if plan.lr_scheduler_type != "warmup_stable_decay":
+        return
+    decay = int(plan.lr_scheduler_kwargs["num_decay_steps"])
+    left = plan.scheduled_steps - plan.warmup_steps
+    if 0 < left < decay:
+        settings = {**plan.lr_scheduler_kwargs, "num_decay_steps": max(1, plan.scheduled_steps // 5)}
+        words = ", ".join(f"{name}: {value}" for name, value in settings.items())
+        yield Finding(
+            "decay_past_end",
+            "error",
+            f"warmup takes {plan.warmup_steps} of {counted(plan.scheduled_steps, 'optimizer step')}, and "
+            f"num_decay_steps={decay} more than the {left} that are left: the rate would jump down after warmup",
+            decay,
+            left,
+            f"'train.lr_scheduler_kwargs={{{words}}}'",
         )
 
 
@@ -152,6 +178,30 @@ def check_batch_larger_than_data(facts: Facts) -> Iterator[Finding]:
             plan.rows_per_optimizer_step,
             plan.num_rows,
             _step_size_fix(train, batch_size, per_device // batch_size),
+        )
+
+
+def check_batch_large_for_rows(facts: Facts) -> Iterator[Finding]:
+    """One optimizer step takes more than a quarter of the examples.
+
+    An epoch is then two or three steps. LoRA loses more by large batches than full fine-tuning does, whatever its rank
+    ("LoRA Without Regret", https://thinkingmachines.ai/blog/lora/), and few rows give few steps.
+
+    A smaller step: less accumulation, or a smaller batch.
+    """
+    plan, train = facts.plan, facts.config.train
+    per_device = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    if per_device > 1 and plan.num_rows < 4 * plan.rows_per_optimizer_step <= 4 * plan.num_rows:
+        fewer = max(1, plan.num_rows // 4 // plan.num_processes)
+        batch_size = min(train.per_device_train_batch_size, fewer)
+        yield Finding(
+            "batch_large_for_rows",
+            "warning",
+            f"an optimizer step takes {plan.rows_per_optimizer_step} of {counted(plan.num_rows, 'example')}: an epoch "
+            f"is {counted(plan.optimizer_steps_per_epoch, 'step')}, and LoRA learns less from few large steps",
+            plan.rows_per_optimizer_step,
+            plan.num_rows // 4,
+            _step_size_fix(train, batch_size, fewer // batch_size),
         )
 
 

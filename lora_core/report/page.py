@@ -72,7 +72,9 @@ def _report(run: Run) -> dict[str, Any]:
         "over_fitting": _over_fitting(outcome.over_fitting),
         "gaps": run.gaps,
         "loss": plots.pop("Loss"),
+        "alarms": [_finding(alarm) | {"step": alarm.get("step", "?")} for alarm in run.alarms],
         "samples": [_sample(sample) for sample in run.samples],
+        "film": _film(run),
         "samples_from": _samples_from(run),
         "facts": _facts(run),
         "about": {"heads": ["", "this run"], "rows": _about(run)},
@@ -103,6 +105,26 @@ def _over_fitting(found: OverFitting | None) -> str | None:
 def _sample(sample: dict[str, Any]) -> dict[str, Any]:
     """The texts of a reply; an earlier version recorded fewer of them."""
     return {key: sample.get(key, "not recorded") or "(empty)" for key in ("prompt", "before", "after", "expected")}
+
+
+def _film(run: Run) -> dict[str, Any] | None:
+    """One prompt, and how the reply to it changed: only where it was answered between start and end too."""
+    frames = {
+        round(reply["step"]): (reply.get("reply") or "(empty)") + ("" if reply.get("ended") else " … (cut off)")
+        for reply in run.replies
+        if reply.get("number") == 0
+    }
+    if len(frames) < 3:
+        return None
+    prompts = [reply.get("prompt", "not recorded") for reply in run.replies if reply.get("number") == 0]
+    losses = dict(run.points("eval_events", "loss"))
+    return {
+        "prompt": prompts[0],
+        "frames": [
+            {"step": step, "reply": frames[step], "loss": number_text(losses[step], ".4f") if step in losses else None}
+            for step in sorted(frames)
+        ],
+    }
 
 
 def _samples_from(run: Run) -> str | None:
@@ -208,8 +230,11 @@ def _findings(run: Run) -> list[dict[str, Any]] | None:
     findings = run.get("preflight", "findings")
     if not isinstance(findings, list):
         return None
-    keys = ("severity", "message", "fix", "id")
-    return [{key: finding.get(key) for key in keys} for finding in findings if isinstance(finding, dict)]
+    return [_finding(finding) for finding in findings if isinstance(finding, dict)]
+
+
+def _finding(finding: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: finding.get(key) for key in ("severity", "message", "fix", "id")}
 
 
 def _row(row: dict[str, Any]) -> dict[str, Any]:
@@ -278,13 +303,13 @@ def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
     ]
     return {
         "runs": [(str(run.folder), judge(outcome_of(run))) for run in runs],
-        "config": {"heads": heads, "rows": _config_differences(runs)},
+        "config": {"heads": heads, "rows": config_differences(runs)},
         "figures": {"heads": heads, "rows": figures},
         "plots": [plot("Loss", partial(draw_losses, runs))],
     }
 
 
-def _config_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+def config_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """(key, its value in each run) for the keys that differ. Not output_dir: it always does, and heads the table."""
     configs = [dict(_flat(run.config)) for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config if key != "output_dir")

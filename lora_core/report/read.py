@@ -27,6 +27,12 @@ class Run:
     """One an optimizer step, in order; of a step that was taken again after a resume, the later."""
     eval_events: list[dict[str, Any]]
     samples: list[dict[str, Any]]
+    replies: list[dict[str, Any]]
+    """To the first sample prompts, one an evaluation and prompt, in order."""
+    alarms: list[dict[str, Any]]
+    """Raised while the run was at work, in order."""
+    skipped_steps: list[int]
+    """Steps that were not applied: loss or gradient was not finite."""
     gaps: list[str]
     """Sentences on files that are missing or broken."""
 
@@ -74,6 +80,9 @@ def read_run(folder: Path) -> Run:
         train_events=_last_of_each_step(events, "train"),
         eval_events=_last_of_each_step(events, "eval"),
         samples=[event for event in events if event.get("event") == "sample"],
+        replies=[event for event in events if event.get("event") == "reply" and is_number(event.get("step"))],
+        alarms=[event for event in events if event.get("event") == "alarm"],
+        skipped_steps=[event["step"] for event in _last_of_each_step(events, "skipped")],
         gaps=gaps,
     )
 

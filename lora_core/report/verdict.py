@@ -54,6 +54,8 @@ class Outcome:
     steps: int | None = None
     """Optimizer steps taken."""
     num_skipped_steps: int = 0
+    num_skipped_last: int = 0
+    """Of them, those after the last step that was logged."""
     num_loss_tokens: int | None = None
     adapter_norm: float | None = None
     tokens_per_s: float | None = None
@@ -152,6 +154,9 @@ def _so_far(outcome: Outcome) -> str:
         parts.append(f"training loss {loss_text(outcome.training.first, outcome.training.last)}")
     if outcome.tokens_per_s is not None:
         parts.append(f"{outcome.tokens_per_s:,.0f} tokens/s")
+    if outcome.num_skipped_last:
+        steps = counted(outcome.num_skipped_last, "step")
+        parts.append(f"then {steps} whose loss or gradient was not finite")
     return "; ".join(parts)
 
 
@@ -245,6 +250,7 @@ def outcome_of(run: Run) -> Outcome:
         planned_steps=num_steps(run),
         steps=steps_taken(run),
         num_skipped_steps=run.count("summary", "num_skipped_steps") or 0,
+        num_skipped_last=sum(step > (steps_taken(run) or 0) for step in run.skipped_steps),
         num_loss_tokens=run.count("summary", "num_supervised_tokens"),
         adapter_norm=run.number("summary", "adapter_norm"),
         tokens_per_s=speed(run),

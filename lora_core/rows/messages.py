@@ -8,18 +8,19 @@ Accepted rows (JSON objects; docs/data.md has an example of each):
     {"instruction": "...", "input": "...", "output": "..."}              Alpaca, with history
     {"text": "..."}                                                      no chat: every token is trained
 
-and pairs under other names, such as question and answer. Each may carry `"system": "..."` and `"tools": [...]` (or the
-list as a JSON string). A column that is null is as good as absent. Keys that nothing is made of are listed in
-`Conversation.unused_keys`, and keys that would change what is learned are refused.
+and pairs under other names, such as question and answer. Each may carry `"system": "..."`, `"tools": [...]` (or the
+list as a JSON string) and `"chat_template_kwargs": {...}`. A column that is null is as good as absent. Keys that
+nothing is made of are listed in `Conversation.unused_keys`, and keys that would change what is learned are refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
-from lora_core.config.schema import DataConfig
+from lora_core.config.schema import NOT_TEMPLATE_VARIABLES, DataConfig
 from lora_core.errors import RowError
 from lora_core.rows.json_values import checked_text, from_json, is_empty, key_names, kind, read_json
 from lora_core.rows.tool_use import parse_tools
@@ -61,6 +62,7 @@ _INPUT = {
 }
 """What belongs to a question, and follows it."""
 _ROW_WEIGHTS = ("weight", "loss_weight")
+_TEMPLATE_VARIABLES = "chat_template_kwargs"
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
@@ -69,7 +71,7 @@ class RowShape:
     """What a file calls its columns and roles, where that is not what everybody calls them."""
 
     columns: Mapping[str, str] = field(default_factory=dict)
-    """messages, prompt, completion, text, system or tools -> the file's name for it."""
+    """messages, prompt, completion, reasoning, text, system or tools -> the file's name for it."""
     roles: Mapping[str, str] = field(default_factory=dict)
     """The file's name of a role -> system, user, assistant or tool."""
 
@@ -91,6 +93,8 @@ class Conversation:
     """Of a row that says what its prompt is and what its completion; else 0."""
     text: str | None = None
     """In place of messages: a text without turns, of which every token is trained."""
+    template_variables: Mapping[str, Any] | None = None
+    """Values for variables of the chat template, for this row alone; they go before data.chat_template_kwargs."""
     unused_keys: tuple[str, ...] = ()
     """Keys of the row that are in nothing of the above, sorted."""
 
@@ -141,6 +145,20 @@ def parse_json_row(line: str, shape: RowShape | None = None) -> Conversation:
     return parse_row(row, shape)
 
 
+def parse_file(path: Path, shape: RowShape | None = None) -> Iterator[tuple[int, Conversation | RowError]]:
+    """(1-based line, its row or what is wrong with it) for each line of a JSONL that is not blank."""
+    with path.open("rb") as file:
+        for line, raw in enumerate(file, start=1):
+            if not raw.strip():
+                continue
+            try:
+                yield line, parse_json_row(raw.decode("utf-8-sig"), shape)
+            except RowError as error:
+                yield line, error
+            except UnicodeDecodeError as error:
+                yield line, RowError(f"not UTF-8 at byte {error.start} of the line; fix: save the file as UTF-8")
+
+
 def parse_row(row: Any, shape: RowShape | None = None) -> Conversation:
     """Turn an accepted row into a `Conversation`.
 
@@ -154,7 +172,7 @@ def parse_row(row: Any, shape: RowShape | None = None) -> Conversation:
     _refuse_what_is_not_sft(columns, shape)
     # A column of a name that data.columns gives to another one.
     unused = {key for key in shape.columns if key not in shape.columns.values() and not is_empty(row.get(key))}
-    used, prompt, completion = _turns(columns)
+    used, prompt, completion = _turns(columns, "reasoning" in shape.columns)
     weight = _row_weight(columns, used)
     if used & {"text"}:
         if weight != 1:
@@ -178,11 +196,14 @@ def parse_row(row: Any, shape: RowShape | None = None) -> Conversation:
     )
     tools_key = _first(columns, _TOOLS)
     used |= {tools_key} if tools_key is not None else set()
+    variables = _template_variables(columns.get(_TEMPLATE_VARIABLES))
+    used |= {_TEMPLATE_VARIABLES} if variables else set()
     return Conversation(
         messages,
         _tools(columns, tools_key, turns),
         None if all(weight == 1 for weight in weights) else weights,
         sum(len(turn.messages) for turn in turns[: len(prompt)]),
+        template_variables=variables,
         unused_keys=_sorted(columns.keys() - used, columns, unused),
     )
 
@@ -200,7 +221,7 @@ def _is_new_system(told: Message, turns: Sequence[Turn], key: str) -> bool:
 def _columns(row: Mapping[str, Any], shape: RowShape) -> dict[str, Any]:
     """The row under our names, without its null columns."""
     # Rows of Parquet and Arrow come without their null columns.
-    optional = (*_SYSTEM, *_TOOLS, "history", "input")
+    optional = (*_SYSTEM, *_TOOLS, "history", "input", "reasoning")
     missing = [theirs for ours, theirs in shape.columns.items() if theirs not in row and ours not in optional]
     if missing:
         raise RowError(f"has no {quoted(missing[0])}, which data.columns names; it has the keys {key_names(row)}")
@@ -241,14 +262,18 @@ def _role_of(turn: Any) -> Any:
     return turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else None
 
 
-def _turns(columns: Mapping[str, Any]) -> tuple[set[str], Sequence[Any], Sequence[Any]]:
+def _turns(columns: Mapping[str, Any], takes_reasoning: bool) -> tuple[set[str], Sequence[Any], Sequence[Any]]:
     """(the columns used, the prompt's turns, the others)."""
     key = _first(columns, _TURNS) or next((key for key in _TURNS if key in columns), None)
     pair = next(((q, a) for q, a in _PAIRS if q in columns and a in columns), None)
     if key is not None and not (is_empty(columns[key]) and (pair or "text" in columns)):
         return {key}, [], _list_of_turns(columns[key], key)
     if pair is not None:
-        return _question_and_answer(columns, *pair)
+        used, prompt, completion = _question_and_answer(columns, *pair)
+        reasoning = columns.get("reasoning") if takes_reasoning else None
+        if is_empty(reasoning) or len(completion) != 1:
+            return used, prompt, completion
+        return used | {"reasoning"}, prompt, [{**completion[0], "reasoning_content": reasoning}]
     if isinstance(columns.get("role"), str):
         raise RowError(
             f"is one message (role {quoted(columns['role'])}), and a row is a whole chat; fix: put the messages of a "
@@ -332,6 +357,19 @@ def _tools(columns: Mapping[str, Any], key: str | None, turns: Sequence[Turn]) -
     if any(schemas != tools[0] for schemas in tools[1:]):
         raise RowError("has several lists of tools, and they differ; a chat template takes one")
     return tools[0] if tools else None
+
+
+def _template_variables(value: Any) -> dict[str, Any] | None:
+    """Values for the template's variables; a cell of a CSV file holds them as JSON."""
+    if is_empty(value):
+        return None
+    given = from_json(value, _TEMPLATE_VARIABLES) if isinstance(value, str) else value
+    if not isinstance(given, Mapping):
+        raise RowError(f"{_TEMPLATE_VARIABLES} must be an object, such as {{'enable_thinking': false}}")
+    bad = [name for name in given if name in NOT_TEMPLATE_VARIABLES or not (name.isascii() and name.isidentifier())]
+    if bad:
+        raise RowError(f"{_TEMPLATE_VARIABLES} cannot set {quoted(bad[0])}: it is no variable of a chat template")
+    return {name: item for name, item in given.items() if item is not None} or None  # Arrow fills in nulls
 
 
 def _row_weight(columns: Mapping[str, Any], used: set[str]) -> float:

@@ -12,19 +12,22 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil  # comes with Accelerate
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, parse_flag_from_env
+from torch import Tensor
 
 from lora_core.config.load import with_overrides
 from lora_core.config.schema import RunConfig
-from lora_core.errors import ConfigError
+from lora_core.errors import ConfigError, counted
+from lora_core.runtime import ranks
 from lora_core.runtime.launcher import asked_processes, omp_num_threads
 from lora_core.runtime.run_folder import check_run_folder
+from lora_core.runtime.sharding import fsdp_plugin, uses_fsdp
 from lora_core.untrusted.limits import allowed_cores
 
 
@@ -56,6 +59,14 @@ def build_accelerator(config: RunConfig) -> Accelerator:
             f"train.bf16=true: {torch.cuda.get_device_name()} has no bfloat16; fix: train.bf16=false",
             "bf16_unsupported",
         )
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    on_gpus = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+    if on_gpus and local_processes > torch.cuda.device_count():
+        raise ConfigError(
+            f"{local_processes} processes were started on this machine, which has "
+            f"{counted(torch.cuda.device_count(), 'GPU')}: each needs one of its own; fix: accelerate launch "
+            f"--num_processes {torch.cuda.device_count()} (times the number of machines)"
+        )
     if not torch.accelerator.is_available():
         use_all_cores()
         bound_shape_caches()
@@ -72,9 +83,12 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         mixed_precision="bf16" if config.train.bf16 is True else "no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         dynamo_backend="no",
+        fsdp_plugin=fsdp_plugin(config),
         # Not said, Accelerate runs each rank of a CPU launch as if it were alone.
         cpu=not torch.accelerator.is_available(),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.train.rank_timeout_s))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(ranks.backend(), timeout=timedelta(seconds=config.train.rank_timeout_s))
+        ],
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
@@ -83,12 +97,26 @@ def build_accelerator(config: RunConfig) -> Accelerator:
             f"train alone and overwrite the others; fix: torchrun --nproc_per_node {launched} launch/train.py ...",
             "world_size_differs",
         )
+    if config.train.fp16 and (accelerator.distributed_type.value == "FSDP" or accelerator.device.type == "mps"):
+        raise ConfigError(
+            "train.fp16=true: loss scaling is not supported with FSDP or on MPS; fix: train.bf16=true",
+            "fp16_unsupported",
+        )
     if accelerator.distributed_type.value in ("DEEPSPEED", "MEGATRON_LM", "TP"):
         raise ConfigError(
             f"distributed_type {accelerator.distributed_type.value}: not supported, its engine counts optimizer steps "
             "on its own; fix: MULTI_GPU (DDP) or FSDP in the accelerate config"
         )
     return accelerator
+
+
+def build_scaler(config: RunConfig, accelerator: Accelerator) -> torch.amp.GradScaler | None:
+    """What scales the loss so that float16 gradients do not vanish; None without `train.fp16`.
+
+    Micikevicius et al. 2017, https://arxiv.org/abs/1710.03740. Torch's own and not Accelerate's, which has it on GPUs
+    alone, so that the CPU's can be tested.
+    """
+    return torch.amp.GradScaler(accelerator.device.type) if config.train.fp16 else None
 
 
 def use_all_cores() -> None:
@@ -157,11 +185,14 @@ class Environment:
     sharding: Literal["ddp", "fsdp"]
     bf16: Literal["native", "emulated", "none"]
     has_bitsandbytes: bool
+    has_schedulefree: bool
     free_disk_bytes: int
     """On the disk of output_dir."""
     output_dir_problem: str | None
     free_output_dir: str | None
     """A name beside output_dir that is not taken, where output_dir is."""
+    missing_trackers: tuple[str, ...] = ()
+    """Of train.report_to, those whose package is not installed."""
 
 
 def look_around(config: RunConfig, num_processes: int, gpu_memory_gib: float | None = None) -> Environment:
@@ -185,12 +216,14 @@ def look_around(config: RunConfig, num_processes: int, gpu_memory_gib: float | N
         else DeviceMemory("cuda", round(gpu_memory_gib * 2**30)),
         num_processes=num_processes,
         asked_processes=asked_processes(),
-        sharding="fsdp" if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") else "ddp",
+        sharding="fsdp" if uses_fsdp() else "ddp",
         bf16="native" if gpu_memory_gib is not None else _bf16(),
         has_bitsandbytes=find_spec("bitsandbytes") is not None,
+        has_schedulefree=find_spec("schedulefree") is not None,
         free_disk_bytes=shutil.disk_usage(existing).free,
         output_dir_problem=problem,
         free_output_dir=next((name for name in free_names if not Path(name).expanduser().exists()), None),
+        missing_trackers=tuple(name for name in config.train.trackers if find_spec(name) is None),
     )
 
 
@@ -222,9 +255,30 @@ def _bf16() -> Literal["native", "emulated", "none"]:
 
 def seed_everything(seed: int, rank: int) -> None:
     """Dropout masks differ by rank and repeat from run to run. (Row order and initial adapter have the plain seed.)"""
-    torch.manual_seed(seed + rank)
-    if torch.cuda.is_available():
-        torch.cuda.manual_seed_all(seed + rank)
+    torch.manual_seed(seed + rank)  # of all devices
+
+
+def random_states() -> dict[str, Tensor]:
+    """The states of this process's random numbers, by kind of device: what dropout draws next."""
+    kind, device = _accelerator()
+    return {"cpu": torch.get_rng_state()} | ({} if kind is None else {kind: device.get_rng_state()})
+
+
+def set_random_states(states: dict[str, Tensor]) -> None:
+    """Put back what `random_states` gave."""
+    torch.set_rng_state(states["cpu"])
+    kind, device = _accelerator()
+    if kind in states:  # not in those of a run on a CPU
+        device.set_rng_state(states[kind])
+
+
+def _accelerator() -> tuple[str | None, Any]:
+    """("cuda", torch.cuda) where there is such a device, as for xpu, mps, npu; (None, None) where there is none."""
+    if not torch.accelerator.is_available():
+        return None, None
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    return device.type, torch.get_device_module(device)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from lora_core.errors import RankFault
+from lora_core.runtime.ranks import greatest_of_ranks
 
 _SECONDS_TO_ANSWER = 5.0
 
@@ -49,27 +49,28 @@ class StopSignals:
             raise KeyboardInterrupt
         self._received = number
 
-    def any_rank(self, accelerator: Accelerator) -> str | None:
+    def any_rank(self) -> str | None:
         """The name of a signal that any rank has received; all ranks get the same answer."""
-        number = self._received
-        if accelerator.num_processes > 1:
-            numbers = accelerator.gather(torch.tensor([number], device=accelerator.device))
-            assert isinstance(numbers, Tensor)
-            number = int(numbers.max())
+        number = greatest_of_ranks(self._received)
         return signal.Signals(number).name if number else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the machine had no memory left. (A Linux that overcommits may kill the process instead.)"""
-    said = ("can't allocate memory", "not enough memory")  # torch's CPU allocator, on Linux and Windows
+    said = (
+        "can't allocate memory",  # torch's CPU allocator, on Linux
+        "not enough memory",  # on Windows
+        "out of memory",  # "CUDA error: ...", outside torch's allocator; NCCL's "Cuda failure 2 '...'"; MPS
+        "_STATUS_ALLOC_FAILED",  # CUBLAS_, CUDNN_, CUSPARSE_
+    )
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in said)
 
 
 def free_memory() -> None:
     """Free what a failed step used."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if torch.accelerator.is_available():
+        torch.get_device_module().empty_cache()
 
 
 @contextmanager

@@ -19,21 +19,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lora_core.config.schema import TrainFile
 from lora_core.errors import DataError, counted
-from lora_core.sources import json_stream, kinds, readers
+from lora_core.sources import hub, json_stream, kinds, readers
+from lora_core.sources.hub import LoadedDataset, load_rows
 from lora_core.sources.kinds import COMPRESSED_ENDINGS, ENDINGS, Kind, damage_errors, kind_of
 from lora_core.sources.places import NewRows, Part, Places, new_rows
-from lora_core.sources.readers import Row, dataset_rows, read_rows
+from lora_core.sources.readers import Row, read_rows
 from lora_core.untrusted.text import without_secrets
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 # owner/name, and if need be @revision and :split.
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<split>[\w.+%\[\]:-]+))?")
@@ -50,7 +48,7 @@ class _Source:
     """What messages call it."""
     path: Path | None
     kind: Kind
-    dataset: Dataset | None = None
+    dataset: LoadedDataset | None = None
     weight: float = 1.0
     max_rows: int | None = None
 
@@ -60,7 +58,7 @@ class _Source:
 
     def rows(self) -> Iterator[Row]:
         if self.dataset is not None:
-            rows = dataset_rows(self.dataset, self.shown)
+            rows = self.dataset.rows()
         else:
             assert self.path is not None
             rows = read_rows(self.path, self.kind, self.shown)
@@ -68,7 +66,7 @@ class _Source:
 
     def identity(self) -> list[Any]:
         """All that decides which rows it gives, and how they are named."""
-        content = str(self.dataset._fingerprint) if self.dataset is not None else _hash_of(self.path)
+        content = self.dataset.version if self.dataset is not None else _hash_of(self.path)
         return [self.shown, content, str(self.kind), self.kind.delimiter, self.weight, self.max_rows]
 
 
@@ -78,6 +76,7 @@ def as_jsonl(
     *,
     seed: int = 42,
     key: str = "data.train_file",
+    streaming: bool = False,
 ) -> Places:
     """The JSONL with these rows: the user's own where it is one, else one that is written into `cache_dir`/rows.
 
@@ -85,6 +84,7 @@ def as_jsonl(
         given: what `data.train_file` or `data.train_files` may hold.
         seed: chooses the rows of a weight that is not an int.
         key: the setting that messages name.
+        streaming: keep no copy of a dataset of the hub: its rows are read there as they are written.
 
     Raises:
         DataError: a file is missing, empty, damaged or of a kind that is not read; says what it is, and the fix.
@@ -92,13 +92,13 @@ def as_jsonl(
     folder = Path(cache_dir).expanduser() / "rows"
     files = [given] if isinstance(given, (str, Path)) else given
     try:
-        sources = [source for file in files for source in _sources(file, folder, key)]
+        sources = [source for file in files for source in _sources(file, folder, key, streaming)]
     except OSError as error:  # a name that is too long, a folder that may not be entered
         raise DataError(f"cannot be read: {error}", "data_file_missing") from error
     if len(sources) == 1 and sources[0].is_taken_as_it_is:
         assert sources[0].path is not None
         return Places.of_file(sources[0].path)
-    modules = [json_stream.__file__, kinds.__file__, readers.__file__, __file__]
+    modules = [hub.__file__, json_stream.__file__, kinds.__file__, readers.__file__, __file__]
     code = [hashlib.sha256(Path(module).read_bytes()).hexdigest() for module in modules]
     identity = [code, seed, [source.identity() for source in sources]]
     name = f"rows-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}"
@@ -156,7 +156,8 @@ def _copy(rows: Iterator[Row], chosen: npt.NDArray[np.bool_] | None, written: Ne
 
 
 def _note(source: _Source, num_rows: int) -> str:
-    text = f"{source.shown}: {counted(num_rows, 'row')}, read as {source.kind}"
+    how = "read as it comes" if source.dataset is not None and source.dataset.is_streamed else f"read as {source.kind}"
+    text = f"{source.shown}: {counted(num_rows, 'row')}, {how}"
     if source.max_rows is not None:
         text += f"; its first {source.max_rows:,}"
     return text + (f"; weight {source.weight:g}" if source.weight != 1 else "")
@@ -168,17 +169,17 @@ def _no_rows(source: _Source) -> str:
     return f"holds no rows; it was read as {source.kind}"
 
 
-def _sources(file: str | Path | TrainFile, folder: Path, key: str) -> Iterator[_Source]:
+def _sources(file: str | Path | TrainFile, folder: Path, key: str, streaming: bool) -> Iterator[_Source]:
     options = file if isinstance(file, TrainFile) else TrainFile(path=str(file))
-    for source in _files_of(options, folder, key):
+    for source in _files_of(options, folder, key, streaming):
         yield replace(source, weight=options.weight, max_rows=options.max_rows)
 
 
-def _files_of(options: TrainFile, folder: Path, key: str) -> Iterator[_Source]:
+def _files_of(options: TrainFile, folder: Path, key: str, streaming: bool) -> Iterator[_Source]:
     text = options.path
     path = Path(text).expanduser()
     if options.split is not None and path.is_dir() and options.revision is None:
-        yield _loaded(str(path), options.split, None, f"{text}:{options.split}")
+        yield _loaded(str(path), options.split, None, f"{text}:{options.split}", streaming)
         return
     is_address = re.match(r"https?://", text) is not None
     matched = _HUB_ID.fullmatch(text)
@@ -186,7 +187,7 @@ def _files_of(options: TrainFile, folder: Path, key: str) -> Iterator[_Source]:
     if matched is not None and not is_here and not path.name.lower().endswith((*ENDINGS, *COMPRESSED_ENDINGS)):
         split, revision = options.split or matched["split"] or "train", options.revision or matched["revision"]
         at = f"@{revision}" if revision else ""
-        yield _loaded(matched["name"], split, revision, f"{matched['name']}{at}:{split}")
+        yield _loaded(matched["name"], split, revision, f"{matched['name']}{at}:{split}", streaming)
         return
     if options.split is not None or options.revision is not None:
         raise DataError(f"{text}: split and revision are of datasets on the hub; fix: leave them out for a file")
@@ -205,6 +206,10 @@ def _files_of(options: TrainFile, folder: Path, key: str) -> Iterator[_Source]:
             f"{text}: no such file (working folder: {Path.cwd()}); fix: data.train_file=PATH or data.eval_file=PATH",
             "data_file_missing",
         )
+
+
+def _loaded(name: str, split: str, revision: str | None, shown: str, streaming: bool) -> _Source:
+    return _Source(shown, None, Kind("Arrow"), load_rows(name, split, revision, shown, streaming))
 
 
 def _of_kind(path: Path, shown: str) -> _Source:
@@ -236,22 +241,6 @@ def _is_data_file(name: str) -> bool:
     for ending in COMPRESSED_ENDINGS:
         stem = stem.removesuffix(ending)
     return stem.endswith(ENDINGS) and name not in _BESIDE_ROWS
-
-
-def _loaded(name: str, split: str, revision: str | None, shown: str) -> _Source:
-    """A dataset of the hub, or a folder that `datasets` knows the splits of. No code of it is run."""
-    import datasets
-
-    try:
-        dataset = datasets.load_dataset(name, split=split, revision=revision)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:400] or type(error).__name__
-        raise DataError(
-            f"{shown}: no such file or folder here (working folder: {Path.cwd()}), and as a dataset of the hub it "
-            f"cannot be loaded: {reason}",
-            "data_file_missing",
-        ) from error
-    return _Source(shown, None, Kind("Arrow"), dataset)
 
 
 def _download(address: str, folder: Path) -> Path:

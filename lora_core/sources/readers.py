@@ -19,7 +19,7 @@ from lora_core.sources.kinds import Kind, damage_errors, open_file
 from lora_core.untrusted.text import quoted
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 _BATCH_ROWS = 500
 # A longer line of a compressed file is no row: it is not read as a whole.
@@ -56,7 +56,7 @@ def read_rows(path: Path, kind: Kind, shown: str) -> Iterator[Row]:
         ) from error
 
 
-def dataset_rows(dataset: Dataset, shown: str) -> Iterator[Row]:
+def dataset_rows(dataset: Dataset | IterableDataset, shown: str) -> Iterator[Row]:
     """Every row of a loaded dataset."""
     number = 0
     for batch in dataset.with_format("arrow").iter(batch_size=_BATCH_ROWS):

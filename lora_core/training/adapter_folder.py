@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from lora_core.config.schema import RunConfig
 from lora_core.data.counts import RowCounts
 from lora_core.model.base import load_base_model
 from lora_core.model.lora_linear import use_lean_lora
 from lora_core.runtime.devices import with_precision
+from lora_core.runtime.ranks import meet
 from lora_core.runtime.run_folder import whole_folder, write_json
+from lora_core.runtime.sharding import whole
 from lora_core.training.card import write_card
 
 if TYPE_CHECKING:
@@ -39,6 +40,26 @@ def load_adapter(config: RunConfig, adapter_dir: str | Path, device: torch.devic
     return model
 
 
+ADAPTER_START = "adapter_start"
+"""Beside adapter/: what A and B began with, where `lora.init_lora_weights` took it out of the base weights."""
+
+
+def save_adapter_start(model: PeftModel, folder: Path) -> None:
+    """Write what A and B begin with to the run folder; `save_adapter` takes it from the trained adapter."""
+    with whole_folder(folder / ADAPTER_START) as start:
+        model.save_pretrained(start, save_embedding_layers=False)
+
+
+def named_trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """What trains, by the names that it has on one device."""
+    return [(name.removeprefix("module."), p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of what trains, whole and in host memory; call it in every rank."""
+    return {name: whole(parameter.detach()).cpu().clone().contiguous() for name, parameter in named_trainable(model)}
+
+
 def save_adapter(
     accelerator: Accelerator,
     model: nn.Module,
@@ -49,15 +70,20 @@ def save_adapter(
 ) -> None:
     """Write the adapter as PEFT does, with tokenizer and model card; the folder appears whole or not at all."""
     adapted = accelerator.unwrap_model(model).model
-    state = accelerator.get_state_dict(model)
+    state = trainable_tensors(model)
     if accelerator.is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
-        adapter_state = {name.removeprefix("model."): tensor for name, tensor in state.items() if "lora_" in name}
         with whole_folder(path) as folder:
-            adapted.save_pretrained(folder, state_dict=adapter_state, save_embedding_layers=False)
+            if config.lora.changes_base_weights:
+                # As what it adds to the untouched base: PEFT takes from it what A and B began with.
+                start = str(path.with_name(ADAPTER_START))
+                adapted.save_pretrained(folder, path_initial_model_for_weight_conversion=start)
+            else:
+                trained = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+                adapted.save_pretrained(folder, state_dict=trained, save_embedding_layers=False)
             tokenizer.save_pretrained(folder)
             # PEFT wrote the model's name into it.
             adapter_config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
             write_json(folder / "adapter_config.json", adapter_config)
             write_card(folder, config, counts)
-    accelerator.wait_for_everyone()
+    meet()

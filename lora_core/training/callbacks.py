@@ -24,7 +24,7 @@ class Callback:
 
     def on_log(self, values: Mapping[str, Any]) -> None:
         """A line of the log: step, epoch, loss, learning_rate, grad_norm, num_supervised_tokens, tokens_per_s,
-        peak_memory_bytes; as in `metrics.jsonl`."""
+        peak_memory_bytes, seconds_left (of the whole run); as in `metrics.jsonl`."""
 
     def on_evaluate(self, values: Mapping[str, Any]) -> None:
         """An evaluation: step, loss, perplexity, token_accuracy, num_tokens, num_conversations. The first is of step 0,

@@ -233,9 +233,17 @@ def _settings(config: RunConfig) -> str:
     )
     length = f"{train.max_steps} steps" if train.max_steps else f"{train.num_train_epochs} epochs"
     return (
-        f"Rank {lora.rank}, alpha {lora.alpha}, on {modules}; learning rate {train.learning_rate:g}, {length}; "
+        f"{_rank(config)}, on {modules}; learning rate {train.peak_learning_rate:g}, {length}; "
         f"trained with lora_core {__version__}."
     )
+
+
+def _rank(config: RunConfig) -> str:
+    lora = config.lora
+    text = f"Rank {lora.rank}, alpha {lora.alpha}"
+    if lora.changes_base_weights:
+        text += f", begun by {lora.init_lora_weights} and saved at twice that rank, for the untouched base"
+    return text if config.model.adapter is None else f"{text}, begun with an earlier adapter"
 
 
 def _results(config: RunConfig, summary: Mapping[str, Any]) -> list[str]:
@@ -336,7 +344,7 @@ def why_not_vllm(peft: Mapping[str, Any]) -> list[str]:
 def _hyperparameters(config: RunConfig, summary: Mapping[str, Any]) -> list[str]:
     train = config.train
     values: dict[str, Any] = {
-        "learning rate (peak)": f"{train.learning_rate:g}",
+        "learning rate (peak)": f"{train.peak_learning_rate:g}",
         "optimizer": train.optim,
         "optimizer steps": summary.get("total_optimizer_steps") or train.max_steps,
         "warmup steps": summary.get("warmup_steps"),

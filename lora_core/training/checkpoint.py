@@ -30,34 +30,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_core.config.schema import RunConfig
-from lora_core.data.counts import EncodedFile
 from lora_core.errors import ConfigError
+from lora_core.runtime.devices import random_states, seed_everything, set_random_states
+from lora_core.runtime.ranks import from_first_rank, gather_from_ranks
 from lora_core.runtime.run_folder import json_text, remove_leftovers, whole_folder, write_json
+from lora_core.runtime.sharding import shared_out_as, whole
+from lora_core.training.adapter_folder import named_trainable, trainable_tensors
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
-# Keys that decide only what is shown and kept: a resumed run may have other values.
-_FREE_KEYS = frozenset(
-    {
-        "output_dir",
-        "overwrite_output_dir",
-        "data.cache_dir",
-        "data.cache_limit_gib",
-        "data.num_proc",
-        "train.logging_steps",
-        "train.max_skipped_steps",
-        "train.auto_batch_size",
-        "train.rank_timeout_s",
-        "train.on_save_error",
-        "train.save_steps",
-        "train.save_total_limit",
-        "train.num_sample_replies",
-        "train.sample_max_new_tokens",
-        "preflight.allow",
-    }
-)
+# What schedule-free optimizers keep beside the learning rate, by group.
+_GROUP_STATE = ("k", "train_mode", "weight_sum", "lr_max", "scheduled_lr")
 
 
 @dataclass(frozen=True)
@@ -66,6 +50,8 @@ class Checkpoint:
 
     path: Path
     state: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+    """By file, as in `Snapshot`: rank 0 reads them, and the other ranks may be on machines without the files."""
 
     @property
     def step(self) -> int:
@@ -97,21 +83,22 @@ def take_snapshot(
     Args:
         state: what the loop itself has to remember, plain values; `step` is the number of steps taken.
     """
-    from accelerate.utils import gather_object
-
-    random_states = gather_object([_random_state()])
+    of_ranks = gather_from_ranks(random_states())
     optimizer_tensors, scalars = _optimizer_state(model, optimizer)
     return Snapshot(
         tensors={
-            "adapter.safetensors": _trainable(model),
+            "adapter.safetensors": trainable_tensors(model),
             "optimizer.safetensors": optimizer_tensors,
-            **{f"rng-{rank:05d}.safetensors": random_state for rank, random_state in enumerate(random_states)},
+            **{f"rng-{rank:05d}.safetensors": random_state for rank, random_state in enumerate(of_ranks)},
         },
         state={
             **state,
             "world_size": accelerator.num_processes,
             "optimizer": scalars,
             "schedule": {name: value for name, value in scheduler.state_dict().items() if name != "lr_lambdas"},
+            "optimizer_groups": [
+                {name: group[name] for name in _GROUP_STATE if name in group} for group in optimizer.param_groups
+            ],
             "learning_rates": [group["lr"] for group in optimizer.param_groups],
         },
     )
@@ -139,8 +126,6 @@ class CheckpointWriter:
         Raises:
             OSError: in every rank: the disk is full or cannot be written; the checkpoints before it are whole.
         """
-        from accelerate.utils import broadcast_object_list
-
         problem, path = None, None
         if self._writing is not None:
             try:
@@ -148,7 +133,7 @@ class CheckpointWriter:
             except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk
                 problem = str(error)
             self._writing = None
-        problem = broadcast_object_list([problem])[0]  # all ranks stop, or none
+        problem = from_first_rank(lambda: problem)  # all ranks stop, or none
         if problem is not None:
             raise OSError(problem)
         return path
@@ -237,80 +222,46 @@ def set_aside_newer(checkpoint: Checkpoint) -> list[str]:
     return sorted(f"superseded-{path.name}" for path in newer)
 
 
-def check_same_run(checkpoint: Checkpoint, config: RunConfig, data: str, world_size: int) -> list[str]:
-    """What differs and does not matter, one line for each.
-
-    Args:
-        data: `data_hash` of the rows now.
-
-    Raises:
-        ConfigError: something that matters differs, so that the resumed run would end differently.
-    """
-    # A key that came after this checkpoint was written had no effect then: its default.
-    then = _flat(RunConfig().to_dict()) | _flat(checkpoint.state["config"])
-    now = _flat(config.to_dict())
-    differing = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
-    problems = [f"{key}: {then.get(key)!r} before, {now.get(key)!r} now" for key in differing if key not in _FREE_KEYS]
-    if checkpoint.state["data"] != data:
-        problems.append(f"the rows of {config.data.train_source} (or how they are encoded) are not the same")
-    if checkpoint.state["world_size"] != world_size:
-        problems.append(f"number of processes: {checkpoint.state['world_size']} before, {world_size} now")
-    if problems:
-        raise ConfigError(
-            "\n  ".join([f"--resume {checkpoint.path}: the settings or the data have changed:", *problems])
-            + "\nFix: the settings of the checkpoint (config.yaml in the run folder), or start without --resume"
-        )
-    return [f"{key}: {then.get(key)!r} before, {now.get(key)!r} now" for key in differing]
-
-
 def restore(
     checkpoint: Checkpoint,
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler,
+    scheduler: LRScheduler | None,
 ) -> None:
-    """Put adapter, optimizer, schedule and random states back as they were; call it in every rank."""
+    """Put adapter, optimizer, schedule and random states back as they were; call it in every rank.
+
+    On another number of ranks each draws its dropout masks anew: they are then others in any case.
+
+    Args:
+        scheduler: None where a new schedule begins here.
+    """
     restore_adapter(checkpoint, model)
-    _restore_optimizer(checkpoint, dict(_named_trainable(model)), optimizer)
-    # The lambdas are code: the plan has made them anew.
-    lambdas = [None] * len(optimizer.param_groups)
-    scheduler.load_state_dict({**checkpoint.state["schedule"], "lr_lambdas": lambdas})
-    for group, rate in zip(optimizer.param_groups, checkpoint.state["learning_rates"], strict=True):
-        group["lr"] = rate
-    random_state = load_file(checkpoint.path / f"rng-{accelerator.process_index:05d}.safetensors")
-    torch.set_rng_state(random_state["cpu"])
-    if "cuda" in random_state:
-        torch.cuda.set_rng_state(random_state["cuda"])
+    _restore_optimizer(checkpoint, dict(named_trainable(model)), optimizer)
+    for group, values in zip(optimizer.param_groups, checkpoint.state.get("optimizer_groups", []), strict=False):
+        group.update(values)
+    if scheduler is not None:
+        # The lambdas are code: the plan has made them anew.
+        lambdas = [None] * len(optimizer.param_groups)
+        scheduler.load_state_dict({**checkpoint.state["schedule"], "lr_lambdas": lambdas})
+        for group, rate in zip(optimizer.param_groups, checkpoint.state["learning_rates"], strict=True):
+            group["lr"] = rate
+    rank = accelerator.process_index
+    if checkpoint.state["world_size"] == accelerator.num_processes:
+        set_random_states(checkpoint.tensors[f"rng-{rank:05d}.safetensors"])
+    else:
+        seed_everything(checkpoint.state["config"]["train"]["seed"] + checkpoint.step, rank)
 
 
 @torch.no_grad()
 def restore_adapter(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Put what trains back as it was; call it in every rank."""
-    trainable = dict(_named_trainable(model))
-    for name, tensor in load_file(checkpoint.path / "adapter.safetensors").items():
-        trainable[name].copy_(tensor)
-
-
-def data_hash(train_data: EncodedFile, eval_data: EncodedFile | None) -> str:
-    """Of the rows of both sets, and where they were truncated."""
-    digest = hashlib.sha256()
-    for data in (train_data, eval_data):
-        if data is not None:
-            keys = data.rows.exact_key[data.indices] if data.is_part else data.rows.exact_key
-            digest.update(keys.tobytes() + data.lengths.tobytes())
-    return digest.hexdigest()
+    trainable = dict(named_trainable(model))
+    for name, tensor in checkpoint.tensors["adapter.safetensors"].items():
+        trainable[name].copy_(shared_out_as(trainable[name], tensor))
 
 
 # ---------------------------------------------------------------------------------------------------------------
-
-
-def _named_trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name.removeprefix("module."), p) for name, p in model.named_parameters() if p.requires_grad]
-
-
-def _trainable(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().cpu().clone().contiguous() for name, parameter in _named_trainable(model)}
 
 
 def _optimizer_state(
@@ -319,11 +270,11 @@ def _optimizer_state(
     """(tensors, plain values) of the optimizer, by parameter."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
-    for name, parameter in _named_trainable(model):
+    for name, parameter in named_trainable(model):
         for key, value in optimizer.state[parameter].items():
             if isinstance(value, Tensor):
                 # A copy: parameters share bitsandbytes' tables, and safetensors stores no tensor twice.
-                tensors[f"{name}/{key}"] = value.detach().cpu().clone().contiguous()
+                tensors[f"{name}/{key}"] = whole(value.detach()).cpu().clone().contiguous()
             else:
                 scalars.setdefault(name, {})[key] = value
     return tensors, scalars
@@ -335,7 +286,7 @@ def _restore_optimizer(
     inner: Any = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's wrapper
     for name, values in checkpoint.state["optimizer"].items():
         inner.state[trainable[name]].update(values)
-    for full_name, tensor in load_file(checkpoint.path / "optimizer.safetensors").items():
+    for full_name, tensor in checkpoint.tensors["optimizer.safetensors"].items():
         name, key = full_name.rsplit("/", 1)
         parameter = trainable[name]
         if getattr(inner, "is_paged", False) and key in ("state1", "state2"):
@@ -344,14 +295,10 @@ def _restore_optimizer(
             inner.state[parameter][key] = buffer
         else:
             # The counter of steps too: torch's fused AdamW, which is the one we build, wants it beside its parameter.
-            inner.state[parameter][key] = tensor.to(parameter.device)
-
-
-def _random_state() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
+            of_whole_run = tensor.dim() == 0
+            inner.state[parameter][key] = (
+                tensor.to(parameter.device) if of_whole_run else shared_out_as(parameter, tensor)
+            )
 
 
 def _identity(file: Path) -> dict[str, Any]:
@@ -380,17 +327,9 @@ def _damage(path: Path) -> str | None:
 
 def _read(path: Path) -> Checkpoint:
     try:
-        return Checkpoint(path, json.loads((path / "state.json").read_text(encoding="utf-8")))
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        tensors = {name: load_file(path / name) for name in manifest if name.endswith(".safetensors")}
     except (ValueError, SafetensorError) as error:
-        raise ConfigError(f"{path}: state.json cannot be read: {error}") from error
-
-
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    """`{"train": {"seed": 1}}` -> `{"train.seed": 1}`."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= {f"{key}.{name}": item for name, item in value.items()}
-        else:
-            flat[key] = value
-    return flat
+        raise ConfigError(f"{path}: it cannot be read: {error}") from error
+    return Checkpoint(path, state, tensors)

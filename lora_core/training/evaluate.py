@@ -21,6 +21,7 @@ from lora_core.errors import ConfigError, counted
 from lora_core.model.base import load_tokenizer
 from lora_core.model.loss import CausalLMLoss
 from lora_core.runtime.devices import build_accelerator, with_precision
+from lora_core.runtime.ranks import first_on_each_machine, sum_over_ranks
 from lora_core.runtime.run_folder import write_text
 from lora_core.training.adapter_folder import load_adapter
 
@@ -98,8 +99,7 @@ def evaluate_examples(
         loss_sums.index_add_(0, example, result.token_losses.cpu().double())
         num_tokens.index_add_(0, example, torch.ones(len(example), dtype=torch.float64))
         num_correct += result.num_correct.cpu()
-    sums = torch.cat([loss_sums, num_tokens, num_correct])
-    sums = accelerator.reduce(sums.to(_reduce_device(accelerator)), "sum").cpu()
+    sums = sum_over_ranks(torch.cat([loss_sums, num_tokens, num_correct]))
     model.train(was_training)
     examples = ExampleLosses(
         sums[:num_examples].numpy(), sums[num_examples : 2 * num_examples].numpy().astype(np.int64)
@@ -126,11 +126,6 @@ def _place_of_loss_tokens(batch: dict[str, Any]) -> Tensor:
     return torch.searchsorted(ends, position + 1, right=True)
 
 
-def _reduce_device(accelerator: Accelerator) -> torch.device:
-    # MPS has no float64; everything else reduces where the model is.
-    return torch.device("cpu") if accelerator.device.type == "mps" else accelerator.device
-
-
 def evaluate_adapter(config: RunConfig, adapter_dir: str | Path) -> EvalResult:
     """Eval loss of a saved adapter, the way `train` measures it.
 
@@ -144,12 +139,12 @@ def evaluate_adapter(config: RunConfig, adapter_dir: str | Path) -> EvalResult:
     config, _ = with_precision(config)
     accelerator = build_accelerator(config)
     tokenizer = load_tokenizer(config.model, config.data)
-    with accelerator.main_process_first():
+    with first_on_each_machine():
         _, eval_data = load_data(config, tokenizer)
     if eval_data is None:
         raise ConfigError("there is no eval set; fix: data.eval_file=PATH or data.eval_fraction=0.1")
     adapted = load_adapter(config, adapter_dir, accelerator.device)
-    model = accelerator.prepare_model(CausalLMLoss(adapted), evaluation_mode=True)
+    model = accelerator.prepare_model(CausalLMLoss(adapted, config=config.train), evaluation_mode=True)
     return evaluate(accelerator, model, eval_data, eval_batching(config, pad_id(tokenizer)))
 
 
@@ -206,14 +201,19 @@ def write_examples(path: Path, data: EncodedFile, before: ExampleLosses) -> None
     write_text(path, json.dumps(columns) + "\n")
 
 
-def finish_examples(path: Path, after: ExampleLosses) -> Comparison | None:
-    """Add the losses after training to `write_examples`' file and compare; None if that is not what was written."""
+def compare_with_before(path: Path, now: ExampleLosses) -> Comparison | None:
+    """Compare with the losses in `write_examples`' file; None if that is not what was written."""
     try:
-        columns = json.loads(path.read_text(encoding="utf-8"))
-        before = np.array(columns["loss_before"], dtype=np.float64)
+        before = np.array(json.loads(path.read_text(encoding="utf-8"))["loss_before"], dtype=np.float64)
     except (OSError, ValueError, TypeError, KeyError):  # a run that was started before there was such a file
         return None
-    if before.shape != after.loss_sums.shape:
-        return None
-    write_text(path, json.dumps({**columns, "loss_after": after.means().tolist()}) + "\n")
-    return compare_examples(before, after.means(), after.num_tokens)
+    return compare_examples(before, now.means(), now.num_tokens) if before.shape == now.loss_sums.shape else None
+
+
+def finish_examples(path: Path, after: ExampleLosses) -> Comparison | None:
+    """Add the losses after training to `write_examples`' file and compare, as `compare_with_before`."""
+    comparison = compare_with_before(path, after)
+    if comparison is not None:
+        columns = json.loads(path.read_text(encoding="utf-8"))
+        write_text(path, json.dumps({**columns, "loss_after": after.means().tolist()}) + "\n")
+    return comparison

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from dataclasses import replace
@@ -10,21 +9,21 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
-
-from lora_core.config.schema import LoraConfig
 from lora_core.errors import ConfigError, counted
 from lora_core.report.page import write_report
 from lora_core.report.read import read_run
 from lora_core.report.verdict import judge, outcome_of
 from lora_core.runtime.devices import peak_memory_bytes
+from lora_core.runtime.ranks import from_first_rank, meet
 from lora_core.runtime.run_folder import write_json
 from lora_core.training.adapter_folder import save_adapter
 from lora_core.training.card import write_card
 from lora_core.training.checkpoint import find_checkpoint, restore_adapter
 from lora_core.training.evaluate import Comparison, finish_examples
-from lora_core.training.loop import EVAL_EXAMPLES, Run, log
-from lora_core.training.summary import Summary, adapter_norm, command_again, hardware, versions
+from lora_core.training.generation import Reply
+from lora_core.training.loop import EVAL_EXAMPLES, Run
+from lora_core.training.summary import Summary, adapter_norm, command_again, git_commit, hardware, versions
+from lora_core.training.trackers import Trackers
 from lora_core.untrusted.text import printable
 
 
@@ -35,27 +34,29 @@ def finish(run: Run, started: float) -> Summary:
         started: `time.monotonic()` at the start of the run.
     """
     progress, say = run.progress, run.say
+    run.average(True)
     adapter_step = take_best_adapter(run)
     # Measured already, unless the best step was before a resume.
     examples = run.example_losses.get(adapter_step) or run.measure_examples()
     replies = run.reply("after")
+    run.keep_replies(replies, adapter_step)
     adapter_dir = run.folder / "adapter"
     save_adapter(run.accelerator, run.model, run.facts.tokenizer, run.config, run.facts.train_data.counts, adapter_dir)
     summary = None
     if run.accelerator.is_main_process:
         comparison = finish_examples(run.folder / EVAL_EXAMPLES, examples) if examples is not None else None
         for sample in _samples(run, replies):
-            run.metrics.write("sample", **sample)
-            say(f"\nuser:     {printable(sample['prompt'])}")
+            run.journal.record("sample", sample)
+            say(f"\nuser:     {printable(sample['prompt'])}", "event")
             for name in ("before", "after", "expected"):
-                say(f"{name + ':':<9} {printable(sample[name])}")
-        run.metrics.close()
+                say(f"{name + ':':<9} {printable(sample[name])}", "event")
+        run.journal.metrics.close()
         summary = _summary(run, adapter_step, adapter_dir, comparison, started)
         seen = replace(read_run(run.folder), summary=summary.to_dict())
         summary = replace(summary, verdict=judge(outcome_of(seen)).sentence)
         write_json(run.folder / "summary.json", summary.to_dict())
         write_card(adapter_dir, run.config, run.facts.train_data.counts, summary.to_dict())
-        say("")
+        say("", "event")
         try:
             say(f"report: {write_report(run.folder)}")
         except ConfigError as error:  # a page that cannot be drawn costs nobody the run
@@ -67,13 +68,15 @@ def finish(run: Run, started: float) -> Summary:
             f"adapter ({which}) in {adapter_dir}"
         )
         if progress.num_skipped_steps:
-            say(f"warning: {counted(progress.num_skipped_steps, 'step')} not applied: loss or gradient not finite")
-        say(summary.verdict)
-    (summary,) = broadcast_object_list([summary])  # the others wait here until all is written
-    run.accelerator.wait_for_everyone()  # the main process must not end before each has it
+            skipped = counted(progress.num_skipped_steps, "step")
+            say(f"warning: {skipped} not applied: loss or gradient not finite", "always")
+        for alarm in progress.watch.raised:
+            say(f"alarm at step {alarm['step']}: {alarm['message']}  [{alarm['id']}]", "always")
+        say(summary.verdict, "always")
+    summary = from_first_rank(lambda: summary)  # the others wait here until all is written
+    meet()  # the main process must not end before each has it
     assert isinstance(summary, Summary)
-    for callback in run.callbacks:
-        callback.on_end(summary)
+    run.journal.ended(summary)
     return summary
 
 
@@ -82,22 +85,25 @@ def take_best_adapter(run: Run) -> int:
     progress, path = run.progress, run.checkpoint_path(run.progress.best_step)
     if run.config.train.keep_adapter == "last" or progress.best is None or progress.best_step == progress.step:
         return progress.step
-    if not path.is_dir():  # it could not be written, and train.on_save_error=continue
-        log(run.accelerator, f"warning: {path} is missing, so adapter/ is of the last step, not of the best one")
+    best = from_first_rank(
+        lambda: find_checkpoint(run.folder, path, run.say, may_rename=False) if path.is_dir() else None
+    )
+    if best is None:  # it could not be written, and train.on_save_error=continue
+        run.say(f"warning: {path} is missing, so adapter/ is of the last step, not of the best one", "always")
         return progress.step
-    restore_adapter(find_checkpoint(run.folder, path, run.say, may_rename=False), run.model)
+    restore_adapter(best, run.model)
     progress.after = progress.best
     return progress.best_step
 
 
-def _samples(run: Run, replies: list[str]) -> list[dict[str, Any]]:
+def _samples(run: Run, replies: list[Reply]) -> list[dict[str, Any]]:
     """Each prompt with the replies before and after, and with what its example says."""
     before = dict(enumerate(run.progress.replies_before or []))
     return [
         {
             "prompt": prompt["messages"][-1]["content"],
             "before": before.get(number, "(not recorded: train.num_sample_replies was lower when the run began)"),
-            "after": reply,
+            "after": reply.text,
             "expected": prompt["expected"],
             "from": prompt["from"],
             "line": prompt["line"],
@@ -136,7 +142,10 @@ def _summary(run: Run, adapter_step: int, adapter_dir: Path, comparison: Compari
         stopped_early_at_step=progress.step if progress.step < plan.total_optimizer_steps else None,
         best_step=progress.best_step if progress.best else None,
         adapter_step=adapter_step,
-        adapter_norm=adapter_norm(adapter_dir, _scaling(run.config.lora)),
+        adapter_norm=adapter_norm(adapter_dir),
+        alarms=progress.watch.raised,
+        tracker_failures=_tracker_failures(run),
+        git_commit=git_commit(),
         micro_batch_limit=run.batching.limit,
         world_size=run.accelerator.num_processes,
         resumed_at_step=run.resumed_at_step,
@@ -151,5 +160,7 @@ def _summary(run: Run, adapter_step: int, adapter_dir: Path, comparison: Compari
     )
 
 
-def _scaling(lora: LoraConfig) -> float:
-    return lora.alpha / (math.sqrt(lora.rank) if lora.use_rslora else lora.rank)
+def _tracker_failures(run: Run) -> dict[str, int]:
+    """Calls that a tracker failed at so far."""
+    trackers = (callback for callback in run.journal.callbacks if isinstance(callback, Trackers))
+    return {name: number for each in trackers for name, number in each.failures.items()}

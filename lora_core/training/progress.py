@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lora_core.training.alarms import Watch
 from lora_core.training.evaluate import EvalResult
 
 
@@ -31,14 +32,19 @@ class Progress:
     micro_batch_limit: int | None = None
     """`Batching.limit`, where memory was too short for the configured one."""
     replies_before: list[str] | None = None
+    ended_before: list[bool] | None = None
+    """Whether each of them came to an end."""
+    watch: Watch = field(default_factory=Watch)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Progress:
+        """What an earlier version did not write yet has its value of the start."""
         results = {key: EvalResult(**values[key]) for key in ("before", "after", "best") if values[key] is not None}
-        return cls(**{**values, **results})
+        watch = {"watch": Watch.from_dict(values["watch"])} if "watch" in values else {}
+        return cls(**{**values, **results, **watch})
 
     def note_evaluation(self, result: EvalResult) -> bool:
         """Remember an evaluation; returns whether it is the best so far."""

@@ -12,42 +12,44 @@ from torch import nn
 
 from lora_core.config.schema import RunConfig
 from lora_core.data.counts import EncodedFile
-from lora_core.encoding.forms import render_prompt
 from lora_core.errors import DataError
 from lora_core.rows.messages import Conversation, Message, parse_json_row, shape_of
+from lora_core.runtime.ranks import gather_from_ranks
+from lora_core.training.generation import Reply, encode_prompt, generate_reply
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase
 
 
-@torch.no_grad()
 def sample_reply(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     tools: Any,
     max_new_tokens: int,
+    in_step: bool = False,
 ) -> str:
-    """The model's greedy reply to messages that end with a user's turn."""
-    was_training = model.training
-    model.eval()
-    text = render_prompt(tokenizer, Conversation(list(messages), tools))
-    prompt = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
-    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    output = model.generate(
-        **prompt,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        use_cache=True,
-        pad_token_id=pad_token_id,
-    )
-    model.train(was_training)
-    reply = str(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
-    return reply.strip()
+    """The text of `greedy_reply`."""
+    return greedy_reply(model, tokenizer, messages, tools, max_new_tokens, in_step).text
+
+
+def greedy_reply(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: Any,
+    max_new_tokens: int,
+    in_step: bool = False,
+) -> Reply:
+    """The model's greedy reply to messages that end with a user's turn.
+
+    Args:
+        model: with `generate`, such as transformers' own or a `CausalLMLoss`.
+        in_step: all ranks answer, and none stops before the others: each token needs weights of all.
+    """
+    prompt = encode_prompt(tokenizer, Conversation(list(messages), tools))
+    return generate_reply(model, tokenizer, prompt, max_new_tokens, in_step=in_step)
 
 
 def sample_prompts(config: RunConfig, train_data: EncodedFile, eval_data: EncodedFile | None) -> list[dict[str, Any]]:
@@ -61,7 +63,7 @@ def sample_prompts(config: RunConfig, train_data: EncodedFile, eval_data: Encode
         return []
     source, data = ("train", train_data) if eval_data is None else ("eval", eval_data)
     wanted = [*dict.fromkeys(int(line) for line in data.dataset[: 4 * config.train.num_sample_replies]["line"])]
-    by_line = _lines(data.places.path, set(wanted))
+    by_line = lines_by_number(data.places.path, set(wanted))
     prompts: list[dict[str, Any]] = []
     for line in wanted:
         conversation = parse_json_row(by_line[line], shape_of(config.data))
@@ -81,8 +83,12 @@ def _expected(message: Message) -> str:
     return "\n".join(filter(None, [message["content"], *calls]))
 
 
-def _lines(path: Path, wanted: set[int]) -> dict[int, str]:
-    """The lines with these 1-based numbers."""
+def lines_by_number(path: Path, wanted: set[int]) -> dict[int, str]:
+    """The lines with these 1-based numbers.
+
+    Raises:
+        DataError: there are fewer lines, so the file is another one by now.
+    """
     found: dict[int, str] = {}
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
@@ -91,8 +97,13 @@ def _lines(path: Path, wanted: set[int]) -> dict[int, str]:
                 if len(found) == len(wanted):
                     break
     if len(found) < len(wanted):
-        raise DataError(f"{path}: changed while the run was starting; fix: start the run again")
+        raise DataError(f"{path}: changed since its rows were encoded; fix: start again")
     return found
+
+
+def describe_reply(prompt: dict[str, Any], reply: Reply) -> dict[str, Any]:
+    """For metrics.jsonl: what was asked, and what was answered."""
+    return {"prompt": prompt["messages"][-1]["content"], "reply": reply.text, "ended": reply.is_whole}
 
 
 def reply_to_all(
@@ -101,18 +112,19 @@ def reply_to_all(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[dict[str, Any]],
     max_new_tokens: int,
-) -> list[str]:
-    """Every rank answers its share; all get all answers, in order."""
-    from accelerate.utils import gather_object
-
+) -> list[Reply]:
+    """Every rank answers its share; all get all answers, in order. Under FSDP all ranks answer all, together."""
     if not prompts:
         return []
-    adapted = accelerator.unwrap_model(model).model
-    mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
+    sharded = accelerator.is_fsdp2
+    unwrapped = accelerator.unwrap_model(model)
+    mine = range(len(prompts)) if sharded else range(accelerator.process_index, len(prompts), accelerator.num_processes)
     # Generation takes a token at a time and grows a cache: train.torch_compile would compile for that anew.
-    with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
+    with accelerator.autocast(), accelerator.unwrap_model(model).autocast(), torch.compiler.set_stance("force_eager"):
         replies = [
-            (i, sample_reply(adapted, tokenizer, prompts[i]["messages"], prompts[i]["tools"], max_new_tokens))
-            for i in mine
+            (i, greedy_reply(unwrapped, tokenizer, asked["messages"], asked["tools"], max_new_tokens, sharded))
+            for i, asked in ((i, prompts[i]) for i in mine)
         ]
-    return [reply for _, reply in sorted(gather_object(replies))]
+    if not sharded:
+        replies = [each for of_rank in gather_from_ranks(replies) for each in of_rank]
+    return [reply for _, reply in sorted(replies, key=lambda numbered: numbered[0])]

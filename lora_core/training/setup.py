@@ -9,23 +9,37 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from torch.distributed.fsdp import register_fsdp_forward_method
 
+from lora_core.config.load import with_overrides
 from lora_core.config.schema import RunConfig
 from lora_core.data.counts import EncodedFile
 from lora_core.data.encoded import load_data, pad_id
 from lora_core.data.in_memory import with_rows
 from lora_core.data.packing import train_batching
 from lora_core.encoding.chat import text_spans
-from lora_core.errors import counted
+from lora_core.errors import ConfigError, counted
 from lora_core.model.base import add_adapter, compile_layers, describe_parameters, load_base_model, load_tokenizer
+from lora_core.model.lora_linear import left_to_peft
 from lora_core.model.loss import CausalLMLoss, check_head
 from lora_core.model.optimizer import build_optimizer, build_scheduler
+from lora_core.model.starting_adapter import find_starting_adapter, put_on
 from lora_core.preflight.memory import micro_batch_limit_that_fits
-from lora_core.preflight.preflight import eval_source, gather_facts, refuse_errors, report, run_checks
-from lora_core.runtime.devices import build_accelerator, look_around, seed_everything, with_precision
+from lora_core.preflight.plan import with_learning_rate
+from lora_core.preflight.preflight import (
+    describe_schedule,
+    eval_source,
+    first_step,
+    gather_facts,
+    refuse_errors,
+    report,
+    run_checks,
+)
+from lora_core.runtime.console import Console
+from lora_core.runtime.devices import build_accelerator, build_scaler, look_around, seed_everything, with_precision
 from lora_core.runtime.faults import naming_lost_ranks
 from lora_core.runtime.launcher import end_with_launcher
+from lora_core.runtime.ranks import first_on_each_machine, from_first_rank, meet
 from lora_core.runtime.run_folder import (
     MetricsFile,
     check_run_folder,
@@ -35,24 +49,24 @@ from lora_core.runtime.run_folder import (
     write_text,
 )
 from lora_core.schedule import SchedulePlan
+from lora_core.training.adapter_folder import save_adapter_start
 from lora_core.training.callbacks import Callback
-from lora_core.training.checkpoint import (
-    CheckpointWriter,
-    check_same_run,
-    data_hash,
-    find_checkpoint,
-    restore,
-    set_aside_newer,
-)
+from lora_core.training.checkpoint import CheckpointWriter, find_checkpoint, read_checkpoint, restore, set_aside_newer
+from lora_core.training.end import RecordedEnd, recorded_end
 from lora_core.training.finish import finish
+from lora_core.training.journal import Journal
+from lora_core.training.lookout import Lookout
 from lora_core.training.loop import Run
 from lora_core.training.progress import Progress
 from lora_core.training.replies import sample_prompts
+from lora_core.training.resume import check_same_run, data_hash, keep_rows_per_step, plan_to_resume
 from lora_core.training.summary import Summary
-from lora_core.untrusted.text import showable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+MORE_STEPS = "; no step is left; for more: train.extend=true and a larger train.num_train_epochs or train.max_steps"
 
 
 def train(
@@ -62,6 +76,7 @@ def train(
     rows: Iterable[Mapping[str, Any]] | None = None,
     eval_rows: Iterable[Mapping[str, Any]] | None = None,
     callbacks: Sequence[Callback] = (),
+    console: Console | None = None,
 ) -> Summary:
     """Fine-tune as the configuration says; returns what is written to `summary.json`.
 
@@ -73,6 +88,7 @@ def train(
         rows: dicts as a line of a file may hold, or a `datasets.Dataset` of them, in place of `data.train_file`.
         eval_rows: the same, in place of `data.eval_file`.
         callbacks: told of log lines, evaluations, checkpoints and the end, in the main process.
+        console: where lines and events go; None prints lines to stdout.
 
     Raises:
         RunStopped: SIGTERM, SIGINT or SIGUSR1 came; a checkpoint was written.
@@ -82,25 +98,37 @@ def train(
     end_with_launcher()
     config, precision = with_precision(with_rows(config, rows, eval_rows))
     accelerator = build_accelerator(config)
+    console = console or Console()
     if precision is not None:
-        accelerator.print(precision)
-    with naming_lost_ranks(accelerator, config.train.rank_timeout_s):
-        run = _set_up(config, accelerator, resume, callbacks)
+        console.say(precision)
+    with naming_lost_ranks(accelerator, config.train.rank_timeout_s), recorded_end(config, console) as end:
+        run = _set_up(config, accelerator, resume, callbacks, console, end)
         run.train()
         return finish(run, started)
 
 
 def _set_up(
-    config: RunConfig, accelerator: Accelerator, resume: str | Path | None, callbacks: Sequence[Callback]
+    config: RunConfig,
+    accelerator: Accelerator,
+    resume: str | Path | None,
+    callbacks: Sequence[Callback],
+    console: Console,
+    end: RecordedEnd,
 ) -> Run:
     """Everything up to the first step, or to the step that a checkpoint was written after."""
+    say = console.say
 
-    def say(line: str) -> None:
-        accelerator.print(showable(line))
-
+    folder = Path(config.output_dir).expanduser()
+    checkpoint, asked_config = None, config
+    if resume is not None:  # how many examples a step has is in the checkpoint
+        asked = None if resume == "newest" else Path(resume)
+        checkpoint = from_first_rank(lambda: find_checkpoint(folder, asked, say, may_rename=True))
+        config, replanned = keep_rows_per_step(checkpoint, config, accelerator.num_processes)
+        if replanned is not None:
+            say(f"resume: {replanned}")
     # Data first: it is cheap, and most mistakes are in it.
     tokenizer = load_tokenizer(config.model, config.data)
-    with accelerator.main_process_first():
+    with first_on_each_machine():
         train_data, eval_data = load_data(config, tokenizer)
     say(f"train: {config.data.train_source}: {train_data.counts}")
     for note in train_data.places.notes:
@@ -110,34 +138,43 @@ def _set_up(
         for note in eval_data.places.notes if config.data.eval_file is not None else ():
             say(f"       {note}")
     # What the main process sees decides for all: free memory and disk differ from moment to moment.
-    environment = broadcast_object_list([look_around(config, accelerator.num_processes)])[0]
+    environment = from_first_rank(lambda: look_around(config, accelerator.num_processes))
     if resume is not None:  # the run that is there is the one to resume
         environment = replace(environment, output_dir_problem=None)
+    config, rate = with_learning_rate(config, len(train_data.lengths), accelerator.num_processes)
+    if rate is not None:
+        asked_config = with_overrides(asked_config, [f"train.learning_rate={config.train.learning_rate!r}"])
+        say(rate)
+    fingerprint = data_hash(train_data, eval_data)
+    if checkpoint is not None:
+        for difference in check_same_run(checkpoint, config, fingerprint, accelerator.num_processes):
+            say(f"resume: {difference}")
     say("checking the run, and predicting its memory ...")
     facts = gather_facts(config, environment, tokenizer, train_data, eval_data)
+    if checkpoint is not None:
+        facts = replace(facts, plan=plan_to_resume(checkpoint, config, facts.plan))
     plan = facts.plan
+    is_extended = checkpoint is not None and plan.before is not None and plan.first_step == checkpoint.step
     say(describe_plan(plan, config))
     say(str(facts.memory or "predicted peak memory: not known"))
     findings = run_checks(facts)
     refuse_errors(findings, config.preflight.allow)
     for finding in findings:
-        say(str(finding))
+        say(str(finding), "detail" if finding.severity == "note" else "always")
 
-    fingerprint = data_hash(train_data, eval_data)
-    folder = Path(config.output_dir).expanduser()
-    checkpoint = None
-    if resume is None:
-        check_run_folder(config.output_dir, config.overwrite_output_dir)
-    else:
-        asked = None if resume == "newest" else Path(resume)
-        checkpoint = find_checkpoint(folder, asked, say, accelerator.is_main_process)
-        for difference in check_same_run(checkpoint, config, fingerprint, accelerator.num_processes):
-            say(f"resume: {difference}")
-    accelerator.wait_for_everyone()  # all have looked before one writes
+    if checkpoint is None:
+        from_first_rank(lambda: check_run_folder(config.output_dir, config.overwrite_output_dir))
+    meet()  # all have looked before one writes
 
     say(f"loading {config.model.name_or_path} ...")
     base = load_base_model(config.model, accelerator.device, config.data.packing)
     adapted = add_adapter(base, config.lora, config.train.seed, config.train.gradient_checkpointing)
+    start = find_starting_adapter(config.model) if checkpoint is None else None
+    if start is not None:
+        if start.is_checkpoint:
+            read_checkpoint(start.weights.parent)  # whole, or said so
+        put_on(start, adapted)
+        say(f"adapter: starts as {start.weights.parent}, trained on {start.base_model}")
     check_head(adapted)
     if config.train.torch_compile:
         compile_layers(adapted)
@@ -149,16 +186,28 @@ def _set_up(
             for name in set_aside_newer(checkpoint):
                 say(f"resume: a later checkpoint was renamed to {name}")
         write_text(folder / "config.yaml", config.to_yaml())
+        if config.lora.changes_base_weights:
+            save_adapter_start(adapted, folder)
         write_json(folder / "preflight.json", report(facts, findings))
         write_json(folder / "rows.json", rows_as_seen(tokenizer, train_data))
-    accelerator.wait_for_everyone()
+    resumed_at_step = checkpoint.step if checkpoint else None
+    end.begin(folder, fingerprint, resumed_at_step, accelerator.is_main_process)
+    meet()
     say(f"model: {config.model.name_or_path} on {accelerator.device}: {describe_parameters(adapted)}")
-    optimizer = build_optimizer(adapted, config.train, accelerator.device)
+    if others := left_to_peft(adapted):
+        say(
+            f"       {counted(others, 'layer')} of the adapter {'is' if others == 1 else 'are'} computed by PEFT itself"
+        )
+    optimizer = build_optimizer(adapted, config.train, accelerator.device, config.lora.loraplus_lr_ratio)
     scheduler = build_scheduler(optimizer, plan)
-    model, optimizer = accelerator.prepare(CausalLMLoss(adapted), optimizer)
+    model, optimizer = accelerator.prepare(CausalLMLoss(adapted, config=config.train), optimizer)
+    register_fsdp_forward_method(model, "generate")  # it gathers embedding and head; without FSDP this does nothing
     seed_everything(config.train.seed, accelerator.process_index)
+    told = (*end.trackers, *callbacks) if accelerator.is_main_process else ()
+    journal = Journal(console, MetricsFile(folder / "metrics.jsonl", accelerator.is_main_process), told)
     run = Run(
         config=config,
+        asked_config=asked_config,
         accelerator=accelerator,
         facts=facts,
         fingerprint=fingerprint,
@@ -167,39 +216,57 @@ def _set_up(
         optimizer=optimizer,
         scheduler=scheduler,
         batching=train_batching(config, pad_id(tokenizer)),
-        metrics=MetricsFile(folder / "metrics.jsonl", accelerator.is_main_process),
+        scaler=build_scaler(config, accelerator),
         writer=CheckpointWriter(accelerator),
         prompts=sample_prompts(config, train_data, eval_data),
         progress=Progress(),
-        resumed_at_step=checkpoint.step if checkpoint else None,
-        callbacks=callbacks if accelerator.is_main_process else (),
+        resumed_at_step=resumed_at_step,
+        journal=journal,
+        lookout=Lookout(config, plan, journal),
     )
     if checkpoint is None:
         run.progress.micro_batch_limit = micro_batch_limit_that_fits(facts)
         if eval_data is not None:
             say(f"evaluating {counted(len(eval_data.lengths), 'example')} before training ...")
         run.progress.before = run.progress.after = run.measure()
-        run.progress.replies_before = run.reply("before")
+        replies = run.reply("before")
+        run.progress.replies_before = [reply.text for reply in replies]
+        run.progress.ended_before = [reply.is_whole for reply in replies]
+        run.keep_replies(replies, 0)
     else:
-        run.progress = Progress.from_dict({key: checkpoint.state[key] for key in Progress().to_dict()})
-        restore(checkpoint, accelerator, model, optimizer, scheduler)
-        say(f"resume: from {checkpoint.path}, at step {run.progress.step} of {plan.total_optimizer_steps}")
+        known = Progress().to_dict().keys() & checkpoint.state.keys()
+        run.progress = Progress.from_dict({key: checkpoint.state[key] for key in known})
+        if is_extended:
+            run.progress.evaluations_since_best = 0
+        if run.lookout.stops(run.progress):
+            raise ConfigError(f"--resume {checkpoint.path}: {run.lookout.why(run.progress)}")
+        restore(checkpoint, accelerator, model, optimizer, None if is_extended else scheduler)
+        if run.scaler is not None:
+            run.scaler.load_state_dict(checkpoint.state["scaler"])
+        left = "" if run.progress.step < plan.total_optimizer_steps else MORE_STEPS
+        say(f"resume: from {checkpoint.path}, at step {run.progress.step} of {plan.total_optimizer_steps}{left}")
     if run.progress.micro_batch_limit is not None:
         run.batching = run.batching.limited(run.progress.micro_batch_limit)
     return run
 
 
 def describe_plan(plan: SchedulePlan, config: RunConfig) -> str:
-    """Two lines for the log."""
+    """Two lines for the log, and one more of a short run."""
     train = config.train
     processes = "1 process" if plan.num_processes == 1 else f"{plan.num_processes} processes"
-    return (
+    lines = (
         f"plan:  {counted(plan.num_rows, 'example')} / ({train.per_device_train_batch_size} per device x "
         f"{counted(train.gradient_accumulation_steps, 'accumulation step')} x {processes}) = "
         f"{counted(plan.optimizer_steps_per_epoch, 'optimizer step')} per epoch, {plan.total_optimizer_steps} in all\n"
         f"       {counted(plan.warmup_steps, 'warmup step')}, peak learning rate {plan.peak_learning_rate:.3g} "
-        f"({plan.peak_fraction:.1%} of {train.learning_rate:g})"
+        f"({plan.peak_fraction:.1%} of {train.peak_learning_rate:g}), {describe_schedule(plan)}"
     )
+    if config.lora.loraplus_lr_ratio is not None:
+        peak = plan.peak_learning_rate * config.lora.loraplus_lr_ratio
+        lines += f"\n       LoRA+: B learns at {config.lora.loraplus_lr_ratio:g} times these rates, at most {peak:.3g}"
+    if plan.before is not None:
+        lines += f"\n       planned anew from step {plan.first_step} on: a schedule of {plan.scheduled_steps} steps"
+    return "\n".join([lines, *first_step(plan)])
 
 
 def rows_as_seen(tokenizer: PreTrainedTokenizerBase, data: EncodedFile, num_rows: int = 12) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import math
 import platform
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -71,6 +72,12 @@ class Summary:
     """Step that the adapter in `adapter_dir` is of."""
     adapter_norm: float
     """Frobenius norm of all that the adapter adds to the base's weights; 0 before the first step."""
+    alarms: list[dict[str, Any]]
+    """Raised while it ran, each with its step; see `alarms.py`."""
+    tracker_failures: dict[str, int]
+    """Calls that a tracker failed at, of those with any."""
+    git_commit: str | None
+    """Checked out in `working_dir` when the run ended; None where that is no git repository."""
     micro_batch_limit: int
     """Of a micro-batch: tokens where it is packed, examples where it is padded."""
     world_size: int
@@ -108,6 +115,15 @@ def versions() -> dict[str, str]:
     }
 
 
+def git_commit() -> str | None:
+    """The commit that is checked out in the working folder; what is not committed does not show in it."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):  # no git here
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
 def hardware(num_processes: int) -> str:
     """Such as `1 x NVIDIA H100 80GB HBM3; 16 cores of AMD EPYC 9654`."""
     cores = f"{allowed_cores()} cores of {_processor()}" if allowed_cores() > 1 else f"1 core of {_processor()}"
@@ -123,12 +139,16 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def adapter_norm(adapter_dir: Path, scaling: float) -> float:
+def adapter_norm(adapter_dir: Path) -> float:
     """Frobenius norm of the update that a saved adapter adds: sqrt(sum over modules of ||scaling * B A||^2).
 
     Of B A (out, in) only the two (r, r) Gram matrices are made: ||B A||^2 = sum((B^T B) * (A A^T)). B starts at zero,
-    so the norm is how far training has moved the weights. DoRA's magnitudes are not in it.
+    so the norm is how far training has moved the weights. DoRA's magnitudes and what is trained whole are not in it.
     """
+    from peft import LoraConfig
+    from peft.utils.other import get_pattern_key
+
+    settings = LoraConfig.from_pretrained(str(adapter_dir))
     square = 0.0
     with safe_open(adapter_dir / "adapter_model.safetensors", framework="pt") as file:
         names = list(file.keys())
@@ -136,8 +156,11 @@ def adapter_norm(adapter_dir: Path, scaling: float) -> float:
             if "lora_B" in name:
                 up = file.get_tensor(name).double()  # (out, r)
                 down = file.get_tensor(name.replace("lora_B", "lora_A")).double()  # (r, in)
-                square += float(((up.T @ up) * (down @ down.T)).sum())
-    return scaling * math.sqrt(max(0.0, square))
+                module = name.split(".lora_B")[0]
+                alpha = settings.alpha_pattern.get(get_pattern_key(settings.alpha_pattern, module), settings.lora_alpha)
+                scaling = alpha / (math.sqrt(len(down)) if settings.use_rslora else len(down))
+                square += scaling**2 * float(((up.T @ up) * (down @ down.T)).sum())
+    return math.sqrt(max(0.0, square))
 
 
 # What may stand between a shell and this process.

@@ -23,6 +23,7 @@ from lora_core.data.counts import EncodedFile
 from lora_core.data.encoded import load_data
 from lora_core.errors import ConfigError
 from lora_core.model.base import load_tokenizer
+from lora_core.preflight.plan import with_learning_rate
 from lora_core.runtime.devices import with_precision
 from lora_core.runtime.faults import free_memory
 from lora_core.verification.gradients import NUM_GRADIENT_ROWS, check_gradients, float32_overrides
@@ -50,6 +51,7 @@ def verify(config: RunConfig, say: Callable[[str], None] = print) -> Verificatio
     config, _ = with_precision(config)
     tokenizer = load_tokenizer(config.model, config.data)
     train_data, eval_data = load_data(config, tokenizer)
+    config, _ = with_learning_rate(config, len(train_data.lengths), 1)
 
     say("mask: every row")
     checks = [check_masks("training set", config.data.train_source, train_data, tokenizer, config.data)]

@@ -50,7 +50,7 @@ class OneStep:
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.02)
         self.optimizer = KeepsGradients([p for p in self.adapted.parameters() if p.requires_grad])
-        self.model = self.accelerator.prepare(CausalLMLoss(self.adapted))
+        self.model = self.accelerator.prepare(CausalLMLoss(self.adapted, config=config.train))
         self.model.eval()  # the base's own dropout, if it has any, must not differ between them
 
     def gradient(self, batches: Sequence[dict[str, Any]]) -> Tensor:
@@ -105,7 +105,7 @@ def check_gradients(config: RunConfig, data: EncodedFile, tokenizer: PreTrainedT
 
 def float32_overrides(config: RunConfig) -> list[str]:
     """What shows a difference in the maths and not in the rounding."""
-    overrides = ["model.dtype=float32", "train.bf16=false", "lora.dropout=0.0"]
+    overrides = ["model.dtype=float32", "train.bf16=false", "train.fp16=false", "lora.dropout=0.0"]
     if config.model.attn_implementation.startswith("flash"):
         overrides.append("model.attn_implementation=sdpa")  # flash attention has no float32
     return overrides

@@ -27,8 +27,8 @@ def check_masks(
         DataError: the file has changed since it was encoded.
     """
     config = config or DataConfig()
-    reader = MaskReader(tokenizer, config.train_on)
-    encoder = ChatEncoder(tokenizer, config.train_on)
+    reader = MaskReader(tokenizer, config.train_on, config.mask_reasoning)
+    encoder = ChatEncoder(tokenizer, config.train_on, config.mask_reasoning)
     cut = 0
     problems = []
     for row, line in _rows_with_lines(data.places.path, data):

@@ -40,7 +40,7 @@ def check_reload(config: RunConfig, folder: Path) -> Check:
     _, eval_data = load_data(config, tokenizer)
     assert eval_data is not None
     adapted = load_adapter(config, folder / "adapter", accelerator.device)
-    model = accelerator.prepare_model(CausalLMLoss(adapted), evaluation_mode=True)
+    model = accelerator.prepare_model(CausalLMLoss(adapted, config=config.train), evaluation_mode=True)
     loss = evaluate(accelerator, model, eval_data, eval_batching(config, pad_id(tokenizer))).loss
     difference = abs(loss - logged)
     return Check.judged(

@@ -19,7 +19,7 @@ from lora_core.config.schema import RunConfig
 from lora_core.data.counts import EncodedFile
 from lora_core.data.packing import RowIndices
 from lora_core.errors import ConfigError, TrainingError, counted
-from lora_core.preflight.preflight import plan_for
+from lora_core.preflight.plan import plan_for
 from lora_core.training.setup import train
 from lora_core.verification.gradients import short_rows
 from lora_core.verification.table import Check
@@ -60,6 +60,8 @@ def short_run(config: RunConfig, train_data: EncodedFile, eval_data: EncodedFile
         "train.logging_steps=1",
         "train.eval_steps=null",
         "train.num_sample_replies=0",
+        "train.on_alarm=warn",
+        "train.report_to=[]",
         "train.on_save_error=error",
         f"train.per_device_train_batch_size={batch_size}",
         f"train.gradient_accumulation_steps={accumulation}",
@@ -208,4 +210,5 @@ def events(folder: Path) -> list[dict[str, Any]]:
 
 
 def _losses(folder: Path) -> list[tuple[Any, ...]]:
-    return [(event["event"], event["step"], event["loss"], event.get("grad_norm")) for event in events(folder)]
+    measured = [event for event in events(folder) if event["event"] in ("train", "eval")]
+    return [(event["event"], event["step"], event["loss"], event.get("grad_norm")) for event in measured]

@@ -8,11 +8,12 @@ import jsonschema
 import pytest
 import yaml
 
-from lora_core.config import keys
+from lora_core.config import synonyms
 from lora_core.config.keys import config_keys, json_schema
 from lora_core.config.load import load_config
 from lora_core.config.schema import ALL_SEVEN_PROJECTIONS, RunConfig, TrainConfig
 from lora_core.errors import ConfigError
+from lora_core.learning_rate import suggest_learning_rate
 from tests.conftest import ROOT
 
 SHIPPED = {  # rank, alpha, dropout, epochs, batch, accumulation
@@ -65,7 +66,7 @@ def test_shipped_values(name: str) -> None:
 
 def test_base_yaml_holds_every_default_and_a_word_on_each() -> None:
     text = (ROOT / "configs/base.yaml").read_text(encoding="utf-8")
-    written = yaml.load(re.sub(r": 5e-5\b", ": 5.0e-5", text), yaml.SafeLoader)
+    written = yaml.load(re.sub(r": (\d)e-", r": \1.0e-", text), yaml.SafeLoader)
     defaults = RunConfig().model_dump(mode="json")
     del defaults["output_dir"]  # comes from the config's name
     assert written == defaults
@@ -117,8 +118,8 @@ def test_every_problem_is_reported_at_once_with_place_value_limit_and_nearest_ke
         ("extends: 3", "must be the name of a file"),
         ("? [a]\n: b", "a key must be a plain string"),
         ("data: {eval_file: a.jsonl, eval_fraction: 0.1}", "both name an eval set"),
-        ("lora: {target_modules: [1]}", "must be a list of str or all-linear"),
-        ("learning_rate: 1e-4", "nearest: train.learning_rate"),
+        ("lora: {target_modules: [1]}", "must be a list of str or a str"),
+        ("learning_rat: 1e-4", "nearest: train.learning_rate"),
     ],
 )
 def test_broken_files_give_one_clear_error(tmp_path: Path, content: str, expected: str) -> None:
@@ -150,8 +151,10 @@ def test_legacy_training_args_work_as_they_are(tmp_path: Path) -> None:
     assert "--model Qwen/Qwen2.5-0.5B-Instruct" in problems(cfg=file)
     assert "--model x/y is not among them" in problems(cfg=file, model="x/y")
     file.write_text(LEGACY.replace("lora_rank: 8", "lora_rnk: 8"))
-    assert "lora_rnk = 8: unknown key; nearest: lora_rank" in problems(cfg=file, model="Qwen/Qwen2.5-7B-Instruct")
-    assert "only for a legacy file" in problems(cfg="qwen7b", model="x/y")
+    assert "lora_rnk = 8: unknown key; nearest: lora_rank, which is lora.rank" in problems(
+        cfg=file, model="Qwen/Qwen2.5-7B-Instruct"
+    )
+    assert "only for a file keyed by model id" in problems(cfg="qwen7b", model="x/y")
 
 
 def test_a_users_file_extends_a_shipped_configuration_from_any_folder(
@@ -175,7 +178,7 @@ def test_what_other_tools_call_a_key_is_known(theirs: str, ours: str) -> None:
 
 
 def test_every_other_name_leads_to_a_key_that_there_is() -> None:
-    assert set(keys._ALSO_CALLED.values()) <= set(config_keys())
+    assert set(synonyms.SAME.values()) <= set(config_keys())
 
 
 def test_one_warmup_alone_is_enough_in_python_too() -> None:
@@ -195,3 +198,49 @@ def test_the_schema_for_editors_is_of_these_models_and_takes_every_shipped_confi
         jsonschema.validate(values, schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"train": {"warmup": 5}}, schema)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "said"),
+    [
+        ("report_to", "not a key here: no tracker is called"),
+        ("push_to_hub", "not a key here: nothing is uploaded"),
+        ("load_in_4bit", "nearest: model.quantization "),
+        ("train.resume_from_checkpoint", "not a key here: lora-core train --resume"),
+        ("load_best_model_at_end", "nearest: train.keep_adapter "),
+        ("cutoff_len", "nearest: data.max_seq_length "),
+        ("val_size", "nearest: data.eval_fraction "),
+        ("train.num_train_epoch", "nearest: train.num_train_epochs "),
+        ("wibble", "sections: model, lora, data, train, preflight"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_what_is_meant_and_not_with_what_is_spelled_alike(
+    theirs: str, said: str
+) -> None:
+    assert f"{theirs} = 1: unknown key; {said}" in problems(f"{theirs}=1")
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "hidden_size", "steps"),
+    [
+        ("qwen0.5b", "qwen2", 896, 50),
+        ("qwen1.5b", "qwen2", 1536, 80),
+        ("qwen7b", "qwen2", 3584, 60),
+        ("demo", "llama", 576, 50),
+    ],
+)
+def test_each_shipped_config_says_what_auto_would_give(
+    name: str, model_type: str, hidden_size: int, steps: int
+) -> None:
+    lora = load_config(name).lora
+    rate = suggest_learning_rate(
+        model_type=model_type, hidden_size=hidden_size, alpha=lora.alpha, rank=lora.rank, total_steps=steps
+    )
+    assert f"auto gives {rate.value:g}" in (ROOT / f"configs/{name}.yaml").read_text(encoding="utf-8")
+
+
+def test_a_mistake_over_several_sections_is_a_sentence_with_its_place() -> None:
+    with pytest.raises(
+        ConfigError, match=r"command line  train\.keep_adapter=best needs an eval loss.* fix: data\.eval_f"
+    ):
+        load_config("qwen0.5b", ["train.keep_adapter=best"])

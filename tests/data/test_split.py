@@ -49,7 +49,8 @@ def file_of(rows: list[tuple[str, int, int]]) -> EncodedFile:
         "truncated_tokens": [n % 2 for n in num_tokens],
         "truncated_supervised": [n % 2 for n in num_tokens],
         **dict.fromkeys(("has_empty_reply", "holds_special_text", "cut_at_border", "has_doubled_bos"), no),
-        "has_system_turn": no,
+        **dict.fromkeys(("has_system_turn", "has_placeholder", "repeats_prompt", "ends_unanswered"), no),
+        "reply_start": [0] * len(rows),
         "exact_key": [exact for _, exact, _ in rows],
         "text_key": [text for _, _, text in rows],
     }
@@ -150,6 +151,26 @@ def test_rows_without_words_are_duplicates_only_if_equal(write_rows: Any, tokeni
     a, b, c, on, off = encoded.rows.text_key.tolist()
     assert a == c
     assert len({a, b, on, off}) == 4
+
+
+def test_copies_of_a_row_that_is_taken_more_than_once_stay_on_one_side(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, write_rows: Any
+) -> None:
+    path = write_rows([chat(f"question {i}", f"answer {i}") for i in range(20)])
+    config = load_config(
+        "demo",
+        [
+            f"data.train_files=[{{path: {path}, weight: 2.5}}]",
+            "data.eval_file=null",
+            "data.eval_fraction=0.2",
+            f"data.cache_dir={tmp_path / 'cache'}",
+        ],
+    )
+    train_data, eval_data = load_data(config, tokenizer)
+    assert eval_data is not None
+    trained, held_out = ({tuple(ids) for ids in data.dataset["input_ids"]} for data in (train_data, eval_data))
+    assert (len(train_data.lengths) + len(eval_data.lengths), len(trained) + len(held_out)) == (50, 20)
+    assert not trained & held_out
 
 
 @pytest.fixture

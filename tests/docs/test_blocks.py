@@ -89,7 +89,7 @@ def check_our_command(command: str, arguments: list[str]) -> None:
     if arguments == ["--help"]:
         return
     parsed = parse(command, arguments)
-    if hasattr(parsed, "cfg"):
+    if getattr(parsed, "cfg", None) is not None:
         load_config(parsed.cfg, parsed.overrides, parsed.model)
 
 
@@ -111,7 +111,7 @@ def check_pip(arguments: list[str]) -> None:
     setup.read(ROOT / "setup.cfg")
     for word in arguments:
         if word.startswith("."):
-            extras = re.findall(r"\w+", word.partition("[")[2])
+            extras = re.findall(r"[\w-]+", word.partition("[")[2])
             assert set(extras) <= set(setup["options.extras_require"]), word
         elif not word.startswith("-"):
             assert Path(word).is_file(), word

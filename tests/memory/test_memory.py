@@ -92,6 +92,14 @@ def test_ranks_share_what_fsdp_shards_and_ddp_repeats() -> None:
     assert fsdp["adapter"] == pytest.approx(alone["adapter"] / 4, abs=4)
 
 
+def test_fsdp_keeps_embedding_and_head_whole_and_loads_the_whole_model() -> None:
+    alone, fsdp = predict(), predict(num_processes=64, sharding="fsdp")
+    embedding_bytes = 49152 * 576 * 2  # SmolLM2's, which is its head too
+    assert fsdp["weights"] > embedding_bytes + alone["weights"] / 64
+    assert sum(fsdp.values()) - fsdp["process"] >= alone["weights"] * 65 // 64
+    assert alone["loading"] == 0
+
+
 def test_evaluation_changes_no_weights() -> None:
     config = load_config("demo", ["model.quantization=nf4"])
     small, large = MicroBatch((64,), 32, True), MicroBatch((1024,) * 4, 2048, True)

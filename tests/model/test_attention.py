@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, Lfm2Config, Lfm2ForCausalLM
 
 from lora_core.data.packing import collate, collate_packed
 from lora_core.errors import ConfigError
 from lora_core.model import attention
-from lora_core.model.attention import attend_varlen, check_packing, segment_attention, use_segment_attention
+from lora_core.model.attention import check_packing, segment_attention, use_segment_attention
 from lora_core.model.loss import CausalLMLoss
 from tests.conftest import make_model
 from tests.families import FAMILIES
@@ -112,45 +111,88 @@ def test_padded_rows_are_refused() -> None:
         model(torch.ones(2, 3, dtype=torch.long))
 
 
-def documented_varlen(
+def documented_flash(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    cu_seq_q: torch.Tensor,
-    cu_seq_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
+    borders: torch.Tensor,
+    key_borders: torch.Tensor,
+    longest: int,
+    longest_key: int,
+    dropout_p: float,
+    is_causal: bool,
+    return_debug_mask: bool,
     *,
-    scale: float | None,
-    window_size: tuple[int, int],
-    enable_gqa: bool,
-) -> torch.Tensor:
-    """What torch documents of `varlen_attn`, word by word, a query at a time; the kernel itself needs a GPU."""
-    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
-    assert max_q == int(cu_seq_q.diff().max())
-    assert max_k == int(cu_seq_k.diff().max())
+    scale: float | None = None,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+) -> tuple[torch.Tensor, ...]:
+    """What FlashAttention documents of its forward, a query at a time; the kernel itself needs a GPU."""
+    assert borders is key_borders
+    assert borders.dtype == torch.int32
+    assert (longest, longest_key, dropout_p) == (int(borders.diff().max()),) * 2 + (0.0,)
     groups = query.shape[1] // key.shape[1]
-    assert enable_gqa or groups == 1
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    left, right = window_size
     outputs = []
-    for start, end in zip(cu_seq_q.tolist(), cu_seq_q.tolist()[1:], strict=False):
+    for start, end in pairwise(borders.tolist()):
         for at in range(start, end):
-            first = start if left < 0 else max(start, at - left)
-            last = end if right < 0 else min(end, at + right + 1)
+            first = start if window_size_left < 0 else max(start, at - window_size_left)
+            last = end if window_size_right < 0 else min(end, at + window_size_right + 1)
+            last = min(last, at + 1) if is_causal else last
             scores = torch.einsum("hd,khd->hk", query[at], key[first:last]) * (scale or query.shape[2] ** -0.5)
             outputs.append(torch.einsum("hk,khd->hd", scores.softmax(-1), value[first:last]))
-    return torch.stack(outputs)
+    return torch.stack(outputs), *(torch.zeros(1),) * 4
 
 
+def documented_flash_backward(
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    log_sums: torch.Tensor,
+    *arguments: Any,
+    **settings: Any,
+) -> tuple[torch.Tensor, ...]:
+    """By autograd; it looks whether the form that gives the same bits each time was asked for."""
+    assert torch.are_deterministic_algorithms_enabled()
+    *borders_and_flags, _, _ = arguments  # the state of the random generator ends them
+    inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+    with torch.enable_grad():
+        again = documented_flash(*inputs, *borders_and_flags, False, **settings)[0]
+    torch.testing.assert_close(again, output)
+    return torch.autograd.grad(again, inputs, gradient)
+
+
+@pytest.mark.parametrize("lengths", [(5, 1, 7), (13,)])
 @pytest.mark.parametrize("window", [None, 3])
-def test_the_gpus_kernel_is_asked_for_what_the_cpu_computes(window: int | None) -> None:
+def test_the_gpus_kernels_are_asked_for_what_the_cpu_computes(
+    monkeypatch: pytest.MonkeyPatch, window: int | None, lengths: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(attention, "flash_forward", documented_flash)
+    monkeypatch.setattr(attention, "flash_backward", documented_flash_backward)
     torch.manual_seed(0)
-    lengths = (5, 1, 7)
-    query, key, value = (torch.randn(1, heads, 13, 8) for heads in (4, 2, 2))
-    wanted, _ = segment_attention(
-        torch.nn.Identity(), query, key, value, None, segment_lengths=lengths, scaling=0.3, sliding_window=window
-    )
-    got = attend_varlen(query, key, value, lengths, 0.3, window, kernel=documented_varlen)
-    torch.testing.assert_close(got, wanted)
-    assert inspect.signature(documented_varlen).parameters.keys() <= inspect.signature(varlen_attn).parameters.keys()
+    inputs = [torch.randn(1, heads, 13, 8, requires_grad=True) for heads in (4, 2, 2)]
+    seen = torch.randn(1, 13, 4, 8)
+    results = []
+    for has_kernel in (False, True):
+        monkeypatch.setattr(attention, "has_varlen_kernel", lambda query, has_kernel=has_kernel: has_kernel)
+        monkeypatch.setattr(attention, "takes_short_segments", lambda *_, has_kernel=has_kernel: not has_kernel)
+        output, _ = segment_attention(
+            torch.nn.Identity(), *inputs, None, segment_lengths=lengths, scaling=0.3, sliding_window=window
+        )
+        results.append([output, *torch.autograd.grad(output, inputs, seen)])
+    torch.testing.assert_close(*results)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+def test_torch_still_has_the_operators_with_these_arguments() -> None:
+    for name, arguments in {
+        "_flash_attention_forward": "query key value cum_seq_q cum_seq_k max_q max_k dropout_p is_causal "
+        "return_debug_mask scale window_size_left window_size_right",
+        "_flash_attention_backward": "grad_out query key value out logsumexp cum_seq_q cum_seq_k max_q max_k dropout_p "
+        "is_causal rng_state unused scale window_size_left window_size_right",
+    }.items():
+        schema = getattr(torch.ops.aten, name).default._schema
+        assert [argument.name for argument in schema.arguments][: len(arguments.split())] == arguments.split()

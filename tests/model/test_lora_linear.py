@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -9,7 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from lora_core.config.schema import ModelConfig
 from lora_core.data.packing import collate
+from lora_core.model.base import load_base_model
 from lora_core.model.lora_linear import BitMask, ByteMask, use_lean_lora
 from lora_core.model.loss import CausalLMLoss
 from tests.families import FAMILIES
@@ -35,6 +38,15 @@ def step(model: Any, bf16: bool = False) -> tuple[float, dict[str, torch.Tensor]
         sums = CausalLMLoss(model)(**collate(rows, pad_token_id=0))
     sums.loss_sum.backward()
     return float(sums.loss_sum.detach()), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_4_bit_model_trains_in_another_type_than_bfloat16(tiny_model_dir: Path, dtype: Any) -> None:
+    config = ModelConfig(name_or_path=str(tiny_model_dir), quantization="nf4", dtype=dtype)
+    model = with_adapter(load_base_model(config, torch.device("cpu")), lora_dropout=0.1)
+    use_lean_lora(model)
+    _, gradients = step(model, bf16=True)
+    assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in gradients.values())
 
 
 def assert_same(ours: Any, peft_own: Any, tolerance: float) -> None:

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 from transformers import Qwen2ForCausalLM
+from transformers.trainer_pt_utils import LabelSmoother
 
+from lora_core.config.schema import TrainConfig
 from lora_core.errors import TrainingError
 from lora_core.model import loss
 from lora_core.model.loss import CausalLMLoss, check_head
@@ -109,3 +111,63 @@ def test_a_weight_scales_the_loss_of_its_token_and_its_gradient(head: str) -> No
     losses = nn.functional.cross_entropy(logits.transpose(1, 2), inputs["input_ids"][:, 1:], reduction="none")
     wanted = (losses * weights[:, 1:])[inputs["loss_mask"][:, 1:]].sum()
     torch.testing.assert_close(got, torch.autograd.grad(wanted, model.model.norm.weight)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("head", ["trains", "frozen"])
+def test_label_smoothing_is_that_of_transformers(head: str, weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = make_model(300)
+    monkeypatch.setattr(loss, "logits_per_chunk", lambda _: 5 * 300)
+    if head == "frozen":
+        model.get_output_embeddings().weight.requires_grad_(False)
+    inputs = batch()
+    weights = torch.rand(inputs["loss_mask"].shape) if weighted else None
+    ours = CausalLMLoss(model, config=TrainConfig(label_smoothing_factor=0.3))
+    sums = ours(**inputs, loss_weights=weights)
+    assert torch.equal(sums.token_losses, CausalLMLoss(model)(**inputs).token_losses)  # eval loss is not smoothed
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
+    labels = torch.where(inputs["loss_mask"], inputs["input_ids"], -100)[:, 1:]
+    smoother = LabelSmoother(epsilon=0.3)
+    if weights is None:
+        wanted = smoother({"logits": logits}, labels) * sums.num_tokens
+    else:  # a token at a time
+        wanted = torch.stack(
+            [
+                smoother({"logits": logits[row, place][None, None]}, labels[row, place][None, None])
+                * weights[row, place + 1]
+                for row, place in (labels != -100).nonzero().tolist()
+            ]
+        ).sum()
+    torch.testing.assert_close(sums.loss_sum, wanted, rtol=1e-5, atol=1e-4)
+    (got,) = torch.autograd.grad(sums.loss_sum, model.model.norm.weight)
+    torch.testing.assert_close(got, torch.autograd.grad(wanted, model.model.norm.weight)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_noise_on_embeddings_has_the_size_of_the_paper_by_example_and_none_in_evaluation() -> None:
+    model = make_model(300)
+    ours = CausalLMLoss(model, config=TrainConfig(neftune_noise_alpha=5))
+    embedding, seen = model.get_input_embeddings(), []
+    embedding.register_forward_hook(lambda _, __, embedded: seen.append(embedded.detach()))
+    lengths = (30, 6)
+    packed = {
+        "input_ids": torch.arange(10, 46)[None],
+        "loss_mask": torch.ones(1, 36, dtype=torch.bool),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "segment_lengths": lengths,
+    }
+    padded = batch()
+    for inputs, sizes in ((packed, [*[30] * 30, *[6] * 6]), (padded, None)):
+        ours.train()
+        ours(**inputs)
+        ours.eval()
+        ours(**inputs)
+        noisy, plain = seen[-2:]
+        assert torch.equal(plain, embedding.weight[inputs["input_ids"]])
+        per_row = (
+            padded["attention_mask"].sum(-1, keepdim=True).expand(3, 12) if sizes is None else torch.tensor([sizes])
+        )
+        limit = 5 / (per_row * model.config.hidden_size).sqrt()
+        share = (noisy - plain).abs().amax(-1) / limit  # the largest of 64 draws is near the limit
+        assert float(share.max()) <= 1 + 1e-5
+        assert float(share.min()) > 0.8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -29,6 +30,11 @@ HELD_OUT = [chat(f"another {i}", f"answer {i}") for i in range(10)]
 TRIPS = {
     "warmup_past_end": ("error", ["train.warmup_steps=50"], "train.warmup_steps=5"),
     "warmup_long": ("warning", ["train.warmup_steps=16"], "train.warmup_steps=5"),
+    "decay_past_end": (
+        "error",
+        ["train.lr_scheduler_type=warmup_stable_decay", "train.lr_scheduler_kwargs={num_decay_steps: 46}"],
+        "'train.lr_scheduler_kwargs={num_decay_steps: 10}'",
+    ),
     "few_steps": ("warning", ["train.num_train_epochs=2"], "train.gradient_accumulation_steps=2"),
     "single_pass": (
         "warning",
@@ -38,6 +44,11 @@ TRIPS = {
     "batch_larger_than_data": (
         "warning",
         ["train.gradient_accumulation_steps=40", "train.num_train_epochs=30"],
+        "train.gradient_accumulation_steps=9",
+    ),
+    "batch_large_for_rows": (
+        "warning",
+        ["train.gradient_accumulation_steps=12", "train.num_train_epochs=10"],
         "train.gradient_accumulation_steps=9",
     ),
     "small_last_step": ("note", ["train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=11"], None),
@@ -59,12 +70,20 @@ TRIPS = {
         ["lora.target_modules=[q_proj,k_proj,lm_head]"],
         "lora.target_modules=[q_proj,k_proj]",
     ),
-    "alpha_unusual": ("warning", ["lora.alpha=200"], "lora.alpha=32"),
-    "learning_rate_unusual": ("warning", ["train.learning_rate=5e-3"], "train.learning_rate=2e-4"),
+    "lora_names_missing": ("error", ["lora.rank_pattern={fc1: 4}"], "lora.rank_pattern={}"),
+    "trains_head": ("note", ["lora.modules_to_save=[lm_head]"], None),
+    "dora_costs": ("note", ["lora.use_dora=true"], None),
+    "attention_unknown": ("error", ["model.attn_implementation=flash"], "model.attn_implementation=sdpa"),
+    "attention_missing": ("error", ["model.attn_implementation=flash_attention_3"], "model.attn_implementation=sdpa"),
+    "alpha_unusual": ("warning", ["lora.alpha=80"], "lora.alpha=32"),
+    "learning_rate_unusual": ("warning", ["train.learning_rate=5e-3"], "train.learning_rate=0.0005"),
     "rows_truncated": ("warning", ["data.max_seq_length=24"], "data.max_seq_length=26"),
-    "learning_rate_low_for_steps": ("note", ["train.learning_rate=5e-5"], None),
+    "learning_rate_differs": ("note", ["train.learning_rate=5e-5"], None),
     "no_held_out_rows": ("note", ["data.eval_file=null"], "data.eval_fraction=0.1"),
 }
+
+# On two processes, with as many steps as on one.
+ON_TWO = ["train.optim=adamw_torch", "train.num_train_epochs=10"]
 
 # id -> (severity, what to change in the environment, overrides, the fix)
 AROUND: dict[str, tuple[str, dict[str, Any], list[str], str | None]] = {
@@ -72,7 +91,26 @@ AROUND: dict[str, tuple[str, dict[str, Any], list[str], str | None]] = {
     "world_size_differs": ("error", {"asked_processes": 2}, [], None),
     "bf16_unsupported": ("error", {"bf16": "none"}, ["train.bf16=true"], "train.bf16=false model.dtype=float32"),
     "bf16_slow": ("warning", {"bf16": "emulated"}, ["train.bf16=true"], "train.bf16=auto"),
+    "fp16_slow": ("warning", {"device": DeviceMemory("cpu", 2**34)}, ["train.fp16=true"], "train.bf16=auto"),
+    "fp16_unsupported": (
+        "error",
+        {"sharding": "fsdp"},
+        ["train.fp16=true", "train.optim=adamw_torch"],
+        "train.bf16=auto",
+    ),
+    "float16_unscaled": (
+        "error",
+        {"device": DeviceMemory("cuda", 2**34)},
+        ["model.dtype=float16", "train.bf16=false"],
+        "train.fp16=true",
+    ),
     "bitsandbytes_missing": ("error", {"has_bitsandbytes": False}, [], "train.optim=adamw_torch"),
+    "schedulefree_missing": (
+        "error",
+        {"has_schedulefree": False},
+        ["train.optim=schedule_free_adamw", "train.lr_scheduler_type=constant_with_warmup"],
+        "train.optim=adamw_torch",
+    ),
     "disk_too_small": ("error", {"free_disk_bytes": 10**6}, [], None),
     "output_dir_taken": (
         "error",
@@ -81,6 +119,7 @@ AROUND: dict[str, tuple[str, dict[str, Any], list[str], str | None]] = {
         "output_dir=run-2",
     ),
     "optimizer_cannot_run": ("error", {"sharding": "fsdp"}, [], "train.optim=adamw_torch"),
+    "ddp_fits": ("note", {"sharding": "fsdp", "num_processes": 2}, ON_TWO, None),
     "optimizer_not_paged": ("note", {}, ["train.optim=paged_adamw_8bit"], "train.optim=adamw_torch"),
     "fsdp_quant_storage": (
         "error",
@@ -98,6 +137,22 @@ ROWS: dict[str, tuple[list[Any], str]] = {
     "eval_overlap": (
         [*TRAIN, HELD_OUT[0], chat("ANOTHER, 1", "answer: 1!")],
         "2 training rows are also in the eval set (lines 79, 80; 1 in other case",
+    ),
+    "last_turn_unanswered": (
+        [*TRAIN, chat("question", "answer", "and then?")],
+        "1 row whose last turn is the user's",
+    ),
+    "replies_repeat_prompt": (
+        [*TRAIN, chat("What is the name of this town?", "what is the name of this town: it is Ely")],
+        "line 79",
+    ),
+    "placeholders_in_replies": (
+        [*TRAIN, chat("who?", "Dear {{ name }},"), chat("and?", "[Your Name]")],
+        "lines 79, 80",
+    ),
+    "replies_start_alike": (
+        [*TRAIN, *(chat(f"ask {i}", f"Sure! Here is the {i}") for i in range(90))],
+        "90 of 168 rows have a reply that starts with the same four words",
     ),
     "rows_unreadable": ([*TRAIN, {"body": "no chat"}], "line 79"),
     "parts_left_out": (
@@ -118,7 +173,7 @@ def base(tmp_path: Path, tiny_model_dir: Path, write_rows: Any) -> list[str]:
         # A run about which nothing is to be said: an optimizer and a precision for every device, a rate for 50 steps.
         "train.bf16=auto",
         "train.optim=adamw_8bit",
-        "train.learning_rate=2e-4",
+        "train.learning_rate=3.5e-4",
     ]
 
 
@@ -159,7 +214,7 @@ def test_each_check_trips_alone_and_its_fix_removes_it(find: Any, name: str) -> 
     assert (severity == "error") == (name in ERROR_IDS)
     assert found.fix == fix
     if found.fix:
-        assert find(*overrides, *found.fix.split()) == {}
+        assert find(*overrides, *shlex.split(found.fix)) == {}
 
 
 @pytest.mark.parametrize("name", AROUND)
@@ -241,6 +296,17 @@ def test_what_does_not_fit_gets_the_cheapest_change_that_does(look: Any, find: A
     assert "memory_too_small" not in find(*overrides, found.fix, device=device)
 
 
+def test_where_no_copy_of_the_model_fits_and_a_share_does_fsdp_is_named(look: Any, find: Any) -> None:
+    facts = look(*ON_TWO, num_processes=2)
+    fsdp, ddp = (facts.predict_memory(facts.config, sharding) for sharding in ("fsdp", "ddp"))
+    assert fsdp.total_bytes < ddp.total_bytes
+    between = replace(facts.environment.device, limit_bytes=(fsdp.total_bytes + ddp.total_bytes) // 2)
+    found = find(*ON_TWO, num_processes=2, device=between)
+    assert "configs/accelerate/fsdp2.yaml" in found["fsdp_fits"].message
+    assert "memory_too_small" in found
+    assert find(*ON_TWO, num_processes=2) == find(*ON_TWO, num_processes=2, sharding="fsdp", device=between) == {}
+
+
 @pytest.mark.parametrize("packing", ["true", "false"])
 def test_with_auto_batch_size_smaller_micro_batches_are_noted_where_they_fit(
     look: Any, find: Any, packing: str
@@ -263,6 +329,7 @@ def test_with_auto_batch_size_smaller_micro_batches_are_noted_where_they_fit(
 
 def test_every_finding_that_a_check_may_yield_is_tripped_here() -> None:
     elsewhere = {
+        "fsdp_fits",
         "micro_batches_smaller",
         "rows_unsupervised",
         "turn_end_not_eos",
@@ -270,6 +337,8 @@ def test_every_finding_that_a_check_may_yield_is_tripped_here() -> None:
         "template_uses_date",
         "bos_doubled",
         "tokens_cut_at_border",
+        # In tests/training/test_continue.py.
+        "adapter_differs",
         # In tests/encoding/test_named_templates.py.
         "template_end_token",
         "system_folded",

@@ -126,6 +126,17 @@ def test_columns_of_null_are_as_good_as_absent() -> None:
 # ----- data.columns and data.roles
 
 
+def test_a_column_of_reasoning_is_that_of_the_answer_where_it_is_named() -> None:
+    row = {"question": "q", "answer": "a", "thoughts": "hm"}
+    shape = RowShape({"prompt": "question", "completion": "answer", "reasoning": "thoughts"})
+    conversation = parse_row(row, shape)
+    assert conversation.messages == [USER, {**ASSISTANT, "reasoning_content": "hm"}]
+    assert conversation.unused_keys == ()
+    # Some rows have none; and a column of that name that nobody named is counted.
+    assert parse_row({"question": "q", "answer": "a"}, shape).messages == [USER, ASSISTANT]
+    assert parse_row({"question": "q", "answer": "a", "reasoning": "hm"}).unused_keys == ("reasoning",)
+
+
 @pytest.mark.parametrize(
     ("columns", "row"),
     [

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from lora_core.config.schema import RunConfig, TrainConfig
-from lora_core.runtime.devices import build_accelerator
+from lora_core.runtime.devices import build_accelerator, random_states, set_random_states
 
 
 def test_accelerates_variables_change_neither_gradients_nor_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -14,3 +15,11 @@ def test_accelerates_variables_change_neither_gradients_nor_what_is_compiled(mon
     accelerator = build_accelerator(RunConfig(train=TrainConfig(bf16=False)))
     assert accelerator.gradient_accumulation_steps == 1
     assert accelerator.state.dynamo_plugin.backend.value == "NO"
+
+
+def test_random_states_are_put_back() -> None:
+    states = random_states()
+    drawn = torch.rand(3)
+    assert not torch.equal(torch.rand(3), drawn)
+    set_random_states(states)
+    assert torch.equal(torch.rand(3), drawn)

@@ -46,6 +46,13 @@ def test_only_a_lack_of_memory_is_taken_for_one() -> None:
     with pytest.raises(RuntimeError) as no_memory:
         torch.empty(2**50)
     assert is_out_of_memory(no_memory.value)
+    for said in (
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "NCCL error: unhandled cuda error. Last error: Cuda failure 2 'out of memory'",
+        "MPS backend out of memory (MPS allocated: 18.00 GB)",
+    ):
+        assert is_out_of_memory(RuntimeError(said))
     with pytest.raises(RuntimeError) as wrong_shapes:
         torch.ones(2, 3) @ torch.ones(2, 3)
     assert not is_out_of_memory(wrong_shapes.value)

@@ -615,7 +615,6 @@ def test_train_files_of_a_configuration(
         (["data.train_files=[{path: a, weight: 0}]"], r"data\.train_files = .* must be a list of str or mapping"),
         (["data.train_files=[{path: a, rows: 3}]"], r"must be a list of str or mapping.*\{path, weight, split, rev"),
         (['data.train_files=[{path: "a\\u0007"}]'], "holds a control character"),
-        (["data.train_files=[{path: a, weight: 2}]", "data.eval_fraction=0.1"], "would put copies of a row into both"),
     ],
 )
 def test_train_files_that_are_refused(overrides: list[str], expected: str) -> None:

@@ -57,7 +57,10 @@ def test_rows_from_memory_train_as_the_same_rows_in_a_file_and_callbacks_are_tol
     names = [event[0] for event in told.events if event[0] != "save"]
     assert names == ["evaluate", "log", "log", "evaluate", "end"]
     assert [event[1] for event in told.events if event[0] == "log"] == [1, 2]
-    assert [event for event in told.events if event[0] == "save"] == [("save", "step-000001")]
+    assert [event for event in told.events if event[0] == "save"] == [
+        ("save", "step-000001"),
+        ("save", "step-000002"),
+    ]
     assert told.events[-1][1] is from_memory
     files = [f"data.train_file={write_rows(ROWS)}", f"data.eval_file={write_rows(ROWS[:3], 'eval.jsonl')}"]
     adapter = (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes()

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from lora_core.config.load import load_config
-from lora_core.errors import ConfigError
+from lora_core.errors import ConfigError, RunStopped
 from lora_core.model.base import add_adapter, load_base_model
 from lora_core.model.loss import CausalLMLoss
 from lora_core.model.optimizer import build_optimizer, build_scheduler
@@ -24,6 +24,7 @@ from lora_core.runtime.devices import build_accelerator
 from lora_core.schedule import plan_schedule
 from lora_core.training.checkpoint import CheckpointWriter, find_checkpoint, take_snapshot
 from lora_core.training.setup import train
+from lora_core.training.step import StepResult, train_step
 from tests.conftest import ROOT, chat
 
 
@@ -66,6 +67,7 @@ def losses(folder: Path) -> list[tuple[Any, ...]]:
                 "train.optim=paged_adamw_8bit",
                 "train.eval_steps=1",
                 "train.learning_rate=0.3",
+                "train.on_alarm=warn",  # it is far too high, and that is meant
             ],
             (2, 6),
         ),
@@ -121,6 +123,32 @@ def test_a_signal_ends_the_step_saves_and_resumes(settings: list[str], tmp_path:
     assert (adapter(folder), losses(folder)) == expected
 
 
+@pytest.mark.parametrize("doomed", [1, 3])
+def test_a_signal_between_two_micro_batches_drops_the_step(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch, doomed: int
+) -> None:
+    config = load_config("demo", [*settings, "data.packing=false"])  # four micro-batches a step
+    folder = Path(config.output_dir)
+    train(config)
+    expected = adapter(folder), losses(folder)
+    shutil.rmtree(folder)
+    steps = []
+
+    def signalled_step(*arguments: Any) -> StepResult:
+        steps.append(1)
+        if len(steps) == doomed:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(*arguments)
+
+    monkeypatch.setattr(sys.modules["lora_core.training.loop"], "train_step", signalled_step)
+    with pytest.raises(RunStopped, match=f"stopped by SIGTERM after step {doomed - 1} of 9"):
+        train(config)
+    assert len(steps) == doomed
+    resumed = train(config, "newest")
+    assert resumed.resumed_at_step == doomed - 1
+    assert (adapter(folder), losses(folder)) == expected
+
+
 def test_two_ranks_resume_bit_for_bit(settings: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     subprocess.run(launch(*settings, ranks=2), cwd=ROOT, check=True, capture_output=True, timeout=300)
@@ -129,8 +157,6 @@ def test_two_ranks_resume_bit_for_bit(settings: list[str], tmp_path: Path) -> No
     command = launch(*settings, "--resume", str(checkpoint), ranks=2)
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
     assert (adapter(folder), losses(folder)) == expected
-    with pytest.raises(ConfigError, match="processes: 2 before, 1 now"):
-        train(load_config("demo", settings), checkpoint)
 
 
 def test_damage_anywhere_is_named_and_the_checkpoint_before_is_taken(settings: list[str], tmp_path: Path) -> None:
@@ -142,7 +168,7 @@ def test_damage_anywhere_is_named_and_the_checkpoint_before_is_taken(settings: l
     for name in names:
         for damage in ("flip", "cut", "missing"):
             copy = tmp_path / f"{name}-{damage}"
-            shutil.copytree(folder / "checkpoints", copy / "checkpoints")
+            shutil.copytree(folder / "checkpoints", copy / "checkpoints", ignore=lambda *_: ["step-000005"])
             file = copy / "checkpoints/step-000004" / name
             content = bytearray(file.read_bytes())
             content[len(content) // 2] ^= 0x55
@@ -166,7 +192,7 @@ def test_going_on_from_an_older_checkpoint_sets_the_newer_ones_aside(settings: l
     train(config, folder / "checkpoints/step-000002")  # keeps one: the newest of this run, not of the other
     assert (adapter(folder), losses(folder)) == expected
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert names == ["step-000008", *(f"superseded-step-{step:06d}" for step in (4, 6, 8))]
+    assert names == ["step-000009", *(f"superseded-step-{step:06d}" for step in (4, 6, 8, 9))]
 
 
 def test_only_what_changes_nothing_may_differ(settings: list[str], write_rows: Any) -> None:
@@ -180,6 +206,19 @@ def test_only_what_changes_nothing_may_differ(settings: list[str], write_rows: A
     write_rows([chat("another", "row")] * 22)
     with pytest.raises(ConfigError, match="are not the same"):
         train(config, "newest")
+
+
+def test_an_automatic_rate_is_a_number_in_the_run_folder_and_the_run_resumes(
+    settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config("demo", [*settings, "train.max_steps=3", "train.learning_rate=auto"])
+    summary = train(config)
+    assert "learning rate: 0.0005 (train.learning_rate=auto): 5e-4 x (2000 / 2048)^0.0775" in capsys.readouterr().out
+    folder = Path(config.output_dir)
+    assert load_config(folder / "config.yaml").train.learning_rate == summary.learning_rate == 5e-4
+    shutil.rmtree(folder / "adapter")
+    train(config, "newest")
+    assert (folder / "adapter").is_dir()
 
 
 def test_resuming_nothing_says_so(settings: list[str]) -> None:

@@ -35,5 +35,5 @@ def test_no_byte_of_a_checkpoint_can_change_unseen(run: Run, tmp_path: Path) -> 
 def test_a_checkpoint_that_is_damaged_again_is_set_aside_again(run: Run, tmp_path: Path) -> None:
     for _ in range(2):
         shutil.copytree(run.folder / "checkpoints", tmp_path / "checkpoints", dirs_exist_ok=True)
-        (tmp_path / f"checkpoints/step-{NUM_STEPS - 1:06d}/state.json").write_text("{}", encoding="utf-8")
-        assert find_checkpoint(tmp_path, None, print, may_rename=True).step == NUM_STEPS - 2
+        (tmp_path / f"checkpoints/step-{NUM_STEPS:06d}/state.json").write_text("{}", encoding="utf-8")
+        assert find_checkpoint(tmp_path, None, print, may_rename=True).step == NUM_STEPS - 1

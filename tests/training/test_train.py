@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from lora_core.config.load import load_config
 from lora_core.config.schema import LoraConfig, ModelConfig
 from lora_core.errors import ConfigError, PreflightError, TrainingError
-from lora_core.model.base import add_adapter, check_target_modules, count_parameters, load_base_model
+from lora_core.model.base import add_adapter, count_parameters, load_base_model
+from lora_core.model.lora_settings import check_target_modules
 from lora_core.model.loss import CausalLMLoss
 from lora_core.runtime.run_folder import write_json
 from lora_core.schedule import plan_schedule
@@ -94,7 +95,7 @@ def test_every_shipped_config_runs_as_planned(tiny_run: Any, config_name: str, s
         per_device_train_batch_size=config.train.per_device_train_batch_size,
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
         num_train_epochs=config.train.num_train_epochs,
-        learning_rate=config.train.learning_rate,
+        learning_rate=config.train.peak_learning_rate,
         warmup_ratio=config.train.warmup_ratio,
     )
     logged = events(folder, "train")
@@ -117,7 +118,9 @@ def test_every_shipped_config_runs_as_planned(tiny_run: Any, config_name: str, s
         "preflight.json",
         "report.html",
         "rows.json",
+        "state.json",
         "summary.json",
+        "train.log",
     }
 
 
@@ -183,7 +186,8 @@ def test_intervals_checkpoints_and_a_held_out_fraction(tiny_run: Any) -> None:
     assert summary.num_train_conversations == 70
     assert [event["step"] for event in events(folder, "train")] == [3, 6, 7]
     assert [event["step"] for event in events(folder, "eval")] == [0, 4, 7]
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000005"]
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["step-000005", "step-000007"]  # the last step is always kept
     assert (folder / "checkpoints/step-000005/adapter.safetensors").is_file()
 
 
@@ -302,7 +306,7 @@ def test_the_adapter_is_the_best_or_the_last_and_says_which(
     assert summary.eval_loss_after == losses[summary.adapter_step]
     assert f"adapter (of step {summary.adapter_step}, the {keep})" in capsys.readouterr().out
     kept = {path.name for path in (folder / "checkpoints").iterdir()}
-    assert kept == {f"step-{last - 2:06d}"} | ({f"step-{best:06d}"} if keep == "best" else set())
+    assert kept == {f"step-{last:06d}"} | ({f"step-{best:06d}"} if keep == "best" else set())
     if keep == "best":
         written = load_file(folder / "adapter/adapter_model.safetensors")
         saved = load_file(folder / f"checkpoints/step-{best:06d}/adapter.safetensors")

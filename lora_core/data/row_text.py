@@ -1,0 +1,95 @@
+"""What of a row's text is kept beside its tokens: its words, and signs of rows that are not what they should be."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+
+from lora_core.rows.json_values import strings
+from lora_core.rows.messages import Conversation
+
+_WORD = re.compile(r"\w+")
+# A template that nobody filled in: {{name}}, ${name}, [INSERT NAME], [Your Name], <INSERT NAME>.
+_PLACEHOLDER = re.compile(
+    r"\{\{\s*[A-Za-z_][\w. ]{0,40}\}\}|\$\{[A-Za-z_]\w{0,40}\}|[\[<](?:INSERT|YOUR|Insert|Your)[ _][\w ]{1,40}[\]>]"
+)
+_WORDS_OF_A_START = 4
+# A shorter question is repeated by good replies too.
+_WORDS_REPEATED = 6
+
+
+def key(content: bytes) -> int:
+    """A 64-bit hash, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+
+
+def signs(conversation: Conversation | None) -> dict[str, bool | int]:
+    """Columns of `RowFacts`; of no row, none is there."""
+    if conversation is None:
+        conversation = Conversation([])
+    start = start_of_reply(conversation)
+    return {
+        "has_empty_reply": has_empty_reply(conversation),
+        "has_system_turn": has_system_turn(conversation),
+        "has_placeholder": has_placeholder(conversation),
+        "repeats_prompt": repeats_prompt(conversation),
+        "ends_unanswered": ends_unanswered(conversation),
+        "reply_start": key(start.encode()) if start else 0,
+    }
+
+
+def has_empty_reply(conversation: Conversation) -> bool:
+    """An assistant turn without text and without tool calls."""
+    return any(
+        message["role"] == "assistant" and not message["content"].strip() and "tool_calls" not in message
+        for message in conversation.messages
+    )
+
+
+def has_system_turn(conversation: Conversation) -> bool:
+    return any(message["role"] == "system" for message in conversation.messages)
+
+
+def has_placeholder(conversation: Conversation) -> bool:
+    """In a reply."""
+    return any(_PLACEHOLDER.search(reply) for reply in _replies(conversation))
+
+
+def repeats_prompt(conversation: Conversation) -> bool:
+    """A reply that begins with all words of the turn before it."""
+    for before, message in itertools.pairwise(conversation.messages):
+        if (before["role"], message["role"]) == ("user", "assistant"):
+            asked = _WORD.findall(before["content"].casefold())
+            if len(asked) >= _WORDS_REPEATED and _WORD.findall(message["content"].casefold())[: len(asked)] == asked:
+                return True
+    return False
+
+
+def ends_unanswered(conversation: Conversation) -> bool:
+    """The last turn is the user's, so that nothing of it is trained."""
+    return bool(conversation.messages) and conversation.messages[-1]["role"] == "user"
+
+
+def start_of_reply(conversation: Conversation) -> str:
+    """The first words of the first reply; empty where it has fewer."""
+    reply = next(iter(_replies(conversation)), "")
+    words = _WORD.findall(reply.casefold())[:_WORDS_OF_A_START]
+    return " ".join(words) if len(words) == _WORDS_OF_A_START else ""
+
+
+def _replies(conversation: Conversation) -> list[str]:
+    return [message["content"] for message in conversation.messages if message["role"] == "assistant"]
+
+
+def words(conversation: Conversation) -> str:
+    """A row's text without case, white space and punctuation: what near duplicates have in common.
+
+    A turn without a word, such as one of emoji or a call alone, counts with all that it holds.
+    """
+    turns = []
+    for message in conversation.messages:
+        calls = " ".join(strings(message["tool_calls"])) if "tool_calls" in message else ""
+        text = f"{message['content']} {calls}".casefold()
+        turns.append(f"{message['role']} {' '.join(_WORD.findall(text)) or text.strip()}")
+    return "\n".join(turns)

@@ -1,0 +1,116 @@
+"""A chat with a model: what was said so far, and the next reply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from lora_core.errors import ConfigError, DataError, counted
+from lora_core.export.opened import LoadedModel
+from lora_core.rows.messages import Conversation, Message
+from lora_core.training.generation import Reply, encode_prompt, generate_reply, longest_context
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How replies are generated."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    """0 is greedy."""
+    without_adapter: bool = False
+    """The base model answers; the adapter stays loaded."""
+
+
+def answer(
+    loaded: LoadedModel,
+    asked: Conversation,
+    asking: Asking,
+    on_text: Callable[[str], None] | None = None,
+) -> Reply:
+    """The reply to messages of which the last is not the model's own, in the precision of the training.
+
+    Args:
+        asked: the messages, with tools and values for the template's variables.
+        on_text: called with each piece of the reply as it is generated.
+
+    Raises:
+        ConfigError: there is no chat template, or no adapter to leave out.
+        DataError: the messages leave no room for a reply in the model's context.
+        ChatTemplateError: the template refuses the messages.
+    """
+    check_template(loaded)
+    prompt = encode_prompt(loaded.tokenizer, asked)
+    num_tokens, limit = prompt.shape[1], longest_context(loaded.model)
+    if limit is not None and num_tokens >= limit:
+        raise DataError(
+            f"the messages take {counted(num_tokens, 'token')}, and the model takes {limit:,} together with its reply; "
+            "fix: shorter messages (in a chat, /reset forgets the earlier ones)",
+            "prompt_too_long",
+        )
+    room = asking.max_new_tokens if limit is None else min(asking.max_new_tokens, limit - num_tokens)
+    with loaded.accelerator.autocast(), base_alone(loaded) if asking.without_adapter else nullcontext():
+        return generate_reply(loaded.model, loaded.tokenizer, prompt, room, asking.temperature, on_text)
+
+
+def base_alone(loaded: LoadedModel) -> Any:
+    """A context in which the loaded model computes as its base does.
+
+    Raises:
+        ConfigError: there is no adapter.
+    """
+    if loaded.opened.weights is None:
+        raise ConfigError(f"{loaded.opened.given}: is a model without an adapter; fix: a run's or adapter's folder")
+    return loaded.model.disable_adapter()
+
+
+def check_template(loaded: LoadedModel) -> None:
+    """Refuse a tokenizer that cannot write messages as a prompt.
+
+    Raises:
+        ConfigError: it has no chat template.
+    """
+    if not loaded.tokenizer.chat_template:
+        raise ConfigError(
+            f"the tokenizer of {loaded.tokenizer.name_or_path} has no chat template; fix: data.chat_template=chatml "
+            "(or another name or file)"
+        )
+
+
+class Chat:
+    """What was said by two, and what is said next: `ask` continues it."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        asking: Asking,
+        system: str | None = None,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> None:
+        """With nothing said yet.
+
+        Args:
+            system: the text of the system turn; None is the template's own, if it has one.
+        """
+        self._loaded, self._asking, self._tools = loaded, asking, tools
+        self.system = system
+        self.history: list[Message] = []
+        """User and assistant turns, the oldest first."""
+
+    def reset(self, system: str | None) -> None:
+        """Forget what was said, and begin with this system turn."""
+        self.system, self.history = system, []
+
+    def ask(self, text: str, on_text: Callable[[str], None] | None = None) -> Reply:
+        """The reply to the next user turn; both become part of the history, or neither where that fails.
+
+        Raises:
+            LoraCoreError: as `answer`.
+        """
+        turns: list[Message] = [*self.history, {"role": "user", "content": text}]
+        system: list[Message] = [] if self.system is None else [{"role": "system", "content": self.system}]
+        reply = answer(self._loaded, Conversation([*system, *turns], self._tools), self._asking, on_text)
+        self.history = [*turns, {"role": "assistant", "content": reply.text}]
+        return reply

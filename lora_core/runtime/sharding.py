@@ -1,0 +1,90 @@
+"""FSDP2: which of Accelerate's settings are taken, and tensors that are shared out over the ranks."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import is_torch_version
+from torch import Tensor
+
+from lora_core.config.schema import RunConfig
+from lora_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+
+def uses_fsdp() -> bool:
+    """Whether `accelerate launch` was told to shard."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+
+
+def fsdp_plugin(config: RunConfig) -> FullyShardedDataParallelPlugin | None:
+    """Accelerate's FSDP settings, as `accelerate launch` put them into the environment, with a precision of our own.
+
+    Accelerate's own policy returns the loss in bfloat16 and sums gradients over the ranks in bfloat16.
+
+    Returns:
+        None without FSDP.
+
+    Raises:
+        ConfigError: a setting is not supported, or this torch cannot shard such a model.
+    """
+    if not uses_fsdp():
+        return None
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise _unsupported("fsdp_version: 1", "shards the adapter together with the frozen weights", "fsdp_version: 2")
+    plugin = FullyShardedDataParallelPlugin(
+        # Not set, the whole model would be one unit, gathered at once.
+        auto_wrap_policy=os.environ.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP"),
+        # Inputs stay as they are: loss weights have no exact value in bfloat16.
+        mixed_precision_policy=MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
+        )
+        if config.train.bf16 is True
+        else MixedPrecisionPolicy(),
+    )
+    if plugin.activation_checkpointing:
+        raise _unsupported(
+            "fsdp_activation_checkpointing: true",
+            "recomputes with other dropout masks",
+            "fsdp_activation_checkpointing: false, and train.gradient_checkpointing=true",
+        )
+    if plugin.cpu_ram_efficient_loading:
+        raise _unsupported(
+            "fsdp_cpu_ram_efficient_loading: true",
+            "leaves no weights to check on the other ranks",
+            "fsdp_cpu_ram_efficient_loading: false",
+        )
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise _unsupported("fsdp_offload_params: true", "is not tested", "fsdp_offload_params: false")
+    if is_torch_version("<", "2.9") and config.model.dtype != "float32":
+        raise ConfigError(
+            f"torch {torch.__version__} cannot shard float32 adapters in layers of {config.model.dtype} (FSDP wants "
+            "one type a layer before torch 2.9); fix: pip install 'torch>=2.9', or distributed_type: MULTI_GPU"
+        )
+    return plugin
+
+
+def _unsupported(setting: str, reason: str, fix: str) -> ConfigError:
+    return ConfigError(f"{setting}: not supported, it {reason}; fix, in the accelerate config: {fix}")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that is shared out over the ranks, put together; another as it is. Call it in every rank."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shared_out_as(like: Tensor, tensor: Tensor) -> Tensor:
+    """A whole tensor, on the device of `like` and shared out over the ranks as it is. Call it in every rank."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    tensor = tensor.to(like.device)
+    return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor

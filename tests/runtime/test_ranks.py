@@ -1,0 +1,123 @@
+"""What ranks tell each other; three processes stand for a machine of two ranks and one of one rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from lora_core.errors import ConfigError
+from lora_core.runtime import ranks
+from tests.conftest import ROOT
+
+RANK = """
+import json, os, sys, time
+import torch
+from lora_core.errors import ConfigError
+from lora_core.runtime.ranks import *
+
+torch.distributed.init_process_group("gloo")
+rank, folder = int(os.environ["RANK"]), sys.argv[1]
+seen = {"sum": sum_over_ranks(torch.tensor([rank, 0.5], dtype=torch.float64)).tolist()}
+seen["greatest"] = greatest_of_ranks(10 - rank)
+seen["all"] = gather_from_ranks(f"rank {rank}")
+seen["from_first"] = from_first_rank(lambda: {"rank": rank})
+
+def refuse():
+    raise ConfigError(f"rank {rank} has no such file; fix: x")
+
+try:
+    from_first_rank(refuse)
+except ConfigError as error:
+    seen["refused"] = str(error)
+
+made = os.path.join(folder, f"made-on-machine-{rank - int(os.environ['LOCAL_RANK'])}")
+with first_on_each_machine():
+    if os.environ["LOCAL_RANK"] == "0":
+        time.sleep(0.5)
+        open(made, "x").close()
+    seen["found"] = os.path.exists(made)
+seen["machines"] = sorted(name for name in os.listdir(folder) if name.startswith("made"))
+try:
+    with first_on_each_machine():  # a mistake that one machine has keeps nobody waiting
+        if rank == 2:
+            raise ConfigError("only here; fix: x")
+except ConfigError as error:
+    seen["alone"] = str(error)
+meet()
+with open(os.path.join(folder, f"seen-{rank}.json"), "w") as file:
+    json.dump(seen, file)
+leave()
+assert not torch.distributed.is_initialized()
+"""
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    port = str(21000 + os.getpid() % 10000)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(folder)],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(local_rank),
+                "WORLD_SIZE": "3",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            },
+        )
+        for rank, local_rank in ((0, 0), (1, 1), (2, 0))
+    ]
+    try:
+        assert [process.wait(timeout=240) for process in processes] == [0, 0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    return [json.loads((folder / f"seen-{rank}.json").read_text(encoding="utf-8")) for rank in range(3)]
+
+
+def test_sums_greatest_and_all_values_reach_every_rank(seen: list[dict[str, Any]]) -> None:
+    for each in seen:
+        assert each["sum"] == [3.0, 1.5]
+        assert each["greatest"] == 10
+        assert each["all"] == ["rank 0", "rank 1", "rank 2"]
+
+
+def test_what_rank_0_finds_or_refuses_reaches_every_rank(seen: list[dict[str, Any]]) -> None:
+    for each in seen:
+        assert each["from_first"] == {"rank": 0}
+        assert each["refused"] == "rank 0 has no such file; fix: x"
+
+
+def test_each_machine_works_once_and_all_leave_together(seen: list[dict[str, Any]]) -> None:
+    for each in seen:
+        assert each["found"]
+        assert each["machines"] == ["made-on-machine-0", "made-on-machine-2"]
+
+
+def test_a_mistake_that_one_machine_has_is_raised_there_and_the_others_go_on(seen: list[dict[str, Any]]) -> None:
+    assert [each.get("alone") for each in seen] == [None, None, "only here; fix: x"]
+
+
+def test_a_run_of_one_rank_asks_nobody() -> None:
+    value = torch.ones(2)
+    assert ranks.sum_over_ranks(value).tolist() == [1, 1]
+    assert ranks.greatest_of_ranks(3) == 3
+    assert ranks.gather_from_ranks("x") == ["x"]
+    assert ranks.from_first_rank(lambda: 4) == 4
+
+    def refuse() -> None:
+        raise ConfigError("no; fix: x")
+
+    with pytest.raises(ConfigError, match="no; fix: x"):
+        ranks.from_first_rank(refuse)
+    with ranks.first_on_each_machine():
+        ranks.meet()

@@ -1,0 +1,106 @@
+"""The shipped Accelerate configurations are ones that Accelerate takes; FSDP settings that do not work are refused."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+
+from lora_core.config.load import load_config
+from lora_core.errors import ConfigError
+from lora_core.runtime.devices import build_accelerator
+from lora_core.runtime.sharding import fsdp_plugin
+from tests.conftest import ROOT
+
+FILES = sorted((ROOT / "configs/accelerate").glob("*.yaml"))
+
+
+def command_of(file: Path) -> list[str]:
+    """The words of the command in a file's head."""
+    (line,) = [
+        line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#   accelerate launch")
+    ]
+    return shlex.split(line[1:])
+
+
+def test_there_is_one_for_each_topology() -> None:
+    names = [file.stem for file in FILES]
+    assert names == ["cpu", "ddp", "fsdp2", "fsdp2_qlora", "multinode_ddp", "single"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_accelerate_takes_it_and_its_command(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    in_file = load_config_from_file(str(file))  # refuses keys that it does not know
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(command_of(file)[2:]))
+    assert arguments.config_file == str(file.relative_to(ROOT))
+    assert arguments.training_script == "launch/train.py"
+    cfg_option, cfg, *overrides = arguments.training_script_args
+    assert cfg_option == "--cfg"
+    config = load_config(cfg, overrides)
+    assert arguments.num_machines == in_file.num_machines
+    assert arguments.multi_gpu == file.stem.endswith("ddp")
+    assert arguments.use_fsdp == file.stem.startswith("fsdp2")
+    if arguments.use_fsdp:
+        for name, value in prepare_multi_gpu_env(arguments).items():
+            monkeypatch.setenv(name, value)
+        plugin = fsdp_plugin(config)
+        assert plugin is not None
+        assert plugin.reshard_after_forward is True
+        assert config.train.optim == "adamw_torch"
+
+
+def test_the_file_beside_the_readme_is_the_one_for_a_single_device() -> None:
+    single, beside = (load_config_from_file(str(ROOT / name)) for name in (FILES[-1], "accelerate_config.yaml"))
+    assert single.to_dict() == beside.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("FSDP_VERSION", "1", "fsdp_version: 1: not supported"),
+        (
+            "FSDP_ACTIVATION_CHECKPOINTING",
+            "true",
+            "recomputes with other dropout masks; fix, in the accelerate config: ",
+        ),
+        (
+            "FSDP_CPU_RAM_EFFICIENT_LOADING",
+            "true",
+            "fix, in the accelerate config: fsdp_cpu_ram_efficient_loading: false",
+        ),
+        ("FSDP_OFFLOAD_PARAMS", "true", "fix, in the accelerate config: fsdp_offload_params: false"),
+    ],
+)
+def test_what_fsdp_cannot_do_right_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
+) -> None:
+    for key, given in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", name: value}.items():
+        monkeypatch.setenv(key, given)
+    with pytest.raises(ConfigError, match=said):
+        fsdp_plugin(load_config("demo"))
+
+
+def test_an_early_torch_shards_no_float32_adapter_in_bfloat16_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setattr("lora_core.runtime.sharding.is_torch_version", lambda *_: True)
+    with pytest.raises(ConfigError, match=r"fix: pip install 'torch>=2\.9'"):
+        fsdp_plugin(load_config("demo", ["model.dtype=bfloat16"]))
+    assert fsdp_plugin(load_config("demo", ["model.dtype=float32", "train.bf16=false"])) is not None
+
+
+def test_more_processes_than_gpus_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="4 processes were started on this machine, which has 2 GPUs"):
+        build_accelerator(load_config("demo"))
