@@ -86,6 +86,11 @@ def _write_checkpoint(config: RunConfig, checkpoint: Path, target: Path) -> None
     from lora_core.memory.without_storage import base_without_storage, num_hidden_layers
     from lora_core.model.base import add_adapter
 
+    if config.lora.changes_base_weights:
+        raise ConfigError(
+            f"{checkpoint}: lora.init_lora_weights={config.lora.init_lora_weights} changed the base model's weights at "
+            "the start, and a checkpoint fits those alone; fix: lora-core train --resume to the end, and take adapter/"
+        )
     shapes = with_overrides(config, ["model.quantization=none"])
     with torch.device("meta"):
         base = base_without_storage(shapes, num_hidden_layers(shapes))

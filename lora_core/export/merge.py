@@ -320,7 +320,7 @@ def rows_to_compare(source: Adapter, tokenizer: PreTrainedTokenizerBase, rows: s
 
 
 def predict_peak(model: StreamedModel, plan: OutputPlan, shards: dict[str, list[str]], batch: dict[str, Tensor]) -> int:
-    """Bytes of this process at its peak: while a layer is merged and a file is full, or while logits are compared.
+    """The most bytes of this process: while a layer is merged and a file is full, or while logits are compared.
 
     While a layer is merged there are its weight as read, in float32 and as a copy, the update, the sum and what is
     written; DoRA holds two more. While logits are compared, there are those of two models and of the one that runs, and

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,12 @@ SMALL = {
 
 def small(family: str, vocab_size: int) -> Any:
     torch.manual_seed(0)
+    ends = {"vocab_size": vocab_size, "eos_token_id": vocab_size - 5, "bos_token_id": None}  # <|im_end|>
     if family == "llama":
-        return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, tie_word_embeddings=True, **SMALL))
+        return LlamaForCausalLM(LlamaConfig(**ends, tie_word_embeddings=True, **SMALL))
     if family == "qwen3":
-        return Qwen3ForCausalLM(Qwen3Config(vocab_size=vocab_size, head_dim=16, tie_word_embeddings=False, **SMALL))
+        # transformers reads no head_dim from the file: it is 128 in every Qwen3.
+        return Qwen3ForCausalLM(Qwen3Config(**ends, head_dim=128, tie_word_embeddings=False, **SMALL))
     return make_model(vocab_size)
 
 
@@ -142,7 +145,7 @@ def test_llama_cpp_converts_where_it_is_installed(
     with pytest.raises(ConfigError, match=r"holds no convert_hf_to_gguf\.py"):
         write_gguf(tiny_model_dir, target, "q8_0")
     monkeypatch.delenv("LLAMA_CPP")
-    script.write_text("#!/bin/sh\n")
+    script.write_text("raise SystemExit(1)")
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     with pytest.raises(LoraCoreError, match="failed"):
@@ -164,9 +167,10 @@ def test_what_llama_cpp_would_read_otherwise_is_refused(
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_type linear"),
         ({"model_type": "gemma"}, "gemma: is converted by llama.cpp alone"),
     ):
-        (tmp_path / "large/config.json").write_text(json.dumps({**config, **changes}))
+        shutil.copytree(tmp_path / "large", tmp_path / said)
+        (tmp_path / said / "config.json").write_text(json.dumps({**config, **changes}))
         with pytest.raises(ConfigError, match=said):
-            write_gguf(tmp_path / "large", tmp_path / "a.gguf", "f32")
+            write_gguf(tmp_path / said, tmp_path / "a.gguf", "f32")
     with pytest.raises(ConfigError, match="no name here for how its tokenizer splits"):
         pre_tokenizer({"type": "Whitespace"}, "a model")
     base = small("qwen2", len(tokenizer))
