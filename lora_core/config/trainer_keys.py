@@ -40,7 +40,7 @@ def warmup(values: Values) -> dict[str, Any]:
         steps, ratio = 0, steps
     if steps:
         return {"train.warmup_steps": whole("train.warmup_steps", steps)}
-    return {"train.warmup_ratio": float(ratio)} if ratio else {"train.warmup_steps": 0}
+    return {"train.warmup_ratio": float(ratio)} if ratio else {"train.warmup_steps": 0, "train.warmup_ratio": None}
 
 
 def optimizer(values: Values) -> dict[str, Any]:
@@ -85,9 +85,10 @@ def saving(values: Values) -> dict[str, Any]:
 
 def schedule(values: Values) -> dict[str, Any]:
     name = str(values["lr_scheduler_type"]).removeprefix("SchedulerType.").lower()
-    if name != "linear":
-        raise NotOffered("the schedule here is linear, to zero")
-    return {}
+    has_warmup = values.get("warmup_steps") or values.get("warmup_ratio")
+    if name not in ("linear", "cosine", "constant_with_warmup", "constant") or (name == "constant" and has_warmup):
+        raise NotOffered("kept at linear, to zero; train.lr_scheduler_type and train.lr_scheduler_kwargs say another")
+    return {"train.lr_scheduler_type": name}
 
 
 def best(values: Values) -> dict[str, Any]:

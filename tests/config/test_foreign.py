@@ -117,7 +117,7 @@ def test_axolotl(tmp_path: Path) -> None:
         {"messages": "turns"},
         "drop",
     )
-    assert outcomes(said)["lr_scheduler"] == "not offered"
+    assert (outcomes(said)["lr_scheduler"], train.lr_scheduler_type) == ("taken", "cosine")
     assert "sample_packing = True: packing is on here" in str(said)
 
 
@@ -207,9 +207,11 @@ def test_a_value_without_a_counterpart_is_not_offered_and_ours_stays(
     load_config(path)
 
 
-def test_a_default_of_the_tool_that_is_not_taken_over_is_said(tmp_path: Path) -> None:
-    values = {key: value for key, value in OTTER.items() if key != "lr_scheduler"}
-    assert "by default of Axolotl 0.19 lr_scheduler=cosine, not taken over" in str(translated(write(tmp_path, values)))
+def test_a_default_of_the_tool_is_taken_and_said(tmp_path: Path) -> None:
+    said = str(translated(write(tmp_path, {key: value for key, value in OTTER.items() if key != "datasets"})))
+    assert "train.lr_scheduler_type=cosine" not in said.split("by default of")[-1]
+    fresh = {key: value for key, value in OTTER.items() if key != "lr_scheduler"}
+    assert "train.lr_scheduler_type=cosine" in translated(write(tmp_path, fresh)).from_defaults()
 
 
 def test_what_neither_file_nor_tool_says_is_named_as_ours(tmp_path: Path) -> None:
