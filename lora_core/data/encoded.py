@@ -25,7 +25,7 @@ from lora_core.data import row_text
 from lora_core.data.cache import cache_folder, make_entry, naming_cache_folder, take_entry
 from lora_core.data.counts import EncodedFile, Truncation, account
 from lora_core.data.split import hold_out
-from lora_core.encoding import chat, forms, provenance, reasoning, spans, template
+from lora_core.encoding import chat, forms, prompts, provenance, reasoning, spans, template
 from lora_core.encoding.chat import ChatEncoder, EncodedChat
 from lora_core.errors import ConfigError, DataError, RowError
 from lora_core.rows import json_values, messages, tool_use, turns
@@ -187,6 +187,7 @@ def _fingerprint(path: Path, encoder: ChatEncoder, settings: list[Any]) -> str:
         template,
         provenance,
         forms,
+        prompts,
         spans,
         reasoning,
         chat,

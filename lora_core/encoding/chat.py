@@ -25,7 +25,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lora_core.encoding.forms import RowForms, Span, TemplateForms, special_tokens
+from lora_core.encoding.forms import Span, TemplateForms, special_tokens
+from lora_core.encoding.prompts import RowForms
 from lora_core.encoding.provenance import hide_specials
 from lora_core.encoding.reasoning import reasoning_spans
 from lora_core.encoding.spans import Reading, read_spans

@@ -9,21 +9,18 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from lora_core.encoding.template import apply_template, template_limits
+from lora_core.encoding.template import apply_template
 from lora_core.errors import ChatTemplateError
-from lora_core.rows.json_values import strings
 from lora_core.rows.messages import Conversation, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_QUESTION: Message = {"role": "user", "content": "Qq"}
+QUESTION: Message = {"role": "user", "content": "Qq"}
 _TOOLS = [{"type": "function", "function": {"name": "Ff", "description": "", "parameters": {"type": "object"}}}]
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 # What templates without a generation prompt write before replies; they have a few ways.
 _STARTS_REMEMBERED = 1_000
-# Values for a template's variables that rows bring; data has a few.
-_VARIABLES_REMEMBERED = 100
 # Of what was said before a reply, compared to find it again.
 _CONTEXT_CHARACTERS = 20
 
@@ -32,30 +29,6 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """Any special token of the tokenizer, the longest first, so that none hides another that it begins."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return any_of(special | set(tokenizer.all_special_tokens))
-
-
-def render_prompt(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> str:
-    """What generation starts from: the messages and the generation prompt, in the forms that the template wants.
-
-    Raises:
-        ConfigError: the template takes too much time or memory, or writes too much.
-        ChatTemplateError: it refuses the messages.
-    """
-    with template_limits(tokenizer, [conversation]) as next_one:
-        next_one()
-        return RowForms(TemplateForms(tokenizer)).of(conversation).render(conversation, add_generation_prompt=True)
-
-
-def tokens_to_stop_at(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What a trained reply ends with: the tokenizer's end, those of the model's generation config, and the template's.
-
-    Raises:
-        ConfigError: the template takes too much time or memory, or writes too much.
-    """
-    with template_limits(tokenizer, [Conversation([_QUESTION])]) as next_one:
-        next_one()
-        forms = TemplateForms(tokenizer)
-        return [*dict.fromkeys([*forms.stop_tokens, *forms.end_tokens])]
 
 
 @dataclass(frozen=True)
@@ -107,7 +80,7 @@ class TemplateForms:
     @cached_property
     def generation_prompt(self) -> str:
         """What generation starts after, the end of a question's turn left out; empty if the template adds nothing."""
-        prompted, plain = self._ask([_QUESTION], True), self._ask([_QUESTION], False)
+        prompted, plain = self._ask([QUESTION], True), self._ask([QUESTION], False)
         # Some templates end a row with EOS where the prompt would be.
         same = next((i for i, (a, b) in enumerate(zip(prompted, plain, strict=False)) if a != b), len(plain))
         inside = next((m.start() for m in self.special.finditer(prompted) if m.start() < same < m.end()), same)
@@ -130,7 +103,7 @@ class TemplateForms:
     @cached_property
     def end_tokens(self) -> list[str]:
         """The special tokens that follow replies, the last one and an earlier one; none if none follows the last."""
-        turns = [_QUESTION, {"role": "assistant", "content": "Yy"}, _QUESTION, {"role": "assistant", "content": "Zz"}]
+        turns = [QUESTION, {"role": "assistant", "content": "Yy"}, QUESTION, {"role": "assistant", "content": "Zz"}]
         text = self._ask(turns)
         last = self.special.search(text, text.rfind("Zz") + 2)
         earlier = self.special.search(text, text.find("Yy") + 2)
@@ -265,7 +238,7 @@ class TemplateForms:
         if after_a_call:
             function = {"name": "Ff", "arguments": {"Kk": "Zz"}}
             reply["tool_calls"] = [{"type": "function", "function": function}]
-        text = self._ask([_QUESTION, reply, {"role": "tool" if after_a_call else "user", "content": "Ww"}])
+        text = self._ask([QUESTION, reply, {"role": "tool" if after_a_call else "user", "content": "Ww"}])
         found = self._stop.search(text, text.rfind("Zz") + 2, max(text.rfind("Ww"), 0))
         return found.group() if found else ""
 
@@ -273,7 +246,7 @@ class TemplateForms:
     def _reasoning_key(self) -> str:
         """What a message's reasoning is called in this template."""
         for key in _REASONING_KEYS:
-            if "Zz" in self._ask([_QUESTION, {"role": "assistant", "content": "Aa", key: "Zz"}]):
+            if "Zz" in self._ask([QUESTION, {"role": "assistant", "content": "Aa", key: "Zz"}]):
                 return key
         return _REASONING_KEYS[0]
 
@@ -281,20 +254,20 @@ class TemplateForms:
     def _wants_parts(self) -> bool:
         """Whether a content must be a list of parts, as some templates of vision models want it."""
         parts = {"role": "user", "content": [{"type": "text", "text": "Qq"}]}
-        return "Qq" not in self._ask([_QUESTION]) and "Qq" in self._ask([parts])
+        return "Qq" not in self._ask([QUESTION]) and "Qq" in self._ask([parts])
 
     @cached_property
     def _wants_text_arguments(self) -> bool:
         """Whether a call's arguments must be JSON text: of an object, some templates write Python's own form."""
         function = {"name": "Ff", "arguments": {"Kk": "Zz"}}
         call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
-        return "'Kk'" in self._ask([_QUESTION, call])
+        return "'Kk'" in self._ask([QUESTION, call])
 
     @cached_property
     def _shows_ids_for_names(self) -> bool:
         """Whether a call is shown by its id alone, which then holds the name, as Kimi's templates do."""
         call = {"id": "functions.Ff:0", "type": "function", "function": {"name": "Ff", "arguments": {}}}
-        ask = [_QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        ask = [QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}]
         without_id = [ask[0], {**ask[1], "tool_calls": [{k: v for k, v in call.items() if k != "id"}]}]
         return "functions.Ff:0" in self._ask(ask) and "Ff" not in self._ask(without_id)
 
@@ -320,43 +293,6 @@ class TemplateForms:
                 adapted["content"] = [{"type": "text", "text": message["content"]}]
             messages.append(adapted)
         return _with_names_as_ids(messages) if self._shows_ids_for_names else messages
-
-
-class RowForms:
-    """Forms of one template with the values that rows have for its variables (`chat_template_kwargs`)."""
-
-    def __init__(self, plain: TemplateForms) -> None:
-        self._plain = plain
-        self._by_variables: dict[str, TemplateForms] = {}
-
-    def of(self, conversation: Conversation) -> TemplateForms:
-        """Those for one row.
-
-        Raises:
-            ChatTemplateError: the template has no such variable, or a value holds a special token.
-        """
-        variables = conversation.template_variables
-        if not variables:
-            return self._plain
-        key = json.dumps(variables, sort_keys=True)
-        if key not in self._by_variables:
-            self._check(variables)
-            if len(self._by_variables) == _VARIABLES_REMEMBERED:
-                self._by_variables.clear()
-            self._by_variables[key] = TemplateForms(self._plain.tokenizer, variables)
-        return self._by_variables[key]
-
-    def _check(self, variables: Mapping[str, Any]) -> None:
-        templates = self._plain.tokenizer.chat_template
-        text = " ".join(templates.values()) if isinstance(templates, dict) else str(templates)
-        unknown = [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", text)]
-        if unknown:
-            raise ChatTemplateError(
-                f"chat_template_kwargs: the chat template has no {', '.join(unknown)}, so it would change nothing; "
-                "fix: leave it out of the row, or data.chat_template=FILE.jinja that has it"
-            )
-        if any(self._plain.special.search(value) for value in strings(dict(variables))):
-            raise ChatTemplateError("chat_template_kwargs: a value holds a special token; fix: leave it out of the row")
 
 
 def any_of(words: Iterable[str]) -> re.Pattern[str]:

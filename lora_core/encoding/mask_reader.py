@@ -11,7 +11,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from lora_core.encoding.chat import EncodedChat
-from lora_core.encoding.forms import RowForms, TemplateForms, any_of, special_tokens
+from lora_core.encoding.forms import TemplateForms, any_of, special_tokens
+from lora_core.encoding.prompts import RowForms
 from lora_core.encoding.provenance import hide_specials
 from lora_core.encoding.template import template_limits
 from lora_core.errors import ChatTemplateError

@@ -75,4 +75,5 @@ def _tasks(names: str, manager: Any) -> list[str]:
 
 
 def _numbers(scores: dict[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in scores.items() if isinstance(value, (int, float))}
+    """The measures, which are called `acc,none`: the name and that of a filter. Other keys are counts and names."""
+    return {name: float(value) for name, value in scores.items() if "," in name and isinstance(value, (int, float))}

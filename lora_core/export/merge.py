@@ -22,7 +22,7 @@ from torch import Tensor
 from lora_core.config.load import shipped_file, with_overrides
 from lora_core.data.encoded import load_data, pad_id
 from lora_core.data.packing import collate
-from lora_core.encoding.forms import tokens_to_stop_at
+from lora_core.encoding.prompts import tokens_to_stop_at
 from lora_core.errors import ConfigError, DataError, counted
 from lora_core.export.as_adapter import Adapter
 from lora_core.export.base_files import find_weights, read_headers

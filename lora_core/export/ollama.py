@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lora_core.config.schema import ModelConfig
-from lora_core.encoding.forms import tokens_to_stop_at
+from lora_core.encoding.prompts import tokens_to_stop_at
 from lora_core.export.as_adapter import Adapter
 from lora_core.export.gguf import stop_ids, write_adapter_gguf, write_gguf
 from lora_core.export.modelfile import modelfile

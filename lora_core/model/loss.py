@@ -72,6 +72,11 @@ class CausalLMLoss(nn.Module):
         named = causal_lm_of(self.model)._no_split_modules or ()
         return sorted({type(module).__name__ for module in self.model.modules()} & set(named))
 
+    @property
+    def generation_config(self) -> Any:
+        """The model's own: it says, among others, which tokens end a reply."""
+        return self.model.generation_config
+
     def generate(self, **inputs: Any) -> Tensor:
         """transformers' `generate`, of the model inside; (1, T) ids of prompt and reply."""
         model: Any = self.model

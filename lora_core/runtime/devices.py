@@ -97,6 +97,11 @@ def build_accelerator(config: RunConfig) -> Accelerator:
             f"train alone and overwrite the others; fix: torchrun --nproc_per_node {launched} launch/train.py ...",
             "world_size_differs",
         )
+    if config.lora.changes_base_weights and accelerator.distributed_type.value == "FSDP":
+        raise ConfigError(
+            f"lora.init_lora_weights={config.lora.init_lora_weights}: its start cannot be taken out of sharded weights "
+            "(FSDP); fix: lora.init_lora_weights=true, or DDP"
+        )
     if config.train.fp16 and (accelerator.distributed_type.value == "FSDP" or accelerator.device.type == "mps"):
         raise ConfigError(
             "train.fp16=true: loss scaling is not supported with FSDP or on MPS; fix: train.bf16=true",

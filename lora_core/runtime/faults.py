@@ -47,7 +47,7 @@ class StopSignals:
     def _note(self, number: int, _: object) -> None:
         if self._received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._received = number
+        self._received = self._received or number  # the first, which what follows only repeats
 
     def any_rank(self) -> str | None:
         """The name of a signal that any rank has received; all ranks get the same answer."""

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lora_core.encoding.forms import TemplateForms, render_prompt
-from lora_core.encoding.template import template_limits
+from lora_core.encoding.prompts import render_prompt, tokens_to_stop_at
 from lora_core.model.attention import causal_lm_of
 from lora_core.model.loss import CausalLMLoss
 from lora_core.rows.messages import Conversation
@@ -99,11 +98,7 @@ def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     inner = model.model if isinstance(model, CausalLMLoss) else model
     own = causal_lm_of(inner).generation_config.eos_token_id
     ids = {own} if isinstance(own, int) else set(own or ())
-    with template_limits(tokenizer, [Conversation([])]) as next_one:
-        next_one()
-        forms = TemplateForms(tokenizer)
-        trained = [*forms.stop_tokens, *forms.end_tokens]
-    for token in trained:
+    for token in tokens_to_stop_at(tokenizer):
         number = tokenizer.convert_tokens_to_ids(token)
         # What the vocabulary lacks has the id of the unknown token, which is some tokenizers' EOS.
         if isinstance(number, int) and (number != tokenizer.unk_token_id or token == tokenizer.unk_token):

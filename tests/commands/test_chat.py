@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -87,7 +86,7 @@ def test_ctrl_c_stops_a_reply_and_not_the_chat(
         plain_print(*values, **options)
         pieces.append(values)
         if len(pieces) == 1:
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
 
     monkeypatch.setattr("lora_core.commands.chat.print", interrupt_once, raising=False)
     monkeypatch.setattr("lora_core.commands.chat._note", lambda line: plain_print(line, file=sys.stderr))
@@ -99,8 +98,7 @@ def test_ctrl_c_stops_a_reply_and_not_the_chat(
 def test_ctrl_c_where_nothing_is_generated_ends_the_chat(chat_with: Any, finished_run: Path, monkeypatch: Any) -> None:
     class Interrupted(io.StringIO):
         def readline(self, *_: Any) -> str:
-            signal.raise_signal(signal.SIGINT)
-            return ""
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(io, "StringIO", Interrupted)
     assert chat_with(finished_run)[:2] == (0, "")

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from lora_core.config.schema import DataConfig
 from lora_core.errors import DataError
 from lora_core.export.questions import questions_of_file
-from tests.conftest import chat, make_tokenizer
+from tests.conftest import CHATML, chat, make_tokenizer
 
 TOOLS_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}"
@@ -57,11 +57,11 @@ def test_a_call_is_expected_as_the_template_writes_it(tmp_path: Path, write_rows
     assert question.asked.tools is not None
 
 
-def test_values_for_the_templates_variables_go_with_the_question(
-    tmp_path: Path, write_rows: Any, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_values_for_the_templates_variables_go_with_the_question(tmp_path: Path, write_rows: Any) -> None:
     path = write_rows([{**chat("q", "a"), "chat_template_kwargs": {"enable_thinking": False}}])
-    (question,), _ = questions_of_file(str(path), data(tmp_path), tokenizer)
+    (question,), _ = questions_of_file(
+        str(path), data(tmp_path), make_tokenizer(CHATML + "{{ enable_thinking or '' }}")
+    )
     assert question.asked.template_variables == {"enable_thinking": False}
 
 
