@@ -80,7 +80,7 @@ def test_what_broke_off_continues(finished_run: Path, hub: StandIn, capsys: pyte
 def test_a_base_model_in_a_folder_is_said_and_not_published(
     finished_run: Path, hub: StandIn, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (checkpoint,) = (finished_run / "checkpoints").iterdir()
+    checkpoint = finished_run / "checkpoints/step-000002"
     assert main(["push", str(checkpoint), REPO, "--public", "--no-report"]) == 0
     assert "the base model is a local folder" in capsys.readouterr().out
     files = hub.repos[REPO]["files"]
