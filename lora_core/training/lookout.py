@@ -62,7 +62,8 @@ class Lookout:
             return
         watch.note_step(StepSeen(step, result.loss, result.grad_norm, result.learning_rate))
         found = step_alarms(watch, self._plan.first_step + self._plan.warmup_steps, self._config.max_grad_norm)
-        if self._adapter and steps_that_move(watch.recent):
+        # A schedule that begins anew, as that of an extended run, begins at rate 0: such a step moves nothing.
+        if self._adapter and result.learning_rate > 0 and steps_that_move(watch.recent):
             found.append(adapter_still(self._update_norm(), step, result.grad_norm))
             self._adapter = []
         self._raise(progress, found)
