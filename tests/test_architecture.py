@@ -27,6 +27,7 @@ ORDER: dict[str, list[str]] = {
         "layers",
         "legacy",
         "translation",
+        "not_offered",
         "trainer_keys",
         "llama_factory",
         "axolotl",

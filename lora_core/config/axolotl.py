@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from lora_core.config.not_offered import NOT_OFFERED
 from lora_core.config.trainer_keys import (
-    NOT_OFFERED,
+    SCHEDULE_KEYS,
     attention,
     best,
     clipping,
     length,
     optimizer,
     packing,
+    saved_modules,
     schedule,
+    start,
     targets,
 )
 from lora_core.config.translation import NotOffered, Rule, Tool, Values, renamed, several, whole
@@ -30,7 +33,7 @@ def _quantization(values: Values) -> dict[str, Any]:
 def _precision(values: Values) -> dict[str, Any]:
     bf16 = values["bf16"] or values["bfloat16"]
     if (values["fp16"] or values["float16"]) and bf16 not in (True, "full"):
-        raise NotOffered("float16 training; here bfloat16, or float32 with train.bf16=false")
+        return {"train.fp16": True, "train.bf16": False}
     if bf16 == "auto":
         return {"train.bf16": "auto"}
     return {"train.bf16": bool(bf16)}
@@ -54,7 +57,7 @@ def _optimizer(values: Values) -> dict[str, Any]:
 
 
 def _schedule(values: Values) -> dict[str, Any]:
-    return schedule({"lr_scheduler_type": values["lr_scheduler"]})
+    return schedule({**values, "lr_scheduler_type": values["lr_scheduler"]})
 
 
 def _batch(values: Values) -> dict[str, Any]:
@@ -215,13 +218,25 @@ _RULES = [
         dataset_num_proc="data.num_proc",
         dataset_processes="data.num_proc",
         output_dir="output_dir",
+        neftune_noise_alpha="train.neftune_noise_alpha",
+        label_smoothing_factor="train.label_smoothing_factor",
+        adam_beta1="train.adam_beta1",
+        adam_beta2="train.adam_beta2",
+        adam_epsilon="train.adam_epsilon",
+        loraplus_lr_ratio="lora.loraplus_lr_ratio",
+        peft_layers_to_transform="lora.layers_to_transform",
+        lora_model_dir="model.adapter",
     ),
     Rule(("load_in_8bit", "load_in_4bit"), _quantization),
     Rule(("bf16", "fp16", "bfloat16", "float16"), _precision),
     Rule(("lora_target_linear", "lora_target_modules"), _targets),
     Rule(("warmup_steps", "warmup_ratio"), _warmup),
     Rule(("optimizer",), _optimizer),
-    Rule(("lr_scheduler",), _schedule),
+    Rule(("lr_scheduler", *SCHEDULE_KEYS.values()), _schedule),
+    Rule(("noisy_embedding_alpha",), lambda values: {"train.neftune_noise_alpha": values["noisy_embedding_alpha"]}),
+    Rule(("lora_modules_to_save",), lambda values: saved_modules({**values, "modules_to_save": None})),
+    Rule(("peft_init_lora_weights",), lambda values: start({"init_lora_weights": values["peft_init_lora_weights"]})),
+    Rule(("streaming",), lambda values: {"data.streaming": True} if values["streaming"] else {}),
     Rule(("micro_batch_size", "gradient_accumulation_steps", "batch_size"), _batch),
     Rule(("num_epochs", "max_steps"), _epochs),
     Rule(("save_steps", "saves_per_epoch", "save_strategy"), _saving),
@@ -275,6 +290,8 @@ _METHOD = "changes how the model is trained, and has no counterpart here"
 _DECIDES = "is decided by this, and the rest of the file is read for it"
 _NOT_OFFERED = NOT_OFFERED | several(
     {
+        "lora_rank_pattern lora_alpha_pattern": "lora.rank_pattern and lora.alpha_pattern take them, by hand",
+        "chat_template_kwargs": "data.chat_template_kwargs takes them, by hand",
         "adapter rl pretraining_dataset reward_model process_reward_model num_labels trl ebft vllm "
         "model_quantization_config model_quantization_config_kwargs": _DECIDES,
         "wandb_project wandb_entity wandb_watch wandb_name wandb_log_model wandb_mode wandb_run_id use_wandb "
@@ -303,15 +320,14 @@ _NOT_OFFERED = NOT_OFFERED | several(
         "dataset_prepared_path push_dataset_to_hub hf_use_auth_token dataset_exact_deduplication "
         "dataset_keep_in_memory shuffle_merged_datasets max_packed_sequence_len dataset_shard_num dataset_shard_idx "
         "preprocess_iterable is_preprocess": "encoded rows are kept in data.cache_dir",
-        "neftune_noise_alpha noisy_embedding_alpha loraplus_lr_ratio loraplus_lr_embedding relora_steps relora "
+        "loraplus_lr_embedding relora_steps relora "
         "relora_warmup_steps relora_anneal_steps relora_cpu_offload cosine_min_lr_ratio cosine_constant_lr_ratio "
-        "lr_quadratic_warmup lora_modules_to_save lora_fan_in_fan_out lora_target_parameters lora_rank_pattern "
-        "lora_alpha_pattern peft_layers_to_transform peft_init_lora_weights peft lora_model_dir embedding_lr "
+        "lr_quadratic_warmup lora_fan_in_fan_out lora_target_parameters peft embedding_lr "
         "embedding_lr_scale unfrozen_parameters adam_beta3 lisa_n_layers lisa_step_interval lisa_layers_attribute "
         "eot_tokens fix_untrained_tokens resize_token_embeddings_to_32x rope_scaling overrides_of_model_config "
         "min_sample_len curriculum_sampling optim_target_modules optim_args s2_attention torchdistx_path use_eaft "
         "use_dynamic_finetuning dft peft_ensure_weight_tying moe_aux_loss_coef router_aux_loss_coef use_pose "
-        "train_on_eos eta_min chat_template_kwargs train_on_eot lr_groups "
+        "train_on_eos eta_min train_on_eot lr_groups "
         "shrink_embeddings mean_resizing_embeddings qat gptq gptq_bits "
         "gptq_groupsize gptq_model_v1": _METHOD,
         "special_tokens tokens added_tokens_overrides chat_template_jinja default_system_message tokenizer_config "

@@ -12,10 +12,10 @@ from lora_core.config.keys import SECTIONS
 from lora_core.config.layers import Setting, read_layers
 from lora_core.config.legacy import is_legacy, legacy_layer, models_of
 from lora_core.config.llama_factory import LLAMA_FACTORY
+from lora_core.config.not_offered import NOT_OFFERED
 from lora_core.config.scripts import Script, Unresolved, read_script
 from lora_core.config.synonyms import sectionless
 from lora_core.config.trainer_keys import (
-    NOT_OFFERED,
     PEFT_DEFAULTS,
     SFT_COMMAND,
     SFT_CONFIG,

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from lora_core.config.not_offered import NOT_OFFERED
 from lora_core.config.trainer_keys import (
-    NOT_OFFERED,
     TRAINING_ARGUMENTS,
     TRANSFORMERS_DEFAULTS,
     packing,
+    saved_modules,
+    start,
     targets,
 )
 from lora_core.config.translation import NotOffered, Rule, Tool, Values, renamed, several
@@ -78,6 +80,10 @@ def _thinking(values: Values) -> dict[str, Any]:
     return {}
 
 
+def _start(values: Values) -> dict[str, Any]:
+    return start({"init_lora_weights": "pissa" if values["pissa_init"] else True})
+
+
 def _revision(values: Values) -> dict[str, Any]:
     return {} if values["model_revision"] in (None, "main") else {"model.revision": values["model_revision"]}
 
@@ -92,7 +98,12 @@ _RULES = [
         cutoff_len="data.max_seq_length",
         preprocessing_num_workers="data.num_proc",
         early_stopping_steps="train.early_stopping_patience",
+        loraplus_lr_ratio="lora.loraplus_lr_ratio",
+        adapter_name_or_path="model.adapter",
     ),
+    Rule(("pissa_init", "pissa_iter"), _start),
+    Rule(("additional_target",), lambda values: saved_modules({"modules_to_save": values["additional_target"]})),
+    Rule(("streaming", "buffer_size"), lambda values: {"data.streaming": True} if values["streaming"] else {}),
     Rule(("lora_alpha", "lora_rank"), _alpha),
     Rule(("lora_rank",), lambda values: {"lora.rank": values["lora_rank"]}),
     Rule(("lora_target",), _targets),
@@ -134,11 +145,11 @@ _NOT_OFFERED = NOT_OFFERED | several(
         "dataset_dir media_dir overwrite_cache tokenized_path cache_dir data_shared_file_system "
         "preprocessing_batch_size": "encoded rows are kept in data.cache_dir, under a hash of all that decides them",
         "max_samples": "max_rows of one of data.train_files takes the first so many rows",
-        "additional_target loraplus_lr_ratio loraplus_lr_embedding pissa_init pissa_iter pissa_convert use_galore "
+        "loraplus_lr_embedding pissa_convert use_galore "
         "galore_target galore_rank galore_update_interval galore_scale use_apollo use_badam badam_mode "
         "badam_switch_mode badam_switch_interval badam_update_ratio use_adam_mini use_muon use_llama_pro use_dft_loss "
         "use_asft_loss use_eaft_loss mixture_of_depths shift_attn rope_scaling moe_aux_loss_coef fp8 use_mca "
-        "adapter_name_or_path create_new_adapter freeze_trainable_layers freeze_trainable_modules preserve_thinking "
+        "create_new_adapter freeze_trainable_layers freeze_trainable_modules preserve_thinking "
         "resize_vocab add_tokens add_special_tokens new_special_tokens_config init_special_tokens "
         "disable_shuffling asft_alpha eaft_alpha quantization_device_map "
         "train_from_scratch pref_beta pref_loss pref_ftx dpo_label_smoothing kto_chosen_weight reward_model "
@@ -146,7 +157,7 @@ _NOT_OFFERED = NOT_OFFERED | several(
         "mix_strategy interleave_probs": "weight of one of data.train_files says how often its rows are taken",
         "use_unsloth use_unsloth_gc enable_liger_kernel use_reentrant_gc upcast_layernorm upcast_lmhead_output "
         "infer_backend infer_dtype offload_folder use_kv_cache use_v1_kernels double_quantization "
-        "split_special_tokens buffer_size "
+        "split_special_tokens "
         "compute_accuracy eval_on_each_dataset ray_run_name ray_storage_path ray_num_workers placement_strategy "
         "resources_per_worker ray_init_kwargs master_addr master_port print_param_status use_swanlab swanlab_project "
         "swanlab_run_name use_kt kt_optimize_rule cpu_infer chunk_size kt_maxlen mode predict_with_generate "

@@ -7,21 +7,16 @@ on the same TrainingArguments, so their tables use this one.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
-from lora_core.config.schema import ALL_SEVEN_PROJECTIONS
-from lora_core.config.translation import NotOffered, Rule, Tool, Values, renamed, several, whole
+from lora_core.config.not_offered import NOT_OFFERED
+from lora_core.config.schema import ALL_SEVEN_PROJECTIONS, Tracker, TrainConfig
+from lora_core.config.translation import NotOffered, Rule, Tool, Values, renamed, whole
+from lora_core.schedule import schedule_problem
 
-_ADAMW = {
-    "adamw_torch": "adamw_torch",
-    "adamw_torch_fused": "adamw_torch",
-    "adamw_hf": "adamw_torch",
-    "paged_adamw_32bit": "adamw_torch",
-    "paged_adamw": "adamw_torch",
-    "adamw_8bit": "adamw_8bit",
-    "adamw_bnb_8bit": "adamw_8bit",
-    "paged_adamw_8bit": "paged_adamw_8bit",
-}
+_OTHER_NAMES = {"adamw_hf": "adamw_torch", "paged_adamw": "paged_adamw_32bit", "lion": "lion_32bit"}
+_OPTIMIZERS = get_args(TrainConfig.model_fields["optim"].annotation)
+_TRACKERS = get_args(Tracker)
 _ATTENTION = ("sdpa", "eager", "flash_attention_2")
 
 
@@ -45,15 +40,16 @@ def warmup(values: Values) -> dict[str, Any]:
 
 def optimizer(values: Values) -> dict[str, Any]:
     name = str(values["optim"]).removeprefix("OptimizerNames.").lower()
-    if name not in _ADAMW:
-        raise NotOffered(f"the optimizers here are {', '.join(dict.fromkeys(_ADAMW.values()))}")
-    return {"train.optim": _ADAMW[name]}
+    name = _OTHER_NAMES.get(name, name)
+    if name not in _OPTIMIZERS:
+        raise NotOffered(f"the optimizers here are {', '.join(_OPTIMIZERS)}")
+    return {"train.optim": name}
 
 
 def precision(values: Values) -> dict[str, Any]:
     bf16, fp16 = values["bf16"], values["fp16"]
     if fp16 and not bf16:
-        raise NotOffered("float16 training; here bfloat16, or float32 with train.bf16=false")
+        return {"train.fp16": True, "train.bf16": False}
     if bf16 in ("auto", "full"):
         return {"train.bf16": "auto" if bf16 == "auto" else True}
     return {"train.bf16": bool(bf16)}
@@ -83,12 +79,54 @@ def saving(values: Values) -> dict[str, Any]:
     return {"train.save_steps": whole("train.save_steps", values["save_steps"])}
 
 
+SCHEDULE_KEYS = {name: f"lr_scheduler_kwargs.{name}" for name in ("min_lr_rate", "num_decay_steps")}
+
+
 def schedule(values: Values) -> dict[str, Any]:
     name = str(values["lr_scheduler_type"]).removeprefix("SchedulerType.").lower()
+    settings = {name: values[key] for name, key in SCHEDULE_KEYS.items() if values.get(key) is not None}
     has_warmup = values.get("warmup_steps") or values.get("warmup_ratio")
-    if name not in ("linear", "cosine", "constant_with_warmup", "constant") or (name == "constant" and has_warmup):
-        raise NotOffered("kept at linear, to zero; train.lr_scheduler_type and train.lr_scheduler_kwargs say another")
-    return {"train.lr_scheduler_type": name}
+    problem = schedule_problem(name, settings)
+    if problem is None and name == "constant" and has_warmup:
+        problem = "lr_scheduler_type=constant has no warmup here"
+    if problem is not None:
+        raise NotOffered(f"kept at linear, to zero; {problem}")
+    return {"train.lr_scheduler_type": name} | ({"train.lr_scheduler_kwargs": settings} if settings else {})
+
+
+def trackers(values: Values) -> dict[str, Any]:
+    given = values["report_to"]
+    names = [given] if isinstance(given, str) else given
+    if names is None or [*names] in ([], ["none"]):
+        return {"train.report_to": []}
+    unknown = [name for name in names if name not in _TRACKERS]
+    if unknown:
+        raise NotOffered(f"none is called; train.report_to takes {', '.join(_TRACKERS)}")
+    return {"train.report_to": [*names]}
+
+
+def start(values: Values) -> dict[str, Any]:
+    """How A and B begin."""
+    given = values["init_lora_weights"]
+    if given in (None, True, "default"):
+        return {}
+    if given == "gaussian":
+        return {"lora.init_lora_weights": given}
+    reason = "kept at PEFT's default, which changes nothing at first"
+    if str(given).startswith(("pissa", "olora")):
+        reason += f"; lora.init_lora_weights={given} needs model.dtype=float32 and no quantization"
+    raise NotOffered(reason)
+
+
+def saved_modules(values: Values) -> dict[str, Any]:
+    given = values["modules_to_save"] or values["lora_modules_to_save"]
+    if not given:
+        return {}
+    return {"lora.modules_to_save": [name.strip() for name in given.split(",")] if isinstance(given, str) else given}
+
+
+def streaming(values: Values) -> dict[str, Any]:
+    return {"data.streaming": True} if values["dataset_streaming"] or values["streaming"] else {}
 
 
 def best(values: Values) -> dict[str, Any]:
@@ -139,9 +177,9 @@ def targets(values: Values) -> dict[str, Any]:
     if names in ("all-linear", "all", ["all-linear"], ["all"]):
         return {"lora.target_modules": "all-linear"}
     if isinstance(names, str):
-        names = [name.strip() for name in names.split(",")]
-    if not all(isinstance(name, str) and name.replace("_", "").replace(".", "").isalnum() for name in names):
-        raise NotOffered("lora.target_modules are names of modules, not a regular expression")
+        words = [name.strip() for name in names.split(",")]
+        is_pattern = any(not word.replace("_", "").replace(".", "").isalnum() for word in words)
+        return {"lora.target_modules": names if is_pattern else words}
     return {"lora.target_modules": [*names]}
 
 
@@ -212,6 +250,12 @@ TRAINING_ARGUMENTS = [
         gradient_accumulation_steps="train.gradient_accumulation_steps",
         learning_rate="train.learning_rate",
         weight_decay="train.weight_decay",
+        adam_beta1="train.adam_beta1",
+        adam_beta2="train.adam_beta2",
+        adam_epsilon="train.adam_epsilon",
+        neftune_noise_alpha="train.neftune_noise_alpha",
+        label_smoothing_factor="train.label_smoothing_factor",
+        project="train.tracker_project",
         torch_compile="train.torch_compile",
         seed="train.seed",
         save_total_limit="train.save_total_limit",
@@ -228,69 +272,11 @@ TRAINING_ARGUMENTS = [
     Rule(("logging_steps", "logging_strategy"), logging),
     Rule(("eval_strategy", "evaluation_strategy", "eval_steps", "logging_steps"), evaluation),
     Rule(("save_strategy", "save_steps"), saving),
-    Rule(("lr_scheduler_type",), schedule),
+    Rule(("lr_scheduler_type", *SCHEDULE_KEYS.values()), schedule),
+    Rule(("report_to",), trackers),
     Rule(("load_best_model_at_end", "metric_for_best_model"), best),
     Rule(("max_grad_norm",), clipping),
 ]
-
-_LOGS = "metrics.jsonl and report.html in the run folder hold what is logged"
-_HUB = "nothing is uploaded while a run trains"
-_SPEED = "changes time or memory and not what is learned"
-_LEARNS = "changes what is learned, and has no counterpart here"
-_ADAM = "AdamW's betas and epsilon are torch's own here, 0.9, 0.999 and 1e-8"
-_SHARDED = "sharding is configured by `accelerate launch --config_file`"
-_ROWS = "rows are shaped by data.columns, data.roles and the chat template"
-NOT_OFFERED = several(
-    {
-        "report_to run_name project trackio_space_id logging_dir logging_first_step logging_nan_inf_filter log_level "
-        "log_level_replica log_on_each_node disable_tqdm include_num_input_tokens_seen include_tokens_per_second "
-        "plot_loss skip_memory_metrics trackio_bucket_id trackio_static_space_id include_effective_tokens_per_second "
-        "tracking wandb_run_group wandb_run_id wandb_tags wandb_project wandb_entity wandb_mode": _LOGS,
-        "push_to_hub hub_model_id hub_token hub_strategy hub_private_repo hub_revision hub_always_push "
-        "push_to_hub_revision push_to_hub_model_id push_to_hub_token push_to_hub_organization": _HUB,
-        "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
-        "dataloader_in_order dataloader_multiprocessing_context tf32 group_by_length length_column_name "
-        "train_sampling_strategy use_liger_kernel liger_kernel_config torch_empty_cache_steps pad_to_multiple_of "
-        "gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs activation_offloading "
-        "torch_compile_backend torch_compile_mode use_cache dataset_num_proc dataset_batch_size packing_strategy "
-        "padding_free eval_packing low_cpu_mem_usage device_map eval_accumulation_steps jit_mode_eval "
-        "average_tokens_across_devices batch_eval_metrics eval_do_concat_batches eval_use_gather_object "
-        "include_for_metrics use_reentrant preprocessing_num_workers use_flash_attention_2 torch_compile_options "
-        "bf16_full_eval fp16_full_eval "
-        "prediction_loss_only use_fast use_fast_tokenizer": _SPEED,
-        "neftune_noise_alpha label_smoothing_factor optim_args optim_target_modules lora_modules_to_save "
-        "lora_target_parameters bias lora_bias loss_type lr_scheduler_kwargs adam_mini exclude_modules rank_pattern "
-        "alpha_pattern layers_to_transform layers_pattern target_parameters router_aux_loss_coef loftq_config "
-        "trainable_token_indices layer_replication data_seed dataloader_drop_last": _LEARNS,
-        "init_lora_weights": "the adapter starts as PEFT's default: it changes nothing at first",
-        "adam_beta1 adam_beta2 adam_epsilon": _ADAM,
-        "deepspeed fsdp fsdp_config accelerator_config parallelism_config ddp_find_unused_parameters ddp_bucket_cap_mb "
-        "ddp_broadcast_buffers ddp_static_graph ddp_backend local_rank use_cpu no_cuda _n_gpu": _SHARDED,
-        "resume_from_checkpoint": "lora-core train --resume continues from the newest checkpoint",
-        "save_only_model save_on_each_node save_safetensors enable_jit_checkpoint ignore_data_skip "
-        "restore_callback_states_from_checkpoint": "checkpoints hold all that a run needs to be "
-        "resumed, as safetensors",
-        "remove_unused_columns dataset_text_field dataset_kwargs label_names columns formatting_func "
-        "chat_template": _ROWS,
-        "do_train do_eval do_predict eval_on_start eval_delay greater_is_better debug full_determinism "
-        "task_type lora_task_type peft_type inference_mode base_model_name_or_path fan_in_fan_out auto_mapping "
-        "use_peft past_index ray_scope peft_version revision hub_hash": "says nothing of what is learned here",
-        "trust_remote_code": "code from a model's repository is never run",
-        "dataset_mixture dataset_mixer dataset_splits": "data.train_files takes several files, with split and weight",
-        "block_size": "data.max_seq_length is what limits a row",
-        "dataset_test_split eval_dataset test_split_size": "the eval set is data.eval_file, or a share of "
-        "the rows: data.eval_fraction",
-        "bnb_4bit_compute_dtype bnb_4bit_use_double_quant use_bnb_nested_quant bnb_4bit_quant_storage "
-        "llm_int8_threshold llm_int8_skip_modules llm_int8_enable_fp32_cpu_offload llm_int8_has_fp16_weight": ""
-        "NF4 here "
-        "has double quantization, computes in bfloat16, and is stored as model.quant_storage",
-        "dataset_streaming streaming shuffle_dataset": "rows are encoded once, kept on disk, and shuffled every epoch",
-        "truncation_mode": "data.truncation says what becomes of a longer row",
-        "eos_token pad_token": "the chat template says what ends a turn; padding is masked",
-        "model_init_kwargs": "model.dtype, model.attn_implementation and model.revision are what there is",
-        "ignore_bias_buffers": _SHARDED,
-    }
-)
 
 # What decides what is learned; where a key is not here, the tool's default does as we do.
 TRANSFORMERS_DEFAULTS = {
@@ -337,7 +323,13 @@ SFT_RULES = [
         lora_dropout="lora.dropout",
         use_rslora="lora.use_rslora",
         use_dora="lora.use_dora",
+        exclude_modules="lora.exclude_modules",
+        layers_to_transform="lora.layers_to_transform",
+        trainable_token_indices="lora.trainable_token_indices",
     ),
+    Rule(("init_lora_weights",), start),
+    Rule(("modules_to_save", "lora_modules_to_save"), saved_modules),
+    Rule(("dataset_streaming", "streaming"), streaming),
     Rule(("model_revision",), revision),
     Rule(("lora_target_modules",), targets),
     Rule(("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type"), quantization),

@@ -203,7 +203,7 @@ def test_the_schema_for_editors_is_of_these_models_and_takes_every_shipped_confi
 @pytest.mark.parametrize(
     ("theirs", "said"),
     [
-        ("report_to", "not a key here: no tracker is called"),
+        ("wandb_project", "nearest: train.tracker_project "),
         ("push_to_hub", "not a key here: nothing is uploaded"),
         ("load_in_4bit", "nearest: model.quantization "),
         ("train.resume_from_checkpoint", "not a key here: lora-core train --resume"),

@@ -100,7 +100,7 @@ def test_llama_factory(tmp_path: Path) -> None:
         "all-linear",
     )
     became = outcomes(said)
-    assert (became["report_to"], became["pissa_init"], became["wibble"]) == ("as here", "not offered", "unknown")
+    assert (became["report_to"], became["pissa_init"], became["wibble"]) == ("taken", "not offered", "unknown")
     assert set(became) == {*FACTORY, "val_size", "quantization_bit", "pissa_init", "wibble"}
     assert "lora.rank=8" in said.from_defaults()
     assert "dataset = 'identity': a name in data/dataset_info.json" in str(said)
@@ -139,7 +139,25 @@ def test_axolotl(tmp_path: Path) -> None:
         ({"val_set_size": 0, "test_datasets": [{"path": "e.jsonl"}]}, {"data.eval_file": "e.jsonl"}),
         ({"excess_length_strategy": "truncate"}, {"data.truncation": "right"}),
         ({"chat_template": "phi_3"}, {"data.chat_template": "phi3"}),
-        ({"optimizer": "adamw_bnb_8bit"}, {"train.optim": "adamw_8bit"}),
+        ({"optimizer": "adamw_bnb_8bit"}, {"train.optim": "adamw_bnb_8bit"}),
+        ({"optimizer": "paged_adamw"}, {"train.optim": "paged_adamw_32bit"}),
+        ({"bf16": False, "fp16": True}, {"train.fp16": True, "train.bf16": False}),
+        ({"lora_modules_to_save": ["embed_tokens", "lm_head"]}, {"lora.modules_to_save": ["embed_tokens", "lm_head"]}),
+        (
+            {"lora_target_linear": False, "lora_target_modules": r"model.*\.q_proj"},
+            {"lora.target_modules": r"model.*\.q_proj"},
+        ),
+        ({"loraplus_lr_ratio": 16, "adam_beta2": 0.95}, {"lora.loraplus_lr_ratio": 16, "train.adam_beta2": 0.95}),
+        ({"noisy_embedding_alpha": 5}, {"train.neftune_noise_alpha": 5}),
+        ({"lora_model_dir": "outputs/earlier"}, {"model.adapter": "outputs/earlier"}),
+        ({"streaming": True}, {"data.streaming": True}),
+        (
+            {"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}},
+            {
+                "train.lr_scheduler_type": "cosine_with_min_lr",
+                "train.lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+            },
+        ),
     ],
 )
 def test_axolotl_values(tmp_path: Path, values: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -190,10 +208,11 @@ def test_what_is_not_done_here_is_refused_with_the_reason(
         (FACTORY, {"quantization_bit": 2}, "quantization_bit"),
         (FACTORY, {"num_train_epochs": 0.5}, "num_train_epochs"),
         (FACTORY, {"optim": "muon"}, "optim"),
-        (FACTORY, {"bf16": False, "fp16": True}, "fp16"),
+        (FACTORY, {"pissa_init": True}, "pissa_init"),
+        (FACTORY, {"lr_scheduler_type": "polynomial"}, "lr_scheduler_type"),
+        (FACTORY, {"report_to": "neptune"}, "report_to"),
         (OTTER, {"saves_per_epoch": 4}, "saves_per_epoch"),
         (OTTER, {"datasets": [{"path": "a", "type": {"field": "x"}}]}, "datasets"),
-        (COMMAND, {"lora_target_modules": r"model.*\.q_proj"}, "lora_target_modules"),
         (COMMAND, {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type"),
         (COMMAND, {"save_strategy": "no"}, "save_strategy"),
         (COMMAND, {"attn_implementation": "flex_attention"}, "attn_implementation"),
