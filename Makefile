@@ -1,6 +1,7 @@
 # make demo   train a real 135M chat model on the example rows, on any machine
 # make test   the whole test suite
 # make check  format, lint, types, tests: what a change must pass
+# make families   hold every causal language model of transformers against plain PEFT, into docs/families.md
 # make docs   the documentation as a site, in site/
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
 
-.PHONY: demo test check docs
+.PHONY: demo test check families docs
 
 demo: $(VENV)/.demo
 	$(BIN)/lora-core demo
@@ -28,6 +29,9 @@ check: $(VENV)/.dev
 	$(BIN)/pyright tests/typing
 	@$(BIN)/python examples/fetch_demo_model.py
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+families: $(VENV)/.test
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.families.table
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

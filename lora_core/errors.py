@@ -32,6 +32,10 @@ class ConfigError(LoraCoreError):
     finding_id = "config_invalid"
 
 
+class SimulationError(LoraCoreError):
+    """A training step of this model cannot run on tensors without values: its memory is not known. Exit code 1."""
+
+
 class DataError(LoraCoreError):
     """Rows or files that cannot be used; lists them as file:line. Exit code 2."""
 

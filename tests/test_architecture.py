@@ -49,7 +49,17 @@ ORDER: dict[str, list[str]] = {
         "mask_reader",
     ],
     "data": ["counts", "packing", "split", "cache", "row_text", "encoded", "in_memory"],
-    "model": ["attention", "lora_linear", "lora_settings", "base", "loss", "optimizer", "starting_adapter"],
+    "model": [
+        "attention",
+        "decoder",
+        "lora_linear",
+        "targets",
+        "lora_settings",
+        "base",
+        "loss",
+        "optimizer",
+        "starting_adapter",
+    ],
     "runtime": ["run_folder", "run_state", "console", "launcher", "sharding", "ranks", "devices", "faults"],
     "memory": ["micro_batch", "live_bytes", "without_storage", "simulate", "plan"],
     "preflight": [

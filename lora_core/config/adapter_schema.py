@@ -44,7 +44,8 @@ class ModelConfig(Section):
     )
     attn_implementation: str = Field(
         default="sdpa",
-        description="as transformers names it: sdpa (where packed, lora_core's own), eager, flash_attention_2, ...",
+        description="as transformers names it: sdpa (where packed, lora_core's own; eager where a "
+        "family has none), eager, flash_attention_2, ...",
     )
 
 
@@ -55,8 +56,9 @@ class LoraConfig(Section):
     alpha: PositiveInt = Field(default=32, description="scale: the update is multiplied by alpha / rank")
     dropout: Fraction = Field(default=0.05, description="probability, on the adapter's input")
     target_modules: list[str] | str = Field(
-        default=ALL_SEVEN_PROJECTIONS,
-        description="names of the modules that get an adapter, or all-linear, or a regular expression for whole names",
+        default="auto",
+        description="names of the modules that get an adapter, or a regular expression for whole names; auto: all "
+        "linear layers of the decoder and its experts; all-linear: PEFT's",
     )
     exclude_modules: list[str] | str | None = Field(
         default=None, description="of these, the ones that get none: names, or a regular expression for whole names"
@@ -136,7 +138,8 @@ class LoraConfig(Section):
 
     @model_validator(mode="after")
     def _layers_by_name(self) -> LoraConfig:
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+        by_name = self.target_modules == "auto" or isinstance(self.target_modules, list)
+        if self.layers_to_transform is not None and not by_name:
             raise ValueError(
                 f"layers_to_transform goes with a list of names, and target_modules={self.target_modules}; "
                 "fix: lora.target_modules=[q_proj,v_proj], or name the layers in the regular expression"

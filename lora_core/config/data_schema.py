@@ -81,8 +81,10 @@ class DataConfig(Section):
     mask_reasoning: bool = Field(
         default=False, description="show the reasoning of replies to the model and do not train it"
     )
-    packing: bool = Field(
-        default=True, description="put examples end to end instead of padding; same gradient, no wasted tokens"
+    packing: bool | Literal["auto"] = Field(
+        default="auto",
+        description="put examples end to end instead of padding: same gradient, no wasted tokens; auto: where the "
+        "model can keep them apart",
     )
     chat_template: str | None = Field(
         default=None,

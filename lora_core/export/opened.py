@@ -25,6 +25,7 @@ from lora_core.config.schema import RunConfig
 from lora_core.errors import ConfigError
 from lora_core.model.base import add_adapter, load_base_model, load_saved_tokenizer, load_tokenizer
 from lora_core.model.loss import CausalLMLoss
+from lora_core.preflight.model_facts import with_packing
 from lora_core.runtime.devices import build_accelerator, with_precision
 from lora_core.runtime.faults import is_out_of_memory
 from lora_core.training.adapter_folder import load_adapter
@@ -118,6 +119,7 @@ def load_opened(opened: Opened) -> LoadedModel:
         ConfigError: base model, adapter or checkpoint cannot be loaded, or do not fit together.
     """
     config, _ = with_precision(opened.config)
+    config = with_packing(config)
     accelerator = build_accelerator(config)
     if opened.tokenizer_dir is not None:
         tokenizer = load_saved_tokenizer(opened.tokenizer_dir, config.model)
@@ -125,7 +127,7 @@ def load_opened(opened: Opened) -> LoadedModel:
         tokenizer = load_tokenizer(config.model, config.data)
     model: Any
     if opened.weights is None:
-        model = load_base_model(config.model, accelerator.device, config.data.packing)
+        model = load_base_model(config.model, accelerator.device, bool(config.data.packing))
     else:
         model = _load_trained(opened, opened.weights, config, accelerator)
     return LoadedModel(opened, config, accelerator, tokenizer, model.eval())
@@ -136,7 +138,7 @@ def _load_trained(opened: Opened, weights: Path, config: RunConfig, accelerator:
         if opened.kind == "adapter":
             return load_adapter(config, weights, accelerator.device)
         checkpoint = read_checkpoint(weights)
-        base = load_base_model(config.model, accelerator.device, config.data.packing)
+        base = load_base_model(config.model, accelerator.device, bool(config.data.packing))
         model = add_adapter(base, config.lora, config.train.seed)
         restore_adapter(checkpoint, CausalLMLoss(model))  # whose names a checkpoint has
         return model

@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from lora_core.model.decoder import grouped_product
 
 
 class LiveBytes(TorchDispatchMode):
@@ -51,6 +54,15 @@ class LiveBytes(TorchDispatchMode):
         if func is torch.ops.aten.nonzero.default:
             # The one operation whose size depends on values: how many loss tokens there are.
             result = torch.empty((self.num_loss_tokens, args[0].dim()), dtype=torch.long)
+        elif func is torch.ops.aten._grouped_mm.default:
+            # torch's rule for tensors without storage allows bfloat16 alone; its kernels on CPUs take float32 too.
+            result = grouped_product(*args, **(kwargs or {}))
+        elif func is torch.ops.aten._local_scalar_dense.default:
+            # A look at a value that there is not, such as the longest position, by which some rotary embeddings grow.
+            try:
+                return func(*args)
+            except DataDependentOutputException:
+                return 0
         else:
             result = func(*args, **(kwargs or {}))
         for tensor in tree_iter(result):

@@ -17,7 +17,7 @@ import peft  # noqa: F401  # loaded here so that what it takes is in the process
 from lora_core.config.schema import RunConfig
 from lora_core.data.counts import EncodedFile
 from lora_core.data.packing import eval_batching
-from lora_core.errors import counted
+from lora_core.errors import ConfigError, SimulationError, counted
 from lora_core.memory.micro_batch import MicroBatch, largest_cut, largest_micro_batch
 from lora_core.memory.simulate import live_at_peak
 from lora_core.runtime.devices import DeviceMemory
@@ -102,8 +102,15 @@ def predict_memory(
 
     Raises:
         ConfigError: the model's config cannot be read, or a target module matches nothing.
+        SimulationError: the family's code cannot run without values.
     """
-    live, frozen = live_at_peak(config, micro_batch, eval_micro_batch, device.kind)
+    try:
+        live, frozen = live_at_peak(config, micro_batch, eval_micro_batch, device.kind)
+    except ConfigError:
+        raise
+    except Exception as error:  # the code of one of two hundred families met tensors without values
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise SimulationError(f"its memory cannot be predicted: {type(error).__name__}: {reason}") from error
     components = {name: live.get(name, 0) for name in ("weights", "adapter", "gradients", "optimizer")}
     shards = num_processes > 1 and sharding == "fsdp"
     if shards:
@@ -130,7 +137,7 @@ def plan_memory(
     """Predict the peak of a run on its own rows.
 
     Raises:
-        ConfigError: as `predict_memory`.
+        ConfigError, SimulationError: as `predict_memory`.
     """
     training = largest_micro_batch(config, train_data, plan)
     evaluation = None

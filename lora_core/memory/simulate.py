@@ -21,6 +21,7 @@ from lora_core.memory.without_storage import (
 )
 from lora_core.model.attention import causal_lm_of
 from lora_core.model.base import load_model_config
+from lora_core.model.decoder import decoder_layers
 from lora_core.model.lora_settings import differs_by_layer
 from lora_core.model.loss import CausalLMLoss
 from lora_core.model.optimizer import build_optimizer
@@ -110,7 +111,7 @@ def _simulate(
                 with torch.no_grad(), autocast:
                     loss(**_fake_batch(eval_micro_batch, device_kind))
                 peaks.append(live.take_peak())
-    layers = causal_lm_of(model).get_decoder().layers
+    layers = decoder_layers(model)
     layer_bytes = [sum(tensor.untyped_storage().nbytes() for tensor in frozen_tensors(layer)) for layer in layers]
     all_bytes = sum(tensor.untyped_storage().nbytes() for tensor in frozen_tensors(model))
     return peaks, FrozenBytes(layer=layer_bytes[0], root=all_bytes - sum(layer_bytes))

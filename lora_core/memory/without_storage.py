@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.config.schema import RunConfig
+from lora_core.errors import ConfigError
 from lora_core.model.attention import segment_attention, takes_short_segments
-from lora_core.model.base import add_adapter, keep_4bit_weights_trainable, load_model_config, quantization_config
+from lora_core.model.base import (
+    add_adapter,
+    cannot_load,
+    keep_4bit_weights_trainable,
+    load_model_config,
+    quantization_config,
+)
+from lora_core.model.decoder import attention_for, decoder_layers
 from lora_core.model.lora_linear import ByteMask, use_lean_lora
 
 if TYPE_CHECKING:
@@ -25,17 +34,51 @@ def num_hidden_layers(config: RunConfig) -> int:
 
 
 def base_without_storage(config: RunConfig, num_layers: int) -> Any:
-    """The base model on the meta device, with so many of its decoder layers."""
+    """The base model on the meta device, with so many of its decoder layers; with all where the family's config cannot
+    be cut.
+
+    Raises:
+        ConfigError: transformers has no causal language model of this family, or it cannot be built.
+    """
+    whole = load_model_config(config.model)
+    try:
+        base = _on_meta(config, with_layers(whole, num_layers))
+    except ConfigError:  # its config does not add up with fewer layers
+        return _on_meta(config, whole)
+    return base if len(decoder_layers(base)) == num_layers else _on_meta(config, whole)
+
+
+def _on_meta(config: RunConfig, model_config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model_config = load_model_config(config.model)
-    text_config = model_config.get_text_config()
-    text_config.num_hidden_layers = num_layers
-    if getattr(text_config, "layer_types", None):
-        text_config.layer_types = text_config.layer_types[:num_layers]
     dtype = model_config.dtype if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation="sdpa")
+    attention = attention_for(model_config, "sdpa" if config.model.attn_implementation != "eager" else "eager")
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                copy.deepcopy(model_config), dtype=dtype, attn_implementation=attention
+            )
+    except Exception as error:  # each family checks its config in its own way
+        raise cannot_load("model", config.model.name_or_path, error) from error
+
+
+def with_layers(model_config: Any, num_layers: int) -> Any:
+    """A copy of a model's config with its first so many decoder layers: a list with an entry a layer is shortened."""
+    cut = copy.deepcopy(model_config)
+    text_config = cut.get_text_config()
+    whole = text_config.num_hidden_layers
+    values = text_config.to_dict()
+    try:
+        text_config.num_hidden_layers = num_layers
+    except NotImplementedError:  # a family that counts layers by another name
+        return cut
+    for name, value in values.items():
+        if isinstance(value, list) and len(value) == whole > num_layers:
+            try:
+                setattr(text_config, name, value[:num_layers])
+            except AttributeError:  # worked out from others, which are shortened
+                continue
+    return cut
 
 
 def num_parameters(config: RunConfig, num_layers: int) -> int:

@@ -39,6 +39,18 @@ def causal_lm_of(model: Any) -> Any:
     return model if unwrap is None else unwrap()
 
 
+def decoder_of(model: Any) -> Any:
+    """What gives hidden states. Where a family's `get_decoder` gives the whole model, as Llama 4's, or its head, as
+    ModernBERT's: the model inside."""
+    from transformers import PreTrainedModel
+
+    causal_lm = causal_lm_of(model)
+    decoder = causal_lm.get_decoder()
+    if decoder is not causal_lm and isinstance(decoder, PreTrainedModel):
+        return decoder
+    return next((part for part in causal_lm.children() if isinstance(part, PreTrainedModel)), causal_lm)
+
+
 def use_segment_attention(model: nn.Module) -> None:
     """Switch a transformers model from SDPA to attention over segments."""
     from transformers import AttentionInterface
@@ -328,7 +340,7 @@ def check_packing(model: nn.Module) -> None:
         ConfigError: they do not; this model cannot be packed.
     """
     causal_lm = causal_lm_of(model)
-    decoder = causal_lm.get_decoder()
+    decoder = decoder_of(causal_lm)
     was_training = model.training
     model.eval()
     device = causal_lm.get_input_embeddings().weight.device

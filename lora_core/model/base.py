@@ -19,13 +19,12 @@ from lora_core.encoding.named_templates import set_template
 from lora_core.errors import ConfigError, counted
 from lora_core.model.attention import (
     SEGMENT_ATTENTION,
-    causal_lm_of,
-    check_packing,
     segment_attention,
-    use_segment_attention,
 )
+from lora_core.model.decoder import attention_for, decoder_layers, prepare_packing
 from lora_core.model.lora_linear import use_lean_lora
-from lora_core.model.lora_settings import check_target_modules, peft_settings
+from lora_core.model.lora_settings import peft_settings, targets_of
+from lora_core.model.targets import add_dropout
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -118,7 +117,7 @@ def load_base_model(config: ModelConfig, device: torch.device, packing: bool = F
                 name,
                 revision=config.revision,
                 dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
-                attn_implementation=config.attn_implementation,
+                attn_implementation=attention_for(load_model_config(config), config.attn_implementation),
                 quantization_config=quantization_config(config),
                 device_map={"": device},
                 use_safetensors=True,
@@ -132,9 +131,7 @@ def load_base_model(config: ModelConfig, device: torch.device, packing: bool = F
         if config.quantization is not None:
             _let_go_of_files(model)
     if packing:
-        if config.attn_implementation == "sdpa":
-            use_segment_attention(model)
-        check_packing(model)
+        prepare_packing(model)
     return model.requires_grad_(False)
 
 
@@ -246,21 +243,26 @@ def add_adapter(
 ) -> PeftModel:
     """Put a LoRA adapter on the base model: float32, the only thing that trains, its start fixed by `seed`.
 
+    `auto` goes to what `find_targets` finds. PEFT has no dropout for experts, so the file of such an adapter says 0,
+    and the other layers get theirs here.
+
     Raises:
         ConfigError: a target module matches nothing (lists the linear layers), or PEFT cannot make the adapter.
     """
     import peft
 
-    check_target_modules(base, config.target_modules)
+    targets = targets_of(base, config)
     torch.manual_seed(seed)
     tied = bool(getattr(base.config.get_text_config(), "tie_word_embeddings", False))
     try:
-        model: PeftModel = peft.get_peft_model(base, peft_settings(config, tied), autocast_adapter_dtype=True)
+        model: PeftModel = peft.get_peft_model(base, peft_settings(config, tied, targets), autocast_adapter_dtype=True)
     except ValueError as error:  # PEFT finds that no module is left, or a combination that it does not have
         raise ConfigError(f"lora: {str(error).splitlines()[0]}; fix: see `lora` in docs/keys.md") from error
     for parameter in model.parameters():  # modules that are trained whole come in the base's type
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
+    if targets.parameters and config.dropout > 0:
+        add_dropout(model, config.dropout)
     use_lean_lora(model)
     if gradient_checkpointing:
         # Non-reentrant: the reentrant kind needs gradients on its inputs, which a frozen embedding does not give.
@@ -291,7 +293,7 @@ def compile_layers(model: PeftModel) -> None:
         if "forward" in vars(module):  # a LoRA layer, as `use_lean_lora` left it
             module.forward = torch.compiler.disable(module.forward)
     AttentionInterface.register(SEGMENT_ATTENTION, torch.compiler.disable(segment_attention))
-    for layer in causal_lm_of(model).get_decoder().layers:
+    for layer in decoder_layers(model):
         layer.compile(dynamic=True)
 
 

@@ -11,6 +11,7 @@ computed in the type of base(x), bfloat16 under autocast, where PEFT goes throug
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -93,7 +95,8 @@ def use_lean_lora(model: PeftModel, mask: Any = None) -> None:
     """
     mask = mask or (BitMask if model.device.type == "cpu" else ByteMask)
     for module in model.modules():
-        if isinstance(module, LoraLayer) and hasattr(module.get_base_layer(), "in_features"):
+        over_linear = isinstance(module, LoraLayer) and hasattr(module.get_base_layer(), "in_features")
+        if over_linear and not isinstance(module, ParamWrapper):
             setattr(module, "forward", MethodType(partial(_forward, mask), module))  # noqa: B010
 
 
@@ -164,11 +167,12 @@ class _LoraLinear(torch.autograd.Function):
         ctx.save_for_backward(x, None if kept is None else mask.pack(kept), inner, weight, a, b)
         to_output = (inner, b.to(x.dtype).t())
         if y is not None:
-            return torch.addmm(y.flatten(0, -2), *to_output, alpha=ctx.scaling).view(y.shape)
+            return _in_shape(torch.addmm(y.flatten(0, -2), *to_output, alpha=ctx.scaling), y.shape)
         assert weight is not None
-        output = nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        output.flatten(0, -2).addmm_(*to_output, alpha=ctx.scaling)
-        return output
+        rows = x.flatten(0, -2)
+        output = nn.functional.linear(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        output.addmm_(*to_output, alpha=ctx.scaling)
+        return _in_shape(output, (*x.shape[:-1], weight.shape[0]))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -188,3 +192,10 @@ class _LoraLinear(torch.autograd.Function):
             if weight is not None:
                 to_x.flatten(0, -2).addmm_(rows, weight.to(rows.dtype))
         return to_x, gradient if ctx.needs_input_grad[1] else None, None, None, to_a, to_b, None, None, None
+
+
+def _in_shape(output: Tensor, shape: Sequence[int]) -> Tensor:
+    """A new tensor's values in another shape, as a tensor of its own: autograd refuses views that a function of its
+    own made where a model changes them in place, as Falcon does with its residual and OLMo with its clamp."""
+    reshaped: Tensor = torch.ops.aten._unsafe_view(output, shape)
+    return reshaped

@@ -10,16 +10,19 @@ from torch import nn
 
 from lora_core.config.schema import LoraConfig
 from lora_core.errors import ConfigError
+from lora_core.model.targets import Targets, find_targets
 
 if TYPE_CHECKING:
     import peft
 
 
-def peft_settings(lora: LoraConfig, model_is_tied: bool = False) -> peft.LoraConfig:
+def peft_settings(lora: LoraConfig, model_is_tied: bool = False, targets: Targets | None = None) -> peft.LoraConfig:
     """PEFT's own configuration of the adapter.
 
     Args:
         model_is_tied: output head and embedding are one matrix; what is trained of one is then trained of both.
+        targets: what `lora.target_modules` comes to on the model; PEFT has no dropout for experts, so that the file of
+            an adapter on experts says 0.
     """
     import peft
 
@@ -27,8 +30,9 @@ def peft_settings(lora: LoraConfig, model_is_tied: bool = False) -> peft.LoraCon
     return peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
+        lora_dropout=0.0 if targets is not None and targets.parameters else lora.dropout,
+        target_modules=lora.target_modules if targets is None else targets.modules,
+        target_parameters=targets.parameters or None if targets is not None else None,
         exclude_modules=lora.exclude_modules,
         layers_to_transform=lora.layers_to_transform,
         modules_to_save=lora.modules_to_save or None,
@@ -47,7 +51,8 @@ def targeted_names(model: nn.Module, lora: LoraConfig) -> list[str]:
     """Dotted names of the modules that get an adapter, by PEFT's own rules."""
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 
-    settings = _maybe_include_all_linear_layers(peft_settings(lora), model)
+    targets = find_targets(model) if lora.target_modules == "auto" else None
+    settings = _maybe_include_all_linear_layers(peft_settings(lora, targets=targets), model)
     # A module that is excluded gives an object that counts as true.
     names = [name for name, _ in model.named_modules() if name]
     found = ((name, check_target_module_exists(settings, name)) for name in names)
@@ -65,7 +70,7 @@ def linear_names(model: nn.Module) -> list[str]:
 
 def differs_by_layer(lora: LoraConfig) -> bool:
     """Whether the decoder layers may get different adapters."""
-    by_name = isinstance(lora.target_modules, str) and lora.target_modules != "all-linear"
+    by_name = isinstance(lora.target_modules, str) and lora.target_modules not in ("auto", "all-linear")
     return bool(by_name or lora.exclude_modules or lora.layers_to_transform is not None or lora.rank_pattern)
 
 
@@ -99,6 +104,26 @@ def names_without_match(
     yield "alpha_pattern", missing_patterns([*lora.alpha_pattern])
     yield "layers_to_transform", [layer for layer in lora.layers_to_transform or [] if not layer < num_layers]
     yield "trainable_token_indices", [token for token in lora.trainable_token_indices or [] if not token < vocab_size]
+
+
+def targets_of(base: nn.Module, lora: LoraConfig) -> Targets:
+    """What gets an adapter, by the names that PEFT takes.
+
+    Raises:
+        ConfigError: a name matches nothing, or fused experts are to have what PEFT has for linear layers only.
+    """
+    if lora.target_modules != "auto":
+        check_target_modules(base, lora.target_modules)
+        return Targets(lora.target_modules, [])
+    targets = find_targets(base)
+    wrong = [name for name in ("use_dora", "layers_to_transform", "exclude_modules") if getattr(lora, name)]
+    if targets.parameters and (wrong or lora.changes_base_weights):
+        key = (wrong or ["init_lora_weights"])[0]
+        raise ConfigError(
+            f"lora.{key}={getattr(lora, key)}: PEFT has that for linear layers, and lora.target_modules=auto takes "
+            f"fused experts too ({', '.join(targets.parameters)}); fix: lora.target_modules=all-linear"
+        )
+    return targets
 
 
 def check_target_modules(model: nn.Module, target_modules: list[str] | str) -> None:

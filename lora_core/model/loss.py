@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_core.config.schema import TrainConfig
 from lora_core.errors import TrainingError
-from lora_core.model.attention import causal_lm_of
+from lora_core.model.attention import causal_lm_of, decoder_of
 
 
 def logits_per_chunk(device_kind: str) -> int:
@@ -104,7 +104,7 @@ class CausalLMLoss(nn.Module):
             loss_weights: (B, T), float32; None is 1 for all.
             inputs: for the decoder: attention_mask for padded rows; position_ids and segment_lengths for packed ones.
         """
-        decoder = causal_lm_of(self.model).get_decoder()
+        decoder = decoder_of(self.model)
         hidden = decoder(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
         # One look at the mask: on a GPU each costs a wait for the device.
         row, position = loss_mask[:, 1:].nonzero(as_tuple=True)  # (N,) each
@@ -247,8 +247,10 @@ def project(model: nn.Module, hidden: Tensor) -> Tensor:
         logits = logits * scale
     if scaling := getattr(config, "logits_scaling", None):  # Granite divides
         logits = logits / scaling
-    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2 and 3
-        logits = torch.tanh(logits / cap) * cap
+    # Gemma 2 and 3, RecurrentGemma, xLSTM
+    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
+        if cap := getattr(config, name, None):
+            logits = torch.tanh(logits / cap) * cap
     return logits
 
 
@@ -265,7 +267,7 @@ def check_head(model: nn.Module) -> None:
     device = causal_lm.get_input_embeddings().weight.device
     input_ids = torch.arange(1, 9, device=device)[None]
     own = causal_lm(input_ids=input_ids, use_cache=False).logits[0].float()
-    hidden = causal_lm.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+    hidden = decoder_of(causal_lm)(input_ids=input_ids, use_cache=False).last_hidden_state
     ours = project(model, hidden[0]).float()
     model.train(was_training)
     if not bool(own.isfinite().all()):

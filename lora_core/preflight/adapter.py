@@ -23,7 +23,7 @@ def check_targets_exist(facts: Facts) -> Iterator[Finding]:
     missing = dict(facts.model.without_match).get("target_modules", ())
     if not missing and facts.model.targeted:
         return
-    linear = _linear_layers(facts)
+    linear, experts = _linear_layers(facts), facts.model.auto_targets.parameters
     if missing or not lora.target_modules:
         what = f"{', '.join(missing) or 'an empty list'} matches nothing in this model"
     else:
@@ -35,10 +35,11 @@ def check_targets_exist(facts: Facts) -> Iterator[Finding]:
     yield Finding(
         "targets_missing",
         "error",
-        f"lora.target_modules: {what}{hint}; its linear layers: {', '.join(_linear_layers(facts))}",
+        f"lora.target_modules: {what}{hint}; its linear layers: {', '.join(_linear_layers(facts))}"
+        + (f"; its experts: {', '.join(experts)}" if experts else ""),
         list(missing),
         linear,
-        f"lora.target_modules=[{','.join(linear)}]",
+        "lora.target_modules=auto" if experts else f"lora.target_modules=[{','.join(linear)}]",
     )
 
 
@@ -140,6 +141,65 @@ def check_targets(facts: Facts) -> Iterator[Finding]:
             parts,
             linear,
             f"lora.target_modules=[{','.join(linear)}]",
+        )
+
+
+def check_experts(facts: Facts) -> Iterator[Finding]:
+    """The adapter goes on fused experts, for which PEFT has neither DoRA nor dropout.
+
+    All experts of a layer are slices of one parameter; PEFT adds the adapter's product to it, and never sees an input
+    that it could drop from. The other layers keep `lora.dropout`, and the saved adapter says 0, so that PEFT loads it.
+
+    For DoRA: `lora.use_dora=false`, or `lora.target_modules=all-linear`, which leaves such experts out.
+    """
+    lora, experts = facts.config.lora, facts.model.auto_targets.parameters
+    if lora.target_modules != "auto" or not experts:
+        return
+    if lora.use_dora:
+        yield Finding(
+            "experts_dora",
+            "error",
+            f"lora.use_dora=true: PEFT has no DoRA for fused experts ({', '.join(experts)})",
+            True,
+            False,
+            "lora.use_dora=false",
+        )
+    if lora.dropout > 0:
+        yield Finding(
+            "experts_without_dropout",
+            "note",
+            f"lora.dropout={lora.dropout:g} is not applied to experts ({', '.join(experts)}): PEFT has none for fused "
+            "ones; the other layers keep it",
+            lora.dropout,
+            0,
+            None,
+        )
+
+
+def check_packing_off(facts: Facts) -> Iterator[Finding]:
+    """The model cannot keep packed examples apart, so they are padded.
+
+    A state-space layer, linear attention or a convolution hands something of each token to the next, over the border of
+    examples too. Padded micro-batches give the same gradient and compute their padding for nothing.
+
+    No action is needed; rows of like length go together already. `data.packing=true` asks for packing by name and is
+    refused here.
+    """
+    problem = facts.model.packing_problem
+    if problem is None:
+        return
+    if facts.config.data.packing is True:
+        yield Finding(
+            "packing_impossible",
+            "error",
+            f"data.packing=true: this model cannot be packed: {problem}",
+            True,
+            False,
+            "data.packing=false",
+        )
+    else:
+        yield Finding(
+            "packing_off", "note", f"examples are padded: this model cannot be packed: {problem}", False, False, None
         )
 
 

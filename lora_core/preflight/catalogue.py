@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 from lora_core.preflight.adapter import (
     check_alpha,
     check_dora,
+    check_experts,
     check_fsdp_quantization,
     check_learning_rate,
     check_lora_names,
     check_optimizer,
+    check_packing_off,
     check_starting_adapter,
     check_targets,
     check_targets_exist,
@@ -117,7 +119,9 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_learning_rate, {"learning_rate_unusual": "warning", "learning_rate_differs": "note"}),
     (check_optimizer, {"optimizer_cannot_run": "error", "optimizer_not_paged": "note"}),
     (check_fsdp_quantization, {"fsdp_quant_storage": "error"}),
-    (check_memory, {"memory_too_small": "error", "micro_batches_smaller": "note"}),
+    (check_experts, {"experts_dora": "error", "experts_without_dropout": "note"}),
+    (check_packing_off, {"packing_impossible": "error", "packing_off": "note"}),
+    (check_memory, {"memory_too_small": "error", "micro_batches_smaller": "note", "memory_unknown": "note"}),
     (check_sharding, {"ddp_fits": "note", "fsdp_fits": "note"}),
     (check_world_size, {"world_size_differs": "error"}),
     (check_bf16, {"bf16_unsupported": "error", "bf16_slow": "warning"}),
@@ -135,6 +139,8 @@ ERROR_IDS = tuple(name for _, ids in CHECKS for name, severity in ids.items() if
 # Errors that would only fail later, with a less clear message, cannot be allowed.
 NEVER_ALLOWED = (
     "targets_missing",
+    "experts_dora",
+    "packing_impossible",
     "lora_names_missing",
     "adapter_differs",
     "float16_unscaled",

@@ -60,7 +60,9 @@ class Facts:
     predict_memory: Callable[..., MemoryPlan]
     """(configuration, sharding or the run's own) -> the plan for this run's rows, device and processes."""
     memory: MemoryPlan | None
-    """Of this run; None where the adapter cannot be put on the model."""
+    """Of this run; None where the adapter cannot be put on the model, or the step cannot be simulated."""
+    memory_problem: str | None = None
+    """Why the step cannot be simulated."""
     rate_line: str | None = None
     """How `train.learning_rate=auto` became a number; None where it was one."""
 

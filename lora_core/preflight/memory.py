@@ -18,10 +18,20 @@ def check_memory(facts: Facts) -> Iterator[Finding]:
     The run would stop in its first step, or, on a CPU, be killed without a message.
 
     The fix is the cheapest change that fits: checkpointing (more time, same result), smaller micro-batches (same
-    result), NF4, then shorter rows. With `train.auto_batch_size` the run takes smaller micro-batches by itself, if
+    result), NF4, then shorter rows. Where a family's code cannot run without values, a note says that no prediction was
+    made. With `train.auto_batch_size` the run takes smaller micro-batches by itself, if
     they fit, and a note says of what size.
     """
     memory = facts.memory
+    if facts.memory_problem is not None:
+        yield Finding(
+            "memory_unknown",
+            "note",
+            f"{facts.memory_problem}; the run may not fit",
+            facts.memory_problem,
+            None,
+            None,
+        )
     if memory is None or memory.fits:
         return
     limit = micro_batch_limit_that_fits(facts)

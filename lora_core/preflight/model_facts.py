@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lora_core.config.load import with_overrides
 from lora_core.config.schema import RunConfig
+from lora_core.errors import ConfigError
 from lora_core.memory.without_storage import base_without_storage, num_hidden_layers
-from lora_core.model.base import resolve_name
+from lora_core.model.base import load_model_config, resolve_name
+from lora_core.model.decoder import why_not_packed
 from lora_core.model.lora_settings import differs_by_layer, linear_names, names_without_match, targeted_names
 from lora_core.model.starting_adapter import differing_settings, find_starting_adapter
+from lora_core.model.targets import Targets, find_targets
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,10 @@ class ModelFacts:
     """(key of `lora`, its value in `model.adapter`, its value here, the override that takes the adapter's)."""
     dtype: str
     """Of the frozen weights, such as bfloat16."""
+    packing_problem: str | None
+    """Why this model's examples cannot be packed; None if they can."""
+    auto_targets: Targets
+    """What `lora.target_modules: auto` stands for."""
     head_name: str | None
     embedding_name: str | None
     eos_token_ids: frozenset[int]
@@ -48,7 +56,7 @@ def model_facts(config: RunConfig) -> ModelFacts:
 
     start = find_starting_adapter(config.model)
     num_layers = num_hidden_layers(config)
-    base = base_without_storage(config, num_layers if differs_by_layer(config.lora) else min(2, num_layers))
+    base = base_without_storage(config, num_layers) if differs_by_layer(config.lora) else base_of_each_kind(config)
     text_config = base.config.get_text_config()
     named = dict(base.named_modules())
     targeted = targeted_names(base, config.lora)
@@ -68,6 +76,8 @@ def model_facts(config: RunConfig) -> ModelFacts:
         linear_names=tuple(linear_names(base)),
         adapter_differences=tuple(differing_settings(start, config.lora)) if start is not None else (),
         dtype=str(base.dtype).removeprefix("torch."),
+        packing_problem=why_not_packed(base),
+        auto_targets=_auto_targets(base),
         head_name=name_of.get(id(base.get_output_embeddings())),
         embedding_name=name_of.get(id(base.get_input_embeddings())),
         eos_token_ids=frozenset([stops] if isinstance(stops, int) else stops or ()),
@@ -75,3 +85,35 @@ def model_facts(config: RunConfig) -> ModelFacts:
         hidden_size=text_config.hidden_size,
         max_positions=getattr(text_config, "max_position_embeddings", None),
     )
+
+
+def base_of_each_kind(config: RunConfig) -> Any:
+    """The base model without storage, with as few layers as show every kind that it has; at least two."""
+    text_config = load_model_config(config.model).get_text_config()
+    number = num_hidden_layers(config)
+    by_layer = [value for value in text_config.to_dict().values() if isinstance(value, list) and len(value) == number]
+    kinds = [*zip(*by_layer, strict=True)] if by_layer else [()] * number
+    last_new = max(kinds.index(kind) for kind in kinds)
+    # Some families have dense layers first, or experts in every so many layers, and say so by a number.
+    spaced = [getattr(text_config, name, None) for name in ("first_k_dense_replace", "decoder_sparse_step")]
+    more = max([step for step in spaced if isinstance(step, int)], default=0) + 1
+    return base_without_storage(config, min(number, max(2, last_new + 1, more)))
+
+
+def _auto_targets(base: Any) -> Targets:
+    try:
+        return find_targets(base)
+    except ConfigError:  # a run that asks for them is told
+        return Targets([], [])
+
+
+def with_packing(config: RunConfig) -> RunConfig:
+    """The configuration with `data.packing: auto` made true or false; a finding says where and why it is false.
+
+    Raises:
+        ConfigError: the model's config cannot be read.
+    """
+    if config.data.packing != "auto":
+        return config
+    problem = why_not_packed(base_of_each_kind(config))
+    return with_overrides(config, [f"data.packing={'false' if problem else 'true'}"])

@@ -18,7 +18,7 @@ from lora_core.config.load import load_config, with_overrides
 from lora_core.config.schema import DataConfig, RunConfig
 from lora_core.data.counts import EncodedFile
 from lora_core.data.encoded import load_data
-from lora_core.errors import ConfigError, LoraCoreError, PreflightError
+from lora_core.errors import ConfigError, LoraCoreError, PreflightError, SimulationError
 from lora_core.preflight.catalogue import CHECKS, ERROR_IDS, NEVER_ALLOWED
 from lora_core.preflight.findings import Facts, Finding, length_that_keeps
 from lora_core.preflight.plan import plan_for, with_learning_rate
@@ -58,11 +58,14 @@ def gather_facts(
             sharding or environment.sharding,
         )
 
+    problem = None
     try:
         memory = predict(config) if environment.has_bitsandbytes else None
     except ConfigError:  # a target module that matches nothing; a check reports which
         memory = None
-    return Facts(config, plan, train_data, eval_data, tokenizer, model, environment, predict, memory)
+    except SimulationError as error:
+        memory, problem = None, str(error)
+    return Facts(config, plan, train_data, eval_data, tokenizer, model, environment, predict, memory, problem)
 
 
 def look_at_run(config: RunConfig, num_processes: int, gpu_memory_gib: float | None = None) -> Facts:
@@ -72,11 +75,13 @@ def look_at_run(config: RunConfig, num_processes: int, gpu_memory_gib: float | N
         ConfigError, DataError: as `load_tokenizer` and `load_data`.
     """
     from lora_core.model.base import load_tokenizer
+    from lora_core.preflight.model_facts import with_packing
     from lora_core.runtime.devices import look_around, with_precision
 
     if gpu_memory_gib is not None and config.train.bf16 == "auto":
         config = with_overrides(config, ["train.bf16=true"])  # GPUs of the last years have it
     config, _ = with_precision(config)
+    config = with_packing(config)
     tokenizer = load_tokenizer(config.model, config.data)
     train_data, eval_data = load_data(config, tokenizer)
     environment = look_around(config, num_processes, gpu_memory_gib)

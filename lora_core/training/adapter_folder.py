@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 
 from lora_core.config.schema import RunConfig
 from lora_core.data.counts import RowCounts
+from lora_core.errors import ConfigError
 from lora_core.model.base import load_base_model
 from lora_core.model.lora_linear import use_lean_lora
+from lora_core.preflight.model_facts import with_packing
 from lora_core.runtime.devices import with_precision
 from lora_core.runtime.ranks import meet
 from lora_core.runtime.run_folder import whole_folder, write_json
@@ -29,14 +32,34 @@ def load_adapter(config: RunConfig, adapter_dir: str | Path, device: torch.devic
     """A saved adapter on a fresh base model, as PEFT loads it.
 
     Raises:
-        ConfigError: the base model cannot be loaded.
+        ConfigError: the base model cannot be loaded, or PEFT does not load the whole adapter.
+    """
+    config, _ = with_precision(config)  # the weights as they were trained on
+    config = with_packing(config)
+    base = load_base_model(config.model, device, bool(config.data.packing))
+    model = adapter_on(base, adapter_dir)
+    use_lean_lora(model)
+    return model
+
+
+def adapter_on(base: nn.Module, adapter_dir: str | Path, is_trainable: bool = False) -> PeftModel:
+    """A saved adapter on a base model, by PEFT alone.
+
+    Raises:
+        ConfigError: PEFT finds no weights in the file for some of its layers, which it only warns of: it looks for them
+            by the names of another version of the model's family.
     """
     import peft
 
-    config, _ = with_precision(config)  # the weights as they were trained on
-    base = load_base_model(config.model, device, config.data.packing)
-    model: PeftModel = peft.PeftModel.from_pretrained(base, str(adapter_dir))
-    use_lean_lora(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            model: PeftModel = peft.PeftModel.from_pretrained(base, str(adapter_dir), is_trainable=is_trainable)
+        except UserWarning as warning:
+            raise ConfigError(
+                f"{adapter_dir}: PEFT {peft.__version__} does not load all of this adapter: {str(warning)[:200]}...; "
+                "fix: train without these layers, by names in lora.target_modules"
+            ) from warning
     return model
 
 

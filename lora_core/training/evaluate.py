@@ -20,6 +20,7 @@ from lora_core.data.packing import Batching, eval_batching, to_device
 from lora_core.errors import ConfigError, counted
 from lora_core.model.base import load_tokenizer
 from lora_core.model.loss import CausalLMLoss
+from lora_core.preflight.model_facts import with_packing
 from lora_core.runtime.devices import build_accelerator, with_precision
 from lora_core.runtime.ranks import first_on_each_machine, sum_over_ranks
 from lora_core.runtime.run_folder import write_text
@@ -137,6 +138,7 @@ def evaluate_adapter(config: RunConfig, adapter_dir: str | Path) -> EvalResult:
             f"{adapter_dir}: holds no adapter_config.json; fix: --adapter FOLDER, such as outputs/demo/adapter"
         )
     config, _ = with_precision(config)
+    config = with_packing(config)
     accelerator = build_accelerator(config)
     tokenizer = load_tokenizer(config.model, config.data)
     with first_on_each_machine():

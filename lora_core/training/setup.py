@@ -24,7 +24,9 @@ from lora_core.model.lora_linear import left_to_peft
 from lora_core.model.loss import CausalLMLoss, check_head
 from lora_core.model.optimizer import build_optimizer, build_scheduler
 from lora_core.model.starting_adapter import find_starting_adapter, put_on
+from lora_core.model.targets import describe_targets
 from lora_core.preflight.memory import micro_batch_limit_that_fits
+from lora_core.preflight.model_facts import with_packing
 from lora_core.preflight.plan import with_learning_rate
 from lora_core.preflight.preflight import (
     describe_schedule,
@@ -97,6 +99,7 @@ def train(
     started = time.monotonic()
     end_with_launcher()
     config, precision = with_precision(with_rows(config, rows, eval_rows))
+    config = with_packing(config)
     accelerator = build_accelerator(config)
     console = console or Console()
     if precision is not None:
@@ -167,7 +170,7 @@ def _set_up(
     meet()  # all have looked before one writes
 
     say(f"loading {config.model.name_or_path} ...")
-    base = load_base_model(config.model, accelerator.device, config.data.packing)
+    base = load_base_model(config.model, accelerator.device, bool(config.data.packing))
     adapted = add_adapter(base, config.lora, config.train.seed, config.train.gradient_checkpointing)
     start = find_starting_adapter(config.model) if checkpoint is None else None
     if start is not None:
@@ -194,6 +197,7 @@ def _set_up(
     end.begin(folder, fingerprint, resumed_at_step, accelerator.is_main_process)
     meet()
     say(f"model: {config.model.name_or_path} on {accelerator.device}: {describe_parameters(adapted)}")
+    say(f"adapter: on {describe_targets(adapted)}")
     if others := left_to_peft(adapted):
         say(
             f"       {counted(others, 'layer')} of the adapter {'is' if others == 1 else 'are'} computed by PEFT itself"

@@ -23,6 +23,7 @@ from lora_core.data.counts import EncodedFile
 from lora_core.data.encoded import load_data
 from lora_core.errors import ConfigError
 from lora_core.model.base import load_tokenizer
+from lora_core.preflight.model_facts import with_packing
 from lora_core.preflight.plan import with_learning_rate
 from lora_core.runtime.devices import with_precision
 from lora_core.runtime.faults import free_memory
@@ -49,6 +50,7 @@ def verify(config: RunConfig, say: Callable[[str], None] = print) -> Verificatio
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}: verify runs in one process; fix: lora-core verify --cfg NAME"
         )
     config, _ = with_precision(config)
+    config = with_packing(config)
     tokenizer = load_tokenizer(config.model, config.data)
     train_data, eval_data = load_data(config, tokenizer)
     config, _ = with_learning_rate(config, len(train_data.lengths), 1)

@@ -15,7 +15,7 @@ from lora_core.model import attention
 from lora_core.model.attention import check_packing, segment_attention, use_segment_attention
 from lora_core.model.loss import CausalLMLoss
 from tests.conftest import make_model
-from tests.families import FAMILIES
+from tests.families.small import FAMILIES
 
 
 def make_rows() -> list[dict[str, Any]]:

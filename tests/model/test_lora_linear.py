@@ -15,7 +15,7 @@ from lora_core.data.packing import collate
 from lora_core.model.base import load_base_model
 from lora_core.model.lora_linear import BitMask, ByteMask, use_lean_lora
 from lora_core.model.loss import CausalLMLoss
-from tests.families import FAMILIES
+from tests.families.small import FAMILIES
 
 
 def with_adapter(base: Any, **settings: Any) -> Any:

@@ -11,7 +11,7 @@ from lora_core.errors import TrainingError
 from lora_core.model import loss
 from lora_core.model.loss import CausalLMLoss, check_head
 from tests.conftest import make_model
-from tests.families import FAMILIES
+from tests.families.small import FAMILIES
 
 
 def batch() -> dict[str, torch.Tensor]:

@@ -1,0 +1,208 @@
+"""What can be told of any causal language model from its modules: its layers, and whether examples can be packed.
+
+No family is known by name here. A model is asked: its decoder runs over a few tokens, with an attention that takes
+notes. Shapes are enough for that, so a model without storage gives the same answers as one with weights.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_core.errors import ConfigError
+from lora_core.model.attention import causal_lm_of, check_packing, decoder_of, use_segment_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_PROBE = "lora_core_probe"
+# Layers that carry a state from one position to the next, by transformers' names for them.
+_WITH_STATE = ("linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "mamba2", "recurrent", "ssm")
+# Layers whose attention is causal, over all earlier positions or over a window of them.
+_PLAIN = ("full_attention", "sliding_attention")
+# What attention over segments knows, and what it may ignore: it says nothing about who sees whom.
+_KNOWN_ARGUMENTS = ("scaling", "dropout", "segment_lengths", "sliding_window", "softcap")
+_IDLE_ARGUMENTS = ("position_ids", "cache_position", "position_embeddings", "input_ids", "inputs_embeds")
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder's layers, whatever the family calls their list: `layers`, `h`, `blocks`.
+
+    Raises:
+        ConfigError: it has no list of layers.
+    """
+    lists = [module for module in decoder_of(model).modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        name = type(causal_lm_of(model)).__name__
+        raise ConfigError(f"{name}: no list of decoder layers is found in it; fix: another model.name_or_path")
+    return max(lists, key=len)  # the first of the longest
+
+
+def why_not_packed(model: nn.Module) -> str | None:
+    """Why the examples of a packed row would see each other; None if they would not.
+
+    They are kept apart by attention over segments, and by nothing else: a layer that hands a state on, or a family's
+    own attention, needs rows of their own. `check_packing` then looks at the numbers.
+    """
+    causal_lm = causal_lm_of(model)
+    with_state = sorted({kind for kind in _kinds(causal_lm.config.get_text_config()) if kind in _WITH_STATE})
+    convolves = any(isinstance(module, nn.Conv1d) for module in decoder_layers(causal_lm).modules())
+    if with_state or convolves or getattr(causal_lm, "_is_stateful", False):
+        what = f" ({', '.join(with_state)})" if with_state else ""
+        return f"its layers{what} carry a state from each position to the next, over the border of examples"
+    if "position_ids" not in inspect.signature(decoder_of(causal_lm).forward).parameters:
+        return "it takes no position_ids, so that positions cannot start again with each example"
+    return why_not_segments(model)
+
+
+def _kinds(text_config: Any) -> list[str]:
+    """The kind of each layer, by transformers' names; empty where all are of one."""
+    kinds = getattr(text_config, "layer_types", None)
+    return [str(kind) for kind in kinds] if isinstance(kinds, (list, tuple)) else []
+
+
+@torch.no_grad()
+def why_not_segments(model: nn.Module) -> str | None:
+    """Why `segment_attention` cannot stand in for the model's own attention; None if it can."""
+    from transformers import AttentionInterface
+
+    causal_lm = causal_lm_of(model)
+    text_config = causal_lm.config.get_text_config()
+    kinds = _kinds(text_config)
+    other = sorted({kind for kind in kinds if kind.endswith(("_attention", "_sparse")) and kind not in _PLAIN})
+    if other:
+        return f"it has layers of {', '.join(other)}"
+    if not getattr(text_config, "is_causal", True):
+        return "its attention is not causal"
+    calls: list[str | None] = []
+    AttentionInterface.register(_PROBE, _taking_notes(text_config, kinds, calls))
+    before, was_training = causal_lm.config._attn_implementation, model.training
+    model.eval()
+    try:
+        causal_lm.set_attn_implementation(_PROBE)
+        _run(causal_lm)
+    except _DoesNotRun as error:
+        return f"its decoder does not run with it ({error})"
+    finally:
+        causal_lm.set_attn_implementation(before)
+        model.train(was_training)
+    if len(calls) < len(decoder_layers(causal_lm)):
+        return "not all of its layers take their attention from transformers' interface"
+    return next((problem for problem in calls if problem is not None), None)
+
+
+class _DoesNotRun(Exception):
+    """A family's own code does not know an argument or an attention."""
+
+
+def _run(causal_lm: Any) -> None:
+    """The decoder on eight tokens, as packed examples are given to it."""
+    device = causal_lm.get_input_embeddings().weight.device
+    ids = torch.ones((1, 8), dtype=torch.long, device=device)
+    positions = torch.arange(8, device=device)[None]
+    try:
+        with _shapes_alone() if device.type == "meta" else nullcontext():
+            decoder_of(causal_lm)(input_ids=ids, position_ids=positions, segment_lengths=(8,), use_cache=False)
+    except Exception as error:  # each family raises its own
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise _DoesNotRun(f"{type(error).__name__}: {reason}") from error
+
+
+def _shapes_alone() -> Any:
+    mode: Any = _ShapesAlone
+    return mode()
+
+
+class _ShapesAlone(TorchDispatchMode):
+    """Lets a model without storage run where its code looks at values: they are 0, and no entry is one."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0
+        if func is torch.ops.aten.nonzero.default:
+            return args[0].new_empty((0, args[0].dim()), dtype=torch.long)
+        if func is torch.ops.aten._grouped_mm.default:
+            return grouped_product(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def grouped_product(
+    a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """The shape of `torch._grouped_mm`: rows of each expert times its matrix, or in the backward a matrix an expert."""
+    rows, columns = a.shape[-2], b.shape[-1]
+    if a.dim() == 2 and b.dim() == 2:
+        assert offs is not None
+        shape: tuple[int, ...] = (offs.numel(), rows, columns)
+    else:
+        shape = (len(a), rows, columns) if a.dim() == b.dim() else (rows, columns)
+    return a.new_empty(shape, dtype=out_dtype or a.dtype)
+
+
+def _taking_notes(text_config: Any, kinds: list[str], calls: list[str | None]) -> Callable[..., tuple[Tensor, None]]:
+    """An attention of the right shape, which notes for each call what segment attention would not do."""
+    is_windowed = bool(getattr(text_config, "sliding_window", None)) and getattr(
+        text_config, "use_sliding_window", True
+    )
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **given: Any
+    ) -> tuple[Tensor, None]:
+        layer = getattr(module, "layer_idx", None)
+        kind = kinds[layer] if isinstance(layer, int) and layer < len(kinds) else None
+        wants_window = kind == "sliding_attention" if kinds else is_windowed
+        unknown = [
+            name
+            for name, argument in given.items()
+            if isinstance(argument, Tensor) and name not in (*_KNOWN_ARGUMENTS, *_IDLE_ARGUMENTS)
+        ]
+        problem = None
+        if given.get("segment_lengths") != (8,):
+            problem = "it does not pass on where segments end"
+        elif attention_mask is not None:
+            problem = "it masks attention itself"
+        elif unknown:
+            problem = f"its attention takes {', '.join(unknown)}"
+        elif not getattr(module, "is_causal", True) or given.get("is_causal") is False:
+            problem = "its attention is not causal"
+        elif query.shape[0] != 1 or query.shape[2] != 8 or key.shape[2] != 8:
+            problem = "its attention is over something else than the tokens"
+        elif wants_window and given.get("sliding_window") is None:
+            problem = "it does not pass on its sliding window"
+        calls.append(problem)
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+    return attention
+
+
+def attention_for(model_config: Any, asked: str) -> str:
+    """The attention that a family runs with: what was asked for, but `eager` where it has no SDPA, as GPT-OSS."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model_class: Any = AutoModelForCausalLM._model_mapping[type(model_config)]
+    except KeyError:  # from_pretrained says which there are
+        return asked
+    return "eager" if asked == "sdpa" and not model_class._supports_sdpa else asked
+
+
+def prepare_packing(model: PreTrainedModel) -> None:
+    """Let the model attend within packed segments, and check that it does.
+
+    Raises:
+        ConfigError: its examples would see each other.
+    """
+    problem = why_not_packed(model)
+    if problem is not None:
+        raise ConfigError(
+            f"data.packing=true: {type(model).__name__} cannot be packed: {problem}; fix: data.packing=false"
+        )
+    if model.config._attn_implementation == "sdpa":
+        use_segment_attention(model)
+    check_packing(model)

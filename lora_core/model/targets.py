@@ -1,0 +1,132 @@
+"""Where the adapter goes by itself (`lora.target_modules: auto`): every linear layer of the decoder, and its experts.
+
+In Llama and its kin these are the seven projections. Elsewhere they have other names (`c_attn`, `qkv_proj`), and the
+experts of a mixture are slices of one parameter, which PEFT reaches by name (`target_parameters`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from lora_core.errors import ConfigError
+from lora_core.model.attention import causal_lm_of
+from lora_core.model.decoder import decoder_layers
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+_NAMES_OF_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+class Targets(NamedTuple):
+    """Names as PEFT takes them."""
+
+    modules: list[str] | str
+    """Last parts such as q_proj, or dotted names where that part also names something that gets no adapter; or
+    `all-linear`."""
+    parameters: list[str]
+    """Of fused experts, such as experts.down_proj."""
+
+
+def find_targets(base: nn.Module) -> Targets:
+    """The linear layers in the decoder's layers, and their experts' parameters.
+
+    What only chooses gets no adapter: routers of experts, and indexers of sparse attention, through whose choice no
+    gradient comes. Nor does what a kernel reads past the module that holds it (Mamba's out_proj and dt_proj).
+
+    Raises:
+        ConfigError: there are none.
+    """
+    layers = decoder_layers(base)
+    inside = {id(module) for module in layers.modules()}
+    named = {name: module for name, module in base.named_modules() if id(module) in inside}
+    skipped = _read_by_kernels(layers) | _inside_indexers(layers)
+    sizes = _sizes_of_gates(base)
+    chosen = [
+        name
+        for name, module in named.items()
+        if _is_linear(module) and id(module) not in skipped and _out_features(module) not in sizes
+    ]
+    experts = [
+        f"{name}.{parameter_name}"
+        for name, module in named.items()
+        for parameter_name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and len(parameter) in sizes
+    ]
+    if not chosen and not experts:
+        raise ConfigError(
+            f"lora.target_modules=auto: {type(causal_lm_of(base)).__name__} has no linear layers in its decoder; fix: "
+            "lora.target_modules=[NAMES OF ITS LAYERS]"
+        )
+    parameters = dict.fromkeys(".".join(name.split(".")[-2:]) for name in experts)
+    return Targets(_short([name for name, _ in base.named_modules()], chosen), [*parameters])
+
+
+def _short(all_names: list[str], chosen: list[str]) -> list[str]:
+    """Last parts that say the same as the chosen names, else the names themselves."""
+    number, of_chosen = (Counter(name.rsplit(".", 1)[-1] for name in names) for names in (all_names, chosen))
+    short = {name: name.rsplit(".", 1)[-1] for name in chosen}
+    return [*dict.fromkeys(part if number[part] == of_chosen[part] else name for name, part in short.items())]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    # Falcon's and bitsandbytes' layers are kinds of nn.Linear; that of torch's own attention is not called.
+    return isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def _out_features(module: Any) -> int:
+    return int(module.nf if hasattr(module, "nf") else module.out_features)  # Conv1D, of GPT-2, says nf
+
+
+def _sizes_of_gates(base: nn.Module) -> set[int]:
+    """How many outputs a layer has that chooses or weighs experts: one an expert, or one for a shared expert."""
+    config = causal_lm_of(base).config.get_text_config()
+    numbers = {getattr(config, name, None) for name in _NAMES_OF_NUM_EXPERTS}
+    of_experts = {number for number in numbers if isinstance(number, int) and number > 1}
+    return of_experts | {1} if of_experts else set()
+
+
+def _read_by_kernels(layers: nn.Module) -> set[int]:
+    """ids of the layers of state-space mixers whose weights fused kernels take without calling the module."""
+    mixers = [module for module in layers.modules() if isinstance(getattr(module, "A_log", None), torch.Tensor)]
+    parts = (getattr(mixer, name, None) for mixer in mixers for name in ("out_proj", "dt_proj"))
+    return {id(part) for part in parts if part is not None}
+
+
+def _inside_indexers(layers: nn.Module) -> set[int]:
+    indexers = [module for module in layers.modules() if type(module).__name__.endswith("Indexer")]
+    return {id(module) for indexer in indexers for module in indexer.modules()}
+
+
+def add_dropout(model: PeftModel, p: float) -> None:
+    """Dropout on the input of every adapted linear layer; experts have none."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
+            for name in module.lora_dropout:
+                module.lora_dropout[name] = nn.Dropout(p)
+
+
+def describe_targets(model: PeftModel) -> str:
+    """`q_proj 24, k_proj 24, experts.down_proj 24`: how many layers of each name have an adapter."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+
+    counts: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, ParamWrapper):
+            # Of several parameters of one module, each is wrapped around the one before.
+            parts = [part for part in name.split(".") if part != "base_layer"]
+            counts[f"{parts[-1]}.{module.parameter_name}"] += 1
+        elif isinstance(module, LoraLayer):
+            counts[name.rsplit(".", 1)[-1]] += 1
+    return ", ".join(f"{name} {number}" for name, number in counts.items())

@@ -1,0 +1,156 @@
+"""One family at a time: built small, planned, trained, saved; against plain transformers and PEFT on single rows."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from lora_core.config.schema import RunConfig
+from lora_core.data.packing import collate, collate_packed
+from lora_core.errors import LoraCoreError
+from lora_core.memory.micro_batch import MicroBatch
+from lora_core.memory.plan import predict_memory
+from lora_core.model.attention import SEGMENT_ATTENTION
+from lora_core.model.base import add_adapter, load_base_model, load_model_config
+from lora_core.model.decoder import attention_for
+from lora_core.model.loss import CausalLMLoss, check_head
+from lora_core.preflight.model_facts import model_facts, with_packing
+from lora_core.runtime.devices import DeviceMemory
+from lora_core.training.adapter_folder import adapter_on
+from tests.families.build import tiny_model
+
+VOCABULARY = 128
+LENGTHS = (9, 17, 6)
+LIMIT = 1e-5
+CPU = torch.device("cpu")
+
+
+def outcome(family: str, folder: Path) -> dict[str, Any]:
+    """What came of a family: {family, trains, why, ...}. `traceback` holds an error that is not a sentence."""
+    result: dict[str, Any] = {"family": family, "trains": "not", "why": ""}
+    try:
+        model = tiny_model(family, VOCABULARY)
+    except Exception as error:  # noqa: BLE001  # a family's config has its own idea of what is small
+        return result | {"trains": "not built", "why": f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"}
+    result["class"] = type(model).__name__
+    try:
+        model.save_pretrained(folder)
+        del model
+        result |= _train(folder, result)
+    except LoraCoreError as error:
+        result["why"] = str(error).splitlines()[0]
+    except Exception as error:  # noqa: BLE001  # what this is here to find
+        result["why"] = f"{type(error).__name__}: {str(error)[:300]}"
+        result["traceback"] = "".join(traceback.format_exception(error)[-6:])
+    return result
+
+
+def _train(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
+    config = with_packing(
+        RunConfig.model_validate(
+            {
+                "model": {"name_or_path": str(folder), "dtype": "float32"},
+                "lora": {"rank": 4, "alpha": 8, "dropout": 0.0},
+                "train": {"bf16": False, "optim": "adamw_torch"},
+            }
+        )
+    )
+    packs = bool(config.data.packing)
+    facts = model_facts(config)
+    result |= {"packs": packs, "targets": facts.auto_targets}
+    predict_memory(config, MicroBatch(LENGTHS, 20, packs), DeviceMemory("cpu", 10**12))
+    torch.manual_seed(1)
+    rows = [torch.randint(2, VOCABULARY, (length,)).tolist() for length in LENGTHS]
+    batch_rows = [{"input_ids": row, "loss_mask": [False, False, *[True] * (len(row) - 2)]} for row in rows]
+
+    base = load_base_model(config.model, CPU, packs)
+    adapted = add_adapter(base, config.lora, seed=0)
+    check_head(adapted)
+    _away_from_zero(adapted)
+    loss = CausalLMLoss(adapted).train()
+    adapter = folder / "adapter"
+    adapted.save_pretrained(adapter)
+    wanted = _plain(folder, adapter, rows, config)
+    batches = ({"packed": collate_packed(batch_rows)} if packs else {}) | {"padded": collate(batch_rows, 0)}
+    for name, batch in batches.items():
+        if name == "padded" and base.config._attn_implementation == SEGMENT_ATTENTION:
+            base.set_attn_implementation("sdpa")
+        got = _ours(loss, batch)
+        result[name] = _difference(got, wanted)
+        result.setdefault("loss", wanted["loss"].item())
+    unused = [name for name, gradient in wanted.items() if "lora_B" in name and not gradient.abs().sum() > 0]
+    result["without_gradient"] = unused
+    worst = max((result[name] for name in batches), default=1.0)
+    if worst <= LIMIT:
+        result["trains"] = "packed" if packs else "padded"
+        result["why"] = "" if packs else str(facts.packing_problem)
+    else:
+        result["why"] = f"differs from plain transformers and PEFT by {worst:.1e}"
+    return result
+
+
+def _ours(loss: CausalLMLoss, batch: dict[str, Any]) -> dict[str, Tensor]:
+    loss.zero_grad()
+    sums = loss(**batch)
+    sums.loss_sum.backward()
+    return {"loss": sums.loss_sum.detach()} | _gradients(loss.model)
+
+
+def _plain(folder: Path, adapter: Path, rows: list[list[int]], config: RunConfig) -> dict[str, Tensor]:
+    """Summed loss and gradients of the rows, one at a time, by transformers and PEFT alone: the adapter reloaded."""
+    attention = attention_for(load_model_config(config.model), "sdpa")
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
+    model = adapter_on(base, adapter, is_trainable=True).train()
+    total = torch.zeros(())
+    for row in rows:
+        ids = torch.tensor([row])
+        logits = model(input_ids=ids, use_cache=False).logits[0, 1:-1].float()
+        loss = torch.nn.functional.cross_entropy(logits, ids[0, 2:], reduction="sum")
+        loss.backward()
+        total += loss.detach()
+    return {"loss": total} | _gradients(model)
+
+
+def _gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    named = ((name.removeprefix("model."), p) for name, p in model.named_parameters() if p.requires_grad)
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in named}
+
+
+def _difference(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """The larger of the loss's and the whole gradient's relative difference."""
+    strip = {name.removeprefix("base_model.model."): value for name, value in wanted.items()}
+    ours = {name.removeprefix("base_model.model."): value for name, value in got.items()}
+    assert strip.keys() == ours.keys(), sorted(strip.keys() ^ ours.keys())[:4]
+    names = [name for name in strip if name != "loss"]
+    one, other = (torch.cat([side[name].flatten() for name in names]) for side in (strip, ours))
+    by_gradient = float((one - other).norm() / one.norm())
+    return max(by_gradient, abs(float(strip["loss"] - ours["loss"])) / float(strip["loss"]))
+
+
+def _away_from_zero(model: torch.nn.Module) -> None:
+    """B begins at zero, where A has no gradient."""
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+
+
+def outcomes(names: list[str]) -> Iterator[dict[str, Any]]:
+    """One family after the other, without the libraries' own words."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
+    for family in names:
+        with tempfile.TemporaryDirectory() as folder:
+            yield outcome(family, Path(folder))

@@ -1,0 +1,69 @@
+"""docs/families.md: the sweep over every family, as a table, by `make families`.
+
+For some, without the page: python -m tests.families.table NAME ...
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+from tests.families.build import families
+from tests.families.sweep import outcomes
+from tests.tiny import ROOT
+
+HEADER = """# Families
+
+Every causal language model that transformers `{transformers}` holds, built with two small layers and random weights
+from the family's own config class, then planned, trained and saved as a run would, in float32 on a CPU (PEFT `{peft}`,
+torch `{torch}`). A family trains if loss and adapter gradients, packed and padded, are those of plain transformers and
+PEFT on one row at a time, with the saved adapter loaded by PEFT, to one part in 100,000. No weights of any published
+model were used. Written by `make families`.
+
+- **packed**: examples are packed, and padded when asked for.
+- **padded**: its examples cannot be packed; `data.packing: auto` pads them, and preflight says why.
+- **not**: it does not train; the sentence is what a run says.
+- **not built**: it could not be made small from its config class alone, so nothing is said about it.
+
+`lora.target_modules: auto` is all linear layers in the decoder's layers and its fused experts, without routers. A run
+prints how many of each name have an adapter. PEFT has neither dropout nor DoRA for fused experts: the other layers keep
+`lora.dropout`, and DoRA on them is refused. What is trained is the loss of tokens alone, without a router's own loss.
+"""
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    counts = Counter(row["trains"] for row in rows)
+    lines = [
+        HEADER.format(transformers=transformers.__version__, peft=peft.__version__, torch=torch.__version__),
+        "In all: " + ", ".join(f"{counts[kind]} {kind}" for kind in ("packed", "padded", "not", "not built")) + ".",
+        "",
+        "| family | class | trains | adapter on | why |",
+        "|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: str(row["family"])):
+        modules, experts = row.get("targets") or ([], [])
+        parts = [*dict.fromkeys(name.rsplit(".", 1)[-1] for name in modules), *experts]
+        why = str(row["why"]).translate({ord(mark): " " for mark in "|<>`\n"})
+        why = f"`{why}`" if row["trains"].startswith("not") else why
+        names = ", ".join(f"`{part}`" for part in parts)
+        lines.append(f"| {row['family']} | {row.get('class', '')} | {row['trains']} | {names} | {why} |")
+    return "\n".join([*lines, ""])
+
+
+def main(names: list[str]) -> None:
+    rows = []
+    for row in outcomes(names or families()):
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+    if not names:
+        (ROOT / "docs" / "families.md").write_text(page(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,53 @@
+"""Families that stand for the rest: dense, fused projections, experts, sinks, layers with a state, views in place.
+
+All of transformers' causal language models: `make families`, which writes docs/families.md.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.families.sweep import LIMIT, outcome
+
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LATENT = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+# family -> (how it trains, linear layers with an adapter, experts with one)
+EXPECTED: dict[str, tuple[str, list[str], list[str]]] = {
+    "llama": ("packed", SEVEN, []),
+    "qwen3": ("packed", SEVEN, []),
+    "gemma3_text": ("packed", SEVEN, []),
+    "phi3": ("packed", ["o_proj", "qkv_proj", "gate_up_proj", "down_proj"], []),
+    "gpt2": ("packed", ["c_attn", "c_proj", "c_fc"], []),
+    "falcon": ("padded", ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"], []),
+    "olmo": ("packed", SEVEN, []),
+    "mixtral": ("packed", SEVEN[:4], EXPERTS),
+    "qwen3_moe": ("packed", SEVEN[:4], EXPERTS),
+    "gpt_oss": ("padded", SEVEN[:4], EXPERTS),
+    "deepseek_v3": ("packed", [*LATENT, *SEVEN[4:]], EXPERTS),
+    "llama4_text": ("padded", SEVEN, EXPERTS),
+    "qwen3_next": ("padded", [*SEVEN, "in_proj_qkvz", "in_proj_ba"], EXPERTS),
+    "lfm2": ("padded", [*SEVEN[:3], "in_proj", "out_proj", "w1", "w2", "w3"], []),
+    "stablelm": ("padded", SEVEN, []),
+}
+
+
+@pytest.mark.parametrize("family", EXPECTED)
+def test_a_family_trains_as_plain_transformers_and_peft_do(family: str, tmp_path: Path) -> None:
+    trains, modules, experts = EXPECTED[family]
+    got = outcome(family, tmp_path)
+    assert (got["trains"], got["why"] if trains == "packed" else "") == (trains, ""), got
+    assert got["packs"] == (trains == "packed")
+    assert got["padded"] <= LIMIT
+    assert got.get("packed", 0.0) <= LIMIT
+    assert (sorted(got["targets"].modules), sorted(got["targets"].parameters)) == (sorted(modules), sorted(experts))
+    assert got["without_gradient"] == []
+
+
+def test_a_family_that_does_not_train_says_so_in_a_sentence(tmp_path: Path) -> None:
+    got = outcome("roberta", tmp_path)
+    assert got["trains"] == "not"
+    assert "traceback" not in got
+    assert "computes its logits in a way that lora_core does not support" in got["why"]

@@ -1,0 +1,105 @@
+"""What preflight says of models that are not like Llama: experts, layers with a state, an attention of their own."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from lora_core.config.load import load_config
+from lora_core.data.encoded import load_data
+from lora_core.errors import SimulationError
+from lora_core.preflight.findings import Finding
+from lora_core.preflight.model_facts import with_packing
+from lora_core.preflight.preflight import gather_facts, run_checks
+from lora_core.runtime.devices import look_around
+from lora_core.training.setup import train
+from tests.conftest import chat
+from tests.families.build import tiny_model
+
+
+@pytest.fixture
+def config_of(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, write_rows: Any) -> Any:
+    def build(family: str, *overrides: str) -> Any:
+        folder = tmp_path / family
+        if not folder.exists():
+            tiny_model(family, len(tokenizer)).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        settings = [
+            f"model.name_or_path={folder}",
+            f"data.train_file={write_rows([chat(f'question {i}', f'answer {i}') for i in range(8)])}",
+            f"data.cache_dir={tmp_path / 'cache'}",
+            f"output_dir={tmp_path / 'run'}",
+            "train.bf16=auto",
+            "train.optim=adamw_torch",
+        ]
+        return load_config("base", [*settings, *overrides])
+
+    return build
+
+
+@pytest.fixture
+def find(config_of: Any, tokenizer: PreTrainedTokenizerFast) -> Any:
+    def run(family: str, *overrides: str) -> dict[str, Finding]:
+        config = with_packing(config_of(family, *overrides))
+        train_data, eval_data = load_data(config, tokenizer)
+        environment = replace(look_around(config, 1), bf16="native", asked_processes=None)
+        facts = gather_facts(config, environment, tokenizer, train_data, eval_data)
+        return {finding.id: finding for finding in run_checks(facts)}
+
+    return run
+
+
+def test_experts_have_neither_dropout_nor_dora(find: Any) -> None:
+    found = find("mixtral", "lora.dropout=0.1", "lora.use_dora=true")
+    assert found["experts_dora"].severity == "error"
+    assert found["experts_dora"].fix == "lora.use_dora=false"
+    found = find("mixtral", "lora.dropout=0.1")
+    assert "lora.dropout=0.1 is not applied to experts (experts." in found["experts_without_dropout"].message
+    assert not {"experts_dora", "memory_unknown", "packing_off"} & set(found)
+
+
+def test_names_of_another_family_are_answered_with_all_of_this_one(find: Any) -> None:
+    found = find("mixtral", "lora.target_modules=[q_proj,gate_proj]")
+    assert found["targets_missing"].fix == "lora.target_modules=auto"
+    assert "its experts: experts." in found["targets_missing"].message
+
+
+def test_a_model_whose_layers_carry_a_state_is_padded_unless_packing_is_asked_for_by_name(find: Any) -> None:
+    found = find("lfm2")
+    assert found["packing_off"].severity == "note"
+    assert "its layers (conv) carry a state" in found["packing_off"].message
+    found = find("lfm2", "data.packing=true")
+    assert (found["packing_impossible"].severity, found["packing_impossible"].fix) == ("error", "data.packing=false")
+
+
+def test_a_step_that_cannot_be_simulated_is_a_note(find: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cannot(*_: Any, **__: Any) -> None:
+        raise SimulationError("its memory cannot be predicted: ValueError: a value is needed")
+
+    monkeypatch.setattr("lora_core.memory.plan.predict_memory", cannot)
+    note = find("llama")["memory_unknown"]
+    assert (note.severity, note.fix) == ("note", None)
+    assert "ValueError: a value is needed; the run may not fit" in note.message
+
+
+def test_an_adapter_on_experts_is_trained_with_dropout_elsewhere_and_loaded_by_peft(
+    config_of: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = config_of("mixtral", "train.max_steps=2", "lora.dropout=0.1", "train.num_sample_replies=0")
+    train(config)
+    printed = capsys.readouterr().out
+    assert "adapter: on q_proj 2, k_proj 2, v_proj 2, o_proj 2, experts." in printed
+    adapter = tmp_path / "run" / "adapter"
+    assert json.loads((adapter / "adapter_config.json").read_text())["lora_dropout"] == 0
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "mixtral", dtype=torch.float32)
+    ids = torch.arange(1, 9)[None]
+    before = base(input_ids=ids).logits
+    after = peft.PeftModel.from_pretrained(base, str(adapter))(input_ids=ids).logits
+    assert not torch.equal(before, after)
