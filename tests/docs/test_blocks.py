@@ -34,7 +34,13 @@ NOT_RUN = {
     "python3 -m venv .venv && . .venv/bin/activate": "makes an environment; the Makefile does the same",
 }
 # Between backticks, names of programs and not commands to copy.
-NAMES = ("accelerate launch", "accelerate launch --cpu", "accelerate launch --cpu --num_processes 2")
+NAMES = (
+    "lora-core prescribe",
+    "lora-core chat",
+    "accelerate launch",
+    "accelerate launch --cpu",
+    "accelerate launch --cpu --num_processes 2",
+)
 # Models that pages name and that are not here; the tiny model stands in for them, and for the configurations' own.
 MODELS = ("Qwen/Qwen2.5-0.5B-Instruct",)
 CONFIGURATIONS = ("qwen0.5b", "qwen7b")
