@@ -74,7 +74,7 @@ def suggest_learning_rate(
         terms = f"5e-4 x ({_BASE_HIDDEN_SIZE} / {size})^{_POWERS[family]}"
         if size != hidden_size:
             remarks.append(
-                f"found for hidden sizes of {low:,} to {high:,} and used at its end, as this model has {hidden_size:,}"
+                f"found for hidden sizes of {low:,} to {high:,}; the nearest is taken, this model has {hidden_size:,}"
             )
     if total_steps < SHORT_RUN_STEPS and rate < 0.9 * _SHORT_RUN_RATE:
         rate, terms = _SHORT_RUN_RATE, f"{_SHORT_RUN_RATE:g}"

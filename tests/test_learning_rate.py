@@ -36,8 +36,8 @@ def test_the_formula(changed: dict[str, object], rate: float) -> None:
 def test_the_arithmetic_and_what_is_outside_the_formulas_range_are_said() -> None:
     said = str(suggest_learning_rate(**{**QWEN_7B, "hidden_size": 896, "alpha": 16}))  # type: ignore[arg-type]
     assert said == (
-        "5e-4 x (2000 / 2048)^0.0775 x 32 / alpha 16 = 0.001; found for hidden sizes of 2,048 to 8,192 and used at "
-        "its end, as this model has 896"
+        "5e-4 x (2000 / 2048)^0.0775 x 32 / alpha 16 = 0.001; found for hidden sizes of 2,048 to 8,192; the "
+        "nearest is taken, this model has 896"
     )
     unknown = str(suggest_learning_rate(**{**QWEN_7B, "model_type": "phi3"}))  # type: ignore[arg-type]
     assert unknown.startswith("0.0003; no formula is known for phi3 models")

@@ -205,13 +205,12 @@ def _rank(facts: PrescribeFacts) -> list[Choice]:
     needed = facts.loss_tokens / _TOKENS_PER_PARAMETER
     rank = next((rank for rank in _RANKS if rank * facts.parameters_per_rank >= needed), _RANKS[-1])
     parameters = rank * facts.parameters_per_rank
-    enough = "room for" if parameters >= needed else "less than the room for"
     return [
         Choice(
             "lora.rank",
             rank,
-            f"{parameters:,} trainable parameters, {enough} {facts.loss_tokens:,} loss tokens at 2 bits a parameter "
-            "and 1 a token",
+            f"{parameters:,} trainable parameters have room for {_TOKENS_PER_PARAMETER * parameters:,} loss tokens "
+            f"(2 bits a parameter, 1 a token), and the rows have {facts.loss_tokens:,}",
         ),
         Choice("lora.alpha", 2 * rank, "the update is scaled by alpha / rank, usually 2"),
     ]

@@ -140,7 +140,9 @@ def test_no_plan_is_prescribed_that_preflight_refuses_or_warns_of(
     assert plan == prescription.plan
     assert config.data.max_seq_length <= SEED.max_positions or 0
     # What the checks of plan and adapter look at, and nothing else.
-    seen = SimpleNamespace(config=config, plan=plan, model=SimpleNamespace(model_type=model[0], hidden_size=model[1]))
+    targeted = tuple(f"layers.0.{name}" for name in ALL_SEVEN_PROJECTIONS)
+    facts_of_model = SimpleNamespace(model_type=model[0], hidden_size=model[1], targeted=targeted)
+    seen = SimpleNamespace(config=config, plan=plan, model=facts_of_model)
     found = [finding for check in CHECKS for finding in check(cast(Facts, seen))]
     assert found == []
 
