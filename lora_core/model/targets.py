@@ -45,7 +45,7 @@ def find_targets(base: nn.Module) -> Targets:
     layers = decoder_layers(base)
     inside = {id(module) for module in layers.modules()}
     named = {name: module for name, module in base.named_modules() if id(module) in inside}
-    skipped = _read_by_kernels(layers) | _inside_indexers(layers)
+    skipped = _read_by_kernels(layers) | _inside_choosers(layers)
     sizes = _sizes_of_gates(base)
     chosen = [
         name
@@ -100,9 +100,9 @@ def _read_by_kernels(layers: nn.Module) -> set[int]:
     return {id(part) for part in parts if part is not None}
 
 
-def _inside_indexers(layers: nn.Module) -> set[int]:
-    indexers = [module for module in layers.modules() if type(module).__name__.endswith("Indexer")]
-    return {id(module) for indexer in indexers for module in indexer.modules()}
+def _inside_choosers(layers: nn.Module) -> set[int]:
+    choosers = [module for module in layers.modules() if type(module).__name__.endswith(("Indexer", "Router"))]
+    return {id(module) for chooser in choosers for module in chooser.modules()}
 
 
 def add_dropout(model: PeftModel, p: float) -> None:

@@ -40,11 +40,12 @@ def outcome(family: str, folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"family": family, "trains": "not", "why": ""}
     try:
         model = tiny_model(family, VOCABULARY)
+        model.save_pretrained(folder)
     except Exception as error:  # noqa: BLE001  # a family's config has its own idea of what is small
-        return result | {"trains": "not built", "why": f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"}
+        reason = " ".join(str(error).split())[:150]
+        return result | {"trains": "not built", "why": f"{type(error).__name__}: {reason}"}
     result["class"] = type(model).__name__
     try:
-        model.save_pretrained(folder)
         del model
         result |= _train(folder, result)
     except LoraCoreError as error:
