@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,13 +65,27 @@ class RecordedEnd:
 
 
 @contextmanager
+def _without_sigterm() -> Iterator[None]:
+    """A launcher that Ctrl-C has ended sends SIGTERM after it: the page and the last line are to be written first."""
+    if threading.current_thread() is not threading.main_thread():  # signals are handled in the main one only
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def recorded_end(config: RunConfig, console: Console) -> Iterator[RecordedEnd]:
     """While entered, whatever ends the run is written into its folder, and raised on."""
     end = RecordedEnd(config, console)
     try:
         yield end
     except RunStopped as error:
-        end.end("stopped", str(error))
+        with _without_sigterm():
+            end.end("stopped", str(error))
         raise
     except KeyboardInterrupt:
         end.end("stopped", "interrupted at once")
