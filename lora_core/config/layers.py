@@ -176,12 +176,17 @@ _EITHER_OR: dict[str, tuple[str, Any]] = {
 }
 
 
+def _is_set(value: Any) -> bool:
+    """Not null, false or an empty list; 0 is a number like any other."""
+    return value is not None and value is not False and value != []
+
+
 def merge(layers: Sequence[Mapping[str, Setting]]) -> dict[str, Setting]:
     """Later layers win. Either kind of warmup, precision or training files replaces the other from earlier layers."""
     merged: dict[str, Setting] = {"train.warmup_ratio": Setting(0.1, "default")}
     for layer in layers:
         for key, (other, unset) in _EITHER_OR.items():
-            if key in layer and layer[key].value not in (None, [], False) and other not in layer:
+            if key in layer and _is_set(layer[key].value) and other not in layer:
                 merged[other] = Setting(unset, layer[key].source)
         merged.update(layer)
     return merged

@@ -80,7 +80,7 @@ def check_fp16(facts: Facts) -> Iterator[Finding]:
     Loss scaling is not offered under FSDP or on Apple's GPUs. GPUs with bfloat16 need none of it, and a CPU emulates
     float16, many times slower than float32.
 
-    `train.bf16=auto`.
+    `train.fp16=false train.bf16=auto`.
     """
     environment = facts.environment
     if not facts.config.train.fp16:
@@ -93,7 +93,7 @@ def check_fp16(facts: Facts) -> Iterator[Finding]:
             f"train.fp16=true: loss scaling is not supported {where}",
             True,
             False,
-            "train.bf16=auto",
+            "train.fp16=false train.bf16=auto",
         )
     elif environment.device.kind == "cpu":
         yield Finding(
@@ -102,7 +102,7 @@ def check_fp16(facts: Facts) -> Iterator[Finding]:
             "train.fp16=true: this CPU emulates float16, many times slower than float32",
             True,
             False,
-            "train.bf16=auto",
+            "train.fp16=false train.bf16=auto",
         )
 
 

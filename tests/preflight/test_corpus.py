@@ -39,7 +39,7 @@ CONFIGS: dict[str, tuple[str, list[str]]] = {
     "both warmups": ("train: {warmup_steps: 5, warmup_ratio: 0.1}", []),
     "rank zero": ("lora: {rank: 0}", []),
     "dropout over 1": ("lora: {dropout: 1.5}", []),
-    "targets not a list": ("lora: {target_modules: q_proj}", []),
+    "targets not a list": ("lora: {target_modules: 7}", []),
     "unknown quantization": ("model: {quantization: int4}", []),
     "unknown dtype": ("model: {dtype: bf16}", []),
     "unknown optimizer": ("train: {optim: adam}", []),
