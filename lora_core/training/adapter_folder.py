@@ -73,14 +73,18 @@ def save_adapter_start(model: PeftModel, folder: Path) -> None:
         model.save_pretrained(start, save_embedding_layers=False)
 
 
-def named_trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """What trains, by the names that it has on one device."""
-    return [(name.removeprefix("module."), p) for name, p in model.named_parameters() if p.requires_grad]
+def named_trainable(model: nn.Module, all_names: bool = False) -> list[tuple[str, nn.Parameter]]:
+    """What trains, by the names that it has on one device; a tied parameter by its first name, or by all of them."""
+    named = model.named_parameters(remove_duplicate=not all_names)
+    return [(name.removeprefix("module."), parameter) for name, parameter in named if parameter.requires_grad]
 
 
-def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
+def trainable_tensors(model: nn.Module, all_names: bool = False) -> dict[str, Tensor]:
     """Copies of what trains, whole and in host memory; call it in every rank."""
-    return {name: whole(parameter.detach()).cpu().clone().contiguous() for name, parameter in named_trainable(model)}
+    return {
+        name: whole(parameter.detach()).cpu().clone().contiguous()
+        for name, parameter in named_trainable(model, all_names)
+    }
 
 
 def save_adapter(
@@ -93,7 +97,7 @@ def save_adapter(
 ) -> None:
     """Write the adapter as PEFT does, with tokenizer and model card; the folder appears whole or not at all."""
     adapted = accelerator.unwrap_model(model).model
-    state = trainable_tensors(model)
+    state = trainable_tensors(model, all_names=True)  # PEFT asks for a head that is tied by its own name
     if accelerator.is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_folder(path) as folder:
