@@ -316,11 +316,17 @@ def test_a_resume_without_the_optimizers_state_is_another_run(
     resumed = tmp_path / "resumed"
     shutil.copytree(whole, resumed)
     again = with_overrides(short.config, [f"output_dir={resumed}"])
-    train(again, "newest")
+
+    def resume() -> None:
+        """From the checkpoint before the last step's, as if the run had been killed between them."""
+        shutil.rmtree(resumed / "checkpoints/step-000005")
+        train(again, "newest")
+
+    resume()
     interrupted = Interrupted(resumed, killed_after_step=4, problem=None)
     assert check_resume(whole, interrupted, None).outcome == "passed"
     monkeypatch.setattr("lora_core.training.checkpoint._restore_optimizer", lambda *_: None)
-    train(again, "newest")
+    resume()
     check = check_resume(whole, interrupted, None)
     assert (check.outcome, check.reason) == ("failed", "the resumed run ended differently")
 
