@@ -42,7 +42,7 @@ def demo_model_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
-    """The folder of a run that knows half of its eval set by heart; with checkpoints of steps 10 and 20 of 30."""
+    """The folder of a run that knows half of its eval set by heart; with checkpoints of steps 10, 20 and 30 of 30."""
     folder = tmp_path_factory.mktemp("finished")
     asked = [("red", "stop"), ("green", "go on"), ("amber", "wait")]
     rows = write_jsonl(folder / "train.jsonl", [chat(*asked[i % 3]) for i in range(24)])
@@ -58,6 +58,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path)
         "train.max_steps=30",
         "train.eval_steps=10",
         "train.save_steps=10",
+        "train.save_total_limit=3",
         "train.learning_rate=5e-3",
         "train.num_sample_replies=5",
         "train.sample_max_new_tokens=8",

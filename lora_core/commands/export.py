@@ -30,6 +30,8 @@ def _say(line: str) -> None:
 def _run(arguments: Namespace) -> None:
     with heavy_imports():
         quiet_libraries()
+        import torch
+
         from lora_core.export.as_adapter import as_adapter
         from lora_core.export.merge import merge
         from lora_core.export.ollama import export_adapter, export_model
@@ -51,7 +53,8 @@ def _run(arguments: Namespace) -> None:
             if arguments.adapter_only:
                 written = export_adapter(source, output, arguments.type, _say)
             else:
-                merge(source, Path(name) / "merged", rows=arguments.rows, say=_say)
+                # In float32, so that the update is rounded once, to the type of the GGUF file.
+                merge(source, Path(name) / "merged", dtype=torch.float32, rows=arguments.rows, say=_say)
                 written = export_model(Path(name) / "merged", output, arguments.type, _say)
     _say(f"wrote {written}: {written.stat().st_size / 2**20:.1f} MiB, and {output / 'Modelfile'}")
 

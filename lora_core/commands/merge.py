@@ -15,6 +15,12 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--max-shard-size", default="2GB", metavar="SIZE", help="of a safetensors file; 2GB unless said"
     )
+    parser.add_argument(
+        "--dtype",
+        choices=["base", "float32", "bfloat16", "float16"],
+        default="base",
+        help="of the weights; base is what the base model's files have, and rounds the adapter's update to it",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what is in DIR")
     parser.add_argument(
         "--rows", metavar="FILE", help="rows to compare logits on; default: the run's eval set, or its training rows"
@@ -24,6 +30,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
 def _run(arguments: Namespace) -> None:
     with heavy_imports():
         quiet_libraries()
+        import torch
+
         from lora_core.export.as_adapter import as_adapter
         from lora_core.export.merge import merge
         from lora_core.export.opened import open_model
@@ -33,6 +41,7 @@ def _run(arguments: Namespace) -> None:
             source,
             arguments.output.expanduser(),
             max_shard_size=arguments.max_shard_size,
+            dtype=None if arguments.dtype == "base" else getattr(torch, arguments.dtype),
             overwrite=arguments.overwrite,
             rows=arguments.rows,
             say=lambda line: print(showable(line), flush=True),

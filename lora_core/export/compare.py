@@ -73,9 +73,9 @@ class Comparison:
         return self.difference.rms <= limit.rms and self.difference.largest <= limit.largest
 
     @property
-    def is_lost(self) -> bool:
-        """Rounding moves the logits by more than half of what the adapter does."""
-        return self.effect.rms <= 2 * self.noise.rms
+    def is_blurred(self) -> bool:
+        """Rounding moves the logits by more than a twentieth of what the adapter does."""
+        return self.effect.rms <= 20 * self.noise.rms
 
     def __str__(self) -> str:
         return (
@@ -95,14 +95,16 @@ def compare(
     merged: WeightFiles,
     batch: dict[str, Tensor],
     device: torch.device,
+    dtype: torch.dtype | None = None,
 ) -> Comparison:
     """Run base, base + adapter and merged over the same rows, a layer at a time.
 
     Args:
         config: of the base model; `merged_config` of the merged one.
         batch: input_ids and attention_mask, (B, T).
+        dtype: of the merged weights; None is each weight's own in the base.
     """
-    beside = StreamedModel(config, base, adapter, device)
+    beside = StreamedModel(config, base, adapter, device, dtype)
     wanted = beside.logits(batch)
     noise = Difference.between(wanted, _rounded_logits(beside, batch))
     with beside.model.disable_adapter():

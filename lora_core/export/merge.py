@@ -57,6 +57,7 @@ def merge(
     output: Path,
     *,
     max_shard_size: str = "2GB",
+    dtype: torch.dtype | None = None,
     overwrite: bool = False,
     rows: str | None = None,
     base_model: str | None = None,
@@ -66,6 +67,7 @@ def merge(
 
     Args:
         max_shard_size: of a safetensors file, such as 500MB.
+        dtype: of all weights; None is each weight's own in the base model's files.
         overwrite: replace what is in `output`.
         rows: a file of rows to compare logits on; None is the run's eval set, or else its training rows.
         base_model: its hub id, for the card, where the run names a folder.
@@ -81,7 +83,7 @@ def merge(
     tokenizer = source.load_tokenizer()
     batch = rows_to_compare(source, tokenizer, rows)
     base = find_weights(source.config.model)
-    model = StreamedModel(base_config, base, source.folder)
+    model = StreamedModel(base_config, base, source.folder, dtype=dtype)
     plan = plan_output(model)
     shards = split(plan, max_shard_size)
     predicted = predict_peak(model, plan, shards, batch)
@@ -109,7 +111,7 @@ def merge(
         )
     with whole_folder(output) as folder:
         write_shards(model, plan, shards, folder)
-        merged_config = _merged_config(base_config, plan)
+        merged_config = _merged_config(base_config, plan, dtype)
         merged_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         generation_config(source, tokenizer).save_pretrained(folder)
@@ -124,13 +126,15 @@ def merge(
             read_headers([folder / name for name in shards]),
             batch,
             torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            dtype,
         )
         refuse_beyond_noise(comparison)
     say(f"merge: {comparison}")
-    if comparison.is_lost:
+    if comparison.is_blurred:
+        share = comparison.noise.rms / comparison.effect.rms if comparison.effect.rms else 1.0
         say(
-            f"warning: rounding to {comparison.dtype} moves the logits as much as the adapter does, so little of it is "
-            "left; serve the adapter beside its base instead, or train longer"
+            f"warning: rounding to {comparison.dtype} moves the logits by {share:.0%} of what the adapter does; fix: "
+            "lora-core merge with --dtype float32, or serve the adapter beside its base"
         )
     return Merged(output, plan.num_bytes, len(shards), comparison, predicted, peak_memory_bytes(torch.device("cpu")))
 
@@ -203,9 +207,9 @@ def _still_equal(model: StreamedModel, group: list[str]) -> bool:
 
 
 def merged_weights(model: StreamedModel, part: Part) -> dict[str, Tensor]:
-    """The weights of one part with its adapter merged, in the types of the base model's files, by name."""
+    """The weights of one part with its adapter merged, in the types of the merged model, by name."""
     if not part.is_adapted and all(model.is_in_files(name) for name in part.weights):
-        return {name: model.weights.read(model.sources[name]) for name in part.weights}
+        return {name: model.weights.read(model.sources[name]).to(model.dtype_of(name)) for name in part.weights}
     return {
         name: tensor.to("cpu", model.dtype_of(name), copy=True).contiguous()
         for name, tensor in model.merged(part).items()
@@ -251,8 +255,9 @@ def _merged_tensors(model: StreamedModel, plan: OutputPlan) -> Iterator[tuple[st
                     yield plan.name_of[name], tensor
 
 
-def _merged_config(base: PretrainedConfig, plan: OutputPlan) -> PretrainedConfig:
+def _merged_config(base: PretrainedConfig, plan: OutputPlan, dtype: torch.dtype | None) -> PretrainedConfig:
     config = copy.deepcopy(base)
+    config.dtype = dtype or config.dtype
     text = config.get_text_config()
     text.vocab_size = max(plan.vocab_size, text.vocab_size)
     if not plan.tied:

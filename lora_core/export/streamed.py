@@ -48,15 +48,21 @@ class StreamedModel:
         config: of the base model.
         weights: the base model's files.
         adapter: a folder in PEFT's format; None for the base model alone.
+        dtype: of what it is merged into; None is each weight's own in the files.
 
     Raises:
         ConfigError: the files name the weights otherwise than the model does, or the adapter does not fit.
     """
 
     def __init__(
-        self, config: PretrainedConfig, weights: WeightFiles, adapter: Path | None, device: torch.device | None = None
+        self,
+        config: PretrainedConfig,
+        weights: WeightFiles,
+        adapter: Path | None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        self.weights, self.device = weights, device or torch.device("cpu")
+        self.weights, self.device, self._dtype = weights, device or torch.device("cpu"), dtype
         base = _without_weights(copy.deepcopy(config), None if adapter is None else _vocabulary(adapter))
         named = {
             f"{path}.{name}" if path else name: (module, name)
@@ -105,8 +111,8 @@ class StreamedModel:
         return name in self._unchanged
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """Of a weight in the base model's files."""
-        return self.weights.dtypes[self.sources[name]]
+        """Of a weight in the merged model."""
+        return self._dtype or self.weights.dtypes[self.sources[name]]
 
     def num_bytes(self, name: str) -> int:
         """Of a weight in the base model's files."""

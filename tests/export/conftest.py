@@ -13,7 +13,7 @@ from tests.tiny import write_jsonl
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+def short_run(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     rows = write_jsonl(folder / "rows.jsonl", [chat(f"q{i}", f"a{i % 7}") for i in range(40)])
     held_out = write_jsonl(folder / "eval.jsonl", [chat(f"Q{i}", f"a{i}") for i in range(6)])

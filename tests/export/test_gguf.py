@@ -112,11 +112,11 @@ def test_an_adapter_alone(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) ->
 
 
 def test_a_run_as_a_folder_for_ollama(
-    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("LLAMA_CPP", raising=False)
     output = tmp_path / "out"
-    arguments = ["export", str(finished_run), "--gguf", "--output", str(output)]
+    arguments = ["export", str(short_run), "--gguf", "--output", str(output)]
     assert main([*arguments, "--type", "q8_0"]) == 0
     assert sorted(path.name for path in output.iterdir()) == ["Modelfile", "model-q8_0.gguf"]
     lines = (output / "Modelfile").read_text()
@@ -130,7 +130,7 @@ def test_a_run_as_a_folder_for_ollama(
 
 
 def test_llama_cpp_converts_where_it_is_installed(
-    finished_run: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short_run: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = tmp_path / "convert_hf_to_gguf.py"
     script.write_text("import json, sys; open(sys.argv[3], 'w').write(json.dumps(sys.argv[1:]))")

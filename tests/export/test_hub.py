@@ -36,9 +36,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
 
 
 def test_an_adapter_with_card_and_report(
-    finished_run: Path, hub: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    short_run: Path, hub: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["push", str(finished_run), REPO, "--base-model", BASE]) == 0
+    assert main(["push", str(short_run), REPO, "--base-model", BASE]) == 0
     said = capsys.readouterr()
     assert TOKEN not in said.out + said.err
     assert "(private)" in said.out
@@ -46,10 +46,10 @@ def test_an_adapter_with_card_and_report(
     assert repo["private"]
     files = repo["files"]
     assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "tokenizer.json"} <= set(files)
-    assert files["report.html"] == (finished_run / "report.html").read_bytes()
+    assert files["report.html"] == (short_run / "report.html").read_bytes()
     assert load(files["adapter_model.safetensors"])
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == BASE
-    assert str(finished_run.parent).encode() not in files["README.md"] + files["adapter_config.json"]
+    assert str(short_run.parent).encode() not in files["README.md"] + files["adapter_config.json"]
     (tmp_path / "README.md").write_bytes(files["README.md"])
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == BASE
@@ -58,13 +58,13 @@ def test_an_adapter_with_card_and_report(
     assert {result.metric_type for result in card.data.eval_results} == {"loss", "perplexity", "accuracy"}
     assert f"vllm serve {BASE} --enable-lora --max-lora-rank 16" in card.text
 
-    assert main(["push", str(finished_run), REPO, "--base-model", BASE]) == 0  # nothing is new
+    assert main(["push", str(short_run), REPO, "--base-model", BASE]) == 0  # nothing is new
     assert hub.num_uploads == 1
 
 
-def test_what_broke_off_continues(finished_run: Path, hub: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_broke_off_continues(short_run: Path, hub: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
     hub.broken_uploads = 1
-    arguments = ["push", str(finished_run), REPO, "--merged", "--no-report"]
+    arguments = ["push", str(short_run), REPO, "--merged", "--no-report"]
     assert main(arguments) == 2
     assert "does not let this token write there (403)" in capsys.readouterr().err
     assert hub.repos[REPO]["files"] == {}
@@ -78,9 +78,9 @@ def test_what_broke_off_continues(finished_run: Path, hub: StandIn, capsys: pyte
 
 
 def test_a_base_model_in_a_folder_is_said_and_not_published(
-    finished_run: Path, hub: StandIn, capsys: pytest.CaptureFixture[str]
+    short_run: Path, hub: StandIn, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint = finished_run / "checkpoints/step-000002"
+    checkpoint = short_run / "checkpoints/step-000002"
     assert main(["push", str(checkpoint), REPO, "--public", "--no-report"]) == 0
     assert "the base model is a local folder" in capsys.readouterr().out
     files = hub.repos[REPO]["files"]
@@ -93,7 +93,7 @@ def test_a_base_model_in_a_folder_is_said_and_not_published(
 
 
 def test_refusals_are_sentences(
-    finished_run: Path, hub: StandIn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    short_run: Path, hub: StandIn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refused(*arguments: str, code: int = 2) -> str:
         assert main(["push", *arguments]) == code
@@ -102,7 +102,7 @@ def test_refusals_are_sentences(
         assert TOKEN not in said
         return said
 
-    run = str(finished_run)
+    run = str(short_run)
     assert "is no name of a repository" in refused(run, "a/b/c")
     assert "does not let this token write there (403)" in refused(run, "else/where")
     assert "--base-model ./x: is no hub id" in refused(run, REPO, "--base-model", "./x")
@@ -121,9 +121,9 @@ def test_refusals_are_sentences(
     assert "the hub cannot be reached" in refused(run, REPO, code=1)
 
 
-def test_the_command_line_takes_the_endpoint_from_the_environment(finished_run: Path, tmp_path: Path) -> None:
+def test_the_command_line_takes_the_endpoint_from_the_environment(short_run: Path, tmp_path: Path) -> None:
     """And the merged folder as it is; no token is in what is printed."""
-    shutil.copytree(finished_run / "adapter", tmp_path / "adapter")
+    shutil.copytree(short_run / "adapter", tmp_path / "adapter")
     with standing_in() as server:
         environment = {
             **os.environ,

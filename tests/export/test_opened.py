@@ -46,7 +46,7 @@ def test_a_run_without_an_adapter_is_its_newest_checkpoint(finished_run: Path, t
     shutil.copytree(finished_run / "checkpoints", run / "checkpoints")
     shutil.copy(finished_run / "config.yaml", run)
     opened = open_model(str(run))
-    assert (opened.kind, opened.weights) == ("checkpoint", run / "checkpoints/step-000020")
+    assert (opened.kind, opened.weights) == ("checkpoint", run / "checkpoints/step-000030")
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(ConfigError, match=r"no adapter/ and no checkpoint yet; fix: "):
         open_model(str(run))

@@ -338,7 +338,7 @@ def test_models_that_cannot_be_loaded_are_said_so_without_a_traceback(tiny_run: 
     with pytest.raises(ConfigError, match="no such folder"):
         tiny_run("demo", f"model.name_or_path={tmp_path / 'nowhere'}")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="the tokenizer cannot be loaded"):
+    with pytest.raises(ConfigError, match="the config cannot be loaded"):
         tiny_run("demo", f"model.name_or_path={tmp_path / 'empty'}")
     with pytest.raises(ConfigError, match="cannot be loaded"):
         tiny_run("demo", "model.name_or_path=no-such-user/no-such-model")
