@@ -11,6 +11,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # PyTorch for CPUs is 0.2 GB; what PyPI has brings 2.7 GB of CUDA with it. Where there is no GPU, it is taken from here.
 # TORCH_INDEX= (empty) takes PyPI's at once.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# Two test files at a time, each on a thread of its own: most of the suite waits for processes that load libraries. JOBS=0 is one after the other.
+JOBS ?= 2
+TESTS := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
 
 .PHONY: demo test check families docs
@@ -20,7 +23,7 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	@$(BIN)/python examples/fetch_demo_model.py
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	$(TESTS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -28,7 +31,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/pyright tests/typing
 	@$(BIN)/python examples/fetch_demo_model.py
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	$(TESTS)
 
 families: $(VENV)/.test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.families.table
