@@ -211,8 +211,8 @@ def _next_commands(run: Run) -> list[tuple[str, str]]:
     config = shlex.quote(str(folder / "config.yaml"))
     if not run.summary:
         return [("Resume it, in the folder that it was started in", f"lora-core train --cfg {config} --resume")]
-    commands = []
-    adapter = str(folder / "adapter")
+    adapter, quoted_folder = str(folder / "adapter"), shlex.quote(str(folder))
+    commands = [("Chat with it, the base model beside it", f"lora-core chat {quoted_folder} --compare")]
     if run.number("summary", "eval_loss_after") is not None:
         evaluate = f"{cd}lora-core evaluate --cfg {config} --adapter {shlex.quote(adapter)}"
         commands.append(("Measure the adapter again", evaluate))
@@ -222,7 +222,9 @@ def _next_commands(run: Run) -> list[tuple[str, str]]:
         f"model = AutoPeftModelForCausalLM.from_pretrained({adapter!r})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({adapter!r})"
     )
-    return [*commands, ("Load it in Python, with PEFT", load), ("Run it again", _text(run, "command"))]
+    merge = f"lora-core merge {quoted_folder} --output {shlex.quote(f'{folder}-merged')}"
+    commands += [("Load it in Python, with PEFT", load), ("Merge it into its base model", merge)]
+    return [*commands, ("Run it again", _text(run, "command"))]
 
 
 def _findings(run: Run) -> list[dict[str, Any]] | None:
