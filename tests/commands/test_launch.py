@@ -82,6 +82,8 @@ def test_train_then_evaluate_and_all_that_is_printed_is_ours(settings: list[str]
         "  ",
         "predicted peak memory:",
         "model:",
+        "adapter: on ",
+        "reply at ",
         "report:",
         "step",
         "user:",
@@ -103,7 +105,9 @@ def test_train_then_evaluate_and_all_that_is_printed_is_ours(settings: list[str]
     evaluated = launch("launch/evaluate.py", "--cfg", "demo", *settings)
     assert evaluated.returncode == 0, evaluated.stderr
     last_eval = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("eval at step 2"))
-    assert evaluated.stdout.strip() == last_eval.removeprefix("eval at step 2: ")
+    what, result = evaluated.stdout.splitlines()
+    assert what.startswith(f"adapter {folder / 'adapter'} on ")
+    assert result.strip() == last_eval.removeprefix("eval at step 2: ")
     # Pasted into a shell, the command of the summary starts this very run: here, as far as the refusal.
     again = launch("-c", f"{summary['command']} overwrite_output_dir=false", cwd=tmp_path, prefix=["bash"])
     assert again.stdout.count("plan:") == 1
