@@ -72,6 +72,10 @@ def train_several(arguments: Namespace, names: Sequence[str], console: Console) 
         raise TrainingError(f"{len(failed)} of {counted(len(fitting), 'run')} failed: {', '.join(failed)}; see above")
 
 
+# A model with one of these findings is skipped.
+_TOO_LARGE = ("memory_too_small", "disk_too_small")
+
+
 def _look_at(arguments: Namespace, names: Sequence[str], console: Console) -> Iterator[Candidate]:
     from lora_core.memory.without_storage import num_hidden_layers, num_parameters
     from lora_core.preflight.preflight import look_at_run, refuse_errors, refused_errors, run_checks
@@ -88,8 +92,8 @@ def _look_at(arguments: Namespace, names: Sequence[str], console: Console) -> It
             facts = replace(facts, environment=replace(facts.environment, output_dir_problem=None))
         findings = run_checks(facts)
         refused = refused_errors(findings, config.preflight.allow)
-        too_large = next((finding.message for finding in refused if finding.id == "memory_too_small"), None)
-        refuse_errors([finding for finding in findings if finding.id != "memory_too_small"], config.preflight.allow)
+        too_large = next((finding.message for finding in refused if finding.id in _TOO_LARGE), None)
+        refuse_errors([finding for finding in findings if finding.id not in _TOO_LARGE], config.preflight.allow)
         own = ["--cfg", arguments.cfg, *(["--model", name] if keyed else []), *overrides]
         parameters = num_parameters(config, num_hidden_layers(config))
         yield Candidate(name, folders[name], own, parameters, facts.memory, too_large)

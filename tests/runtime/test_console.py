@@ -103,7 +103,7 @@ def test_json_lines_are_the_only_thing_on_stdout_and_nothing_draws_without_a_ter
     log = (tmp_path / "run/train.log").read_text(encoding="utf-8")
     assert all(f"step {step}/4" in log for step in range(1, 5))
 
-    refused = train(tmp_path, "--json-lines", *settings)
+    refused = train(tmp_path, "--json-lines", *settings, "overwrite_output_dir=false")
     assert refused.returncode == 2
     assert json.loads(refused.stdout.splitlines()[-1])["exit_code"] == 2
     assert "contains an earlier run" in json.loads(refused.stdout.splitlines()[-1])["message"]
