@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
+from collections.abc import Iterator
 
 from lora_core.rows.json_values import strings
 from lora_core.rows.messages import Conversation
@@ -60,9 +61,14 @@ def repeats_prompt(conversation: Conversation) -> bool:
     """A reply that begins with all words of the turn before it."""
     for before, message in itertools.pairwise(conversation.messages):
         if (before["role"], message["role"]) == ("user", "assistant"):
-            asked = _WORD.findall(before["content"].casefold())
-            if len(asked) >= _WORDS_REPEATED and _WORD.findall(message["content"].casefold())[: len(asked)] == asked:
-                return True
+            said, repeated = _words_of(message["content"]), 0
+            for word in _words_of(before["content"]):
+                if next(said, None) != word:
+                    break
+                repeated += 1
+            else:
+                if repeated >= _WORDS_REPEATED:
+                    return True
     return False
 
 
@@ -74,8 +80,13 @@ def ends_unanswered(conversation: Conversation) -> bool:
 def start_of_reply(conversation: Conversation) -> str:
     """The first words of the first reply; empty where it has fewer."""
     reply = next(iter(_replies(conversation)), "")
-    words = _WORD.findall(reply.casefold())[:_WORDS_OF_A_START]
+    words = [*itertools.islice(_words_of(reply), _WORDS_OF_A_START)]
     return " ".join(words) if len(words) == _WORDS_OF_A_START else ""
+
+
+def _words_of(text: str) -> Iterator[str]:
+    """Its words without case, one after the other: most rows are told by their first ones."""
+    return (match.group().casefold() for match in _WORD.finditer(text))
 
 
 def _replies(conversation: Conversation) -> list[str]:
