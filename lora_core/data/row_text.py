@@ -61,14 +61,10 @@ def repeats_prompt(conversation: Conversation) -> bool:
     """A reply that begins with all words of the turn before it."""
     for before, message in itertools.pairwise(conversation.messages):
         if (before["role"], message["role"]) == ("user", "assistant"):
-            said, repeated = _words_of(message["content"]), 0
-            for word in _words_of(before["content"]):
-                if next(said, None) != word:
-                    break
-                repeated += 1
-            else:
-                if repeated >= _WORDS_REPEATED:
-                    return True
+            asked, said = before["content"], _words_of(message["content"])
+            is_long = len([*itertools.islice(_words_of(asked), _WORDS_REPEATED)]) == _WORDS_REPEATED
+            if is_long and all(next(said, None) == word for word in _words_of(asked)):
+                return True
     return False
 
 
