@@ -22,9 +22,10 @@ TOOLS = -1
 
 _STAND_IN = re.compile("[\U000f0000-\U0010efff]")
 _FIRST, _LAST = 0xF0000, 0x10EFFF
-# Reasoning inside a content, as reasoning models write it.
+REASONING_TAGS = r"(?:seed:)?(?:think|thinking|thought|reasoning)"
+"""What models write in angle brackets around reasoning inside a content; Mistral's write [THINK]."""
 _REASONING = re.compile(
-    r"(?P<open>\s*(?:<(?P<tag>(?:seed:)?(?:think|thinking|thought|reasoning))>|(?P<square>\[)THINK\]))(?P<inner>.*?)"
+    rf"(?P<open>\s*(?:<(?P<tag>{REASONING_TAGS})>|(?P<square>\[)THINK\]))(?P<inner>.*?)"
     r"(?P<close>(?(square)\[/THINK\]|</(?P=tag)>))",
     re.S,
 )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from lora_core.encoding.provenance import REASONING_TAGS
 from lora_core.encoding.spans import EARLIER_REASONING, Reading
 from lora_core.errors import ChatTemplateError
 from lora_core.rows.messages import Conversation, Message
 
-_TAG = re.compile(r"</?(?:seed:)?(?:think|thinking|thought|reasoning)>|\[/?THINK\]")
-_CLOSING_TAG = re.compile(r"</(?:seed:)?(?:think|thinking|thought|reasoning)>|\[/THINK\]")
+_TAG = re.compile(rf"</?{REASONING_TAGS}>|\[/?THINK\]")
+_CLOSING_TAG = re.compile(rf"</{REASONING_TAGS}>|\[/THINK\]")
 
 
 def reasoning_spans(conversation: Conversation, reading: Reading) -> list[tuple[int, int]]:

@@ -102,7 +102,7 @@ def merge(
     if quantization != "none":
         say(
             f"merge: trained on {quantization} weights, merged into the unquantized ones: they are what the "
-            " adapter was trained on, before rounding, so replies may differ a little from those during training"
+            "adapter was trained on, before rounding, so replies may differ a little from those during training"
         )
     if plan.left_out:
         say(

@@ -128,8 +128,7 @@ def load_base_model(config: ModelConfig, device: torch.device, packing: bool = F
     model.config.use_cache = False
     if device.type == "cpu":
         keep_4bit_weights_trainable(model)
-        if config.quantization is not None:
-            _let_go_of_files(model)
+        _let_go_of_files(model)
     if packing:
         prepare_packing(model)
     return model.requires_grad_(False)
