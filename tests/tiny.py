@@ -67,3 +67,14 @@ def chat(*contents: str) -> dict[str, Any]:
 def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def run_settings(folder: Path, model_dir: Path, rows: Path, eval_rows: Path | None = None) -> list[str]:
+    """Overrides that every run on a few rows needs: what it reads, and where it writes, in `folder`."""
+    return [
+        f"model.name_or_path={model_dir}",
+        f"data.train_file={rows}",
+        f"data.eval_file={eval_rows or rows}",
+        f"data.cache_dir={folder / 'cache'}",
+        f"output_dir={folder / 'run'}",
+    ]

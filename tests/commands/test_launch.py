@@ -15,6 +15,7 @@ import pytest
 from lora_core.commands.command_line import heavy_imports
 from lora_core.config.load import load_config
 from tests.conftest import ROOT, chat
+from tests.tiny import run_settings
 from tests.training.test_evaluate import losses_one_by_one
 
 
@@ -28,11 +29,7 @@ def launch(*arguments: str, cwd: Path = ROOT, prefix: list[str] | None = None) -
 def settings(tmp_path: Path, tiny_model_dir: Path, write_rows: Any) -> list[str]:
     rows = write_rows([chat(f"q{i}", f"a{i}") for i in range(12)])
     return [
-        f"model.name_or_path={tiny_model_dir}",
-        f"data.train_file={rows}",
-        f"data.eval_file={rows}",
-        f"data.cache_dir={tmp_path / 'cache'}",
-        f"output_dir={tmp_path / 'run'}",
+        *run_settings(tmp_path, tiny_model_dir, rows),
         "train.num_sample_replies=1",
         "train.num_train_epochs=1",
     ]

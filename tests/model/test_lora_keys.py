@@ -23,6 +23,7 @@ from lora_core.runtime.devices import DeviceMemory
 from lora_core.training.adapter_folder import load_adapter
 from lora_core.training.setup import train
 from tests.conftest import chat
+from tests.tiny import run_settings
 
 CPU = torch.device("cpu")
 SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -131,11 +132,7 @@ def test_what_cannot_be_is_refused_in_a_sentence(overrides: list[str], said: str
 def settings(tmp_path: Path, tiny_model_dir: Path, write_rows: Any) -> list[str]:
     rows = write_rows([chat(f"question {i}", f"answer {i % 5}") for i in range(24)])
     return [
-        f"model.name_or_path={tiny_model_dir}",
-        f"data.train_file={rows}",
-        f"data.eval_file={rows}",
-        f"data.cache_dir={tmp_path / 'cache'}",
-        f"output_dir={tmp_path / 'run'}",
+        *run_settings(tmp_path, tiny_model_dir, rows),
         "train.num_sample_replies=0",
         "train.learning_rate=2e-3",
         "train.max_steps=4",

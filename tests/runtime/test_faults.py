@@ -23,17 +23,14 @@ from lora_core.runtime.launcher import _ACCELERATE
 from lora_core.training.setup import train
 from lora_core.training.step import StepResult, train_step
 from tests.conftest import ROOT, chat
+from tests.tiny import run_settings
 
 
 @pytest.fixture
 def settings(tmp_path: Path, tiny_model_dir: Path, write_rows: Any) -> list[str]:
     rows = write_rows([chat(f"question {i}", f"answer {i}") for i in range(22)])
     return [
-        f"model.name_or_path={tiny_model_dir}",
-        f"data.train_file={rows}",
-        f"data.eval_file={rows}",
-        f"data.cache_dir={tmp_path / 'cache'}",
-        f"output_dir={tmp_path / 'run'}",
+        *run_settings(tmp_path, tiny_model_dir, rows),
         "overwrite_output_dir=true",
         "train.num_sample_replies=0",
         "train.bf16=false",

@@ -26,17 +26,14 @@ from lora_core.training.checkpoint import CheckpointWriter, find_checkpoint, tak
 from lora_core.training.setup import train
 from lora_core.training.step import StepResult, train_step
 from tests.conftest import ROOT, chat
+from tests.tiny import run_settings
 
 
 @pytest.fixture
 def settings(tmp_path: Path, tiny_model_dir: Path, write_rows: Any) -> list[str]:
     rows = write_rows([chat(f"question {i}", f"answer {i}") for i in range(22)])
     return [
-        f"model.name_or_path={tiny_model_dir}",
-        f"data.train_file={rows}",
-        f"data.eval_file={rows}",
-        f"data.cache_dir={tmp_path / 'cache'}",
-        f"output_dir={tmp_path / 'run'}",
+        *run_settings(tmp_path, tiny_model_dir, rows),
         "train.num_sample_replies=1",
         "train.sample_max_new_tokens=4",
         "train.num_train_epochs=3",

@@ -19,6 +19,7 @@ from lora_core.runtime.devices import DeviceMemory
 from lora_core.training.evaluate import evaluate_adapter
 from lora_core.training.setup import train
 from tests.conftest import chat
+from tests.tiny import run_settings
 
 OPTIMIZERS = [
     "adamw_torch_fused",
@@ -35,11 +36,7 @@ OPTIMIZERS = [
 def settings(tmp_path: Path, tiny_model_dir: Path, write_rows: Any) -> list[str]:
     rows = write_rows([chat(f"question {i}", f"answer {i % 5}") for i in range(24)])
     return [
-        f"model.name_or_path={tiny_model_dir}",
-        f"data.train_file={rows}",
-        f"data.eval_file={write_rows([chat('question 1', 'answer 1')], 'eval.jsonl')}",
-        f"data.cache_dir={tmp_path / 'cache'}",
-        f"output_dir={tmp_path / 'run'}",
+        *run_settings(tmp_path, tiny_model_dir, rows, write_rows([chat("question 1", "answer 1")], "eval.jsonl")),
         "train.num_sample_replies=0",
         "train.learning_rate=2e-3",
         "train.max_steps=4",
