@@ -25,8 +25,8 @@ with heavy_imports():  # as the commands do
     import torch
     from accelerate import Accelerator
 
-    from lora_core.config.load import load_config
     from lora_core.config.schema import RunConfig
+    from lora_core.configuration import load_config
     from lora_core.data.counts import EncodedFile
     from lora_core.data.packing import Batching, step_rows
     from lora_core.model.attention import use_segment_attention

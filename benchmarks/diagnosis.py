@@ -30,8 +30,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from lora_core.config.load import load_config
 from lora_core.config.schema import ALL_SEVEN_PROJECTIONS
+from lora_core.configuration import load_config
 from lora_core.data.encoded import load_data
 from lora_core.data.packing import micro_batches, step_rows
 from lora_core.model.base import load_tokenizer

@@ -49,7 +49,7 @@ PHASES = {
 def child(started: float, overrides: list[str]) -> None:
     """Train until the first step is done, and print {what: seconds}. `started`: of the parent's clock."""
     from lora_core.commands.command_line import heavy_imports
-    from lora_core.config.load import load_config
+    from lora_core.configuration import load_config
 
     seconds: dict[str, float] = {"starting Python": time.time() - started}
 

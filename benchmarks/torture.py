@@ -42,10 +42,10 @@ from typing import Any, Literal
 
 import psutil
 
+from lora_core.checkpoints.checkpoint import find_checkpoint
 from lora_core.errors import ConfigError
 from lora_core.runtime.run_folder import write_json
-from lora_core.training.checkpoint import find_checkpoint
-from lora_core.training.summary import versions
+from lora_core.watch.summary import versions
 from tests.tiny import ROOT, chat, make_tokenizer, save_tiny_model, write_jsonl
 
 NUM_STEPS = 9

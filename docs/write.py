@@ -84,7 +84,7 @@ def _setting(key: str, value: Any, meaning: str) -> str:
 def predicted_table() -> str:
     """The rows of docs/memory.md's table, predicted anew."""
     from lora_core.commands.command_line import quiet_libraries
-    from lora_core.config.load import load_config
+    from lora_core.configuration import load_config
     from lora_core.memory.micro_batch import MicroBatch
     from lora_core.memory.plan import Sharding, predict_memory
     from lora_core.runtime.devices import DeviceMemory

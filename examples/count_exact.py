@@ -8,8 +8,8 @@ from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 from lora_core.commands.command_line import Parser, add_config_arguments, heavy_imports, quiet_libraries, run_command
-from lora_core.config.load import load_config
 from lora_core.config.schema import RunConfig
+from lora_core.configuration import load_config
 from lora_core.errors import ConfigError
 
 
@@ -19,11 +19,11 @@ def count_exact(config: RunConfig, adapter_dir: str | Path) -> str:
     Raises:
         ConfigError: the configuration names no eval file, or the model cannot be loaded.
     """
+    from lora_core.checkpoints.adapter_folder import load_adapter
+    from lora_core.evaluation.replies import sample_reply
     from lora_core.model.base import load_tokenizer
     from lora_core.rows.messages import parse_json_row
     from lora_core.runtime.devices import build_accelerator, with_precision
-    from lora_core.training.adapter_folder import load_adapter
-    from lora_core.training.replies import sample_reply
 
     if config.data.eval_file is None:
         raise ConfigError("no eval set; fix: data.eval_file=PATH")

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from lora_core._version import __version__
 
 if TYPE_CHECKING:
-    from lora_core.config.load import load_config, with_overrides
+    from lora_core.checkpoints.adapter_folder import load_adapter
     from lora_core.config.schema import DataConfig, LoraConfig, ModelConfig, PreflightConfig, RunConfig, TrainConfig
+    from lora_core.configuration import load_config, with_overrides
     from lora_core.data.counts import EncodedFile, RowCounts
     from lora_core.data.encoded import encode_file
     from lora_core.data.packing import Batching
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         RowError,
         TrainingError,
     )
+    from lora_core.evaluation.evaluate import EvalResult, evaluate, evaluate_adapter
     from lora_core.memory.plan import MemoryPlan, predict_memory
     from lora_core.model.base import add_adapter, load_base_model, load_tokenizer
     from lora_core.model.loss import CausalLMLoss, LossSums
@@ -39,23 +41,21 @@ if TYPE_CHECKING:
     from lora_core.report.page import compare_reports, write_report
     from lora_core.rows.messages import Conversation, parse_row
     from lora_core.schedule import SchedulePlan, plan_schedule
-    from lora_core.training.adapter_folder import load_adapter
-    from lora_core.training.callbacks import Callback
-    from lora_core.training.evaluate import EvalResult, evaluate, evaluate_adapter
     from lora_core.training.setup import train
     from lora_core.training.step import StepResult, train_step
-    from lora_core.training.summary import Summary
     from lora_core.verification.contracts import verify
     from lora_core.verification.table import Verification
+    from lora_core.watch.callbacks import Callback
+    from lora_core.watch.summary import Summary
 
 _HOME = {
-    "config.load": ("load_config", "with_overrides"),
+    "checkpoints.adapter_folder": ("load_adapter",),
     "config.schema": ("DataConfig", "LoraConfig", "ModelConfig", "PreflightConfig", "RunConfig", "TrainConfig"),
-    "encoding.chat": ("ChatEncoder", "EncodedChat", "encode_chat", "show_chat"),
+    "configuration": ("load_config", "with_overrides"),
     "data.counts": ("EncodedFile", "RowCounts"),
     "data.encoded": ("encode_file",),
-    "rows.messages": ("Conversation", "parse_row"),
     "data.packing": ("Batching",),
+    "encoding.chat": ("ChatEncoder", "EncodedChat", "encode_chat", "show_chat"),
     "errors": (
         "ChatTemplateError",
         "ConfigError",
@@ -65,6 +65,7 @@ _HOME = {
         "RowError",
         "TrainingError",
     ),
+    "evaluation.evaluate": ("EvalResult", "evaluate", "evaluate_adapter"),
     "memory.plan": ("MemoryPlan", "predict_memory"),
     "model.base": ("add_adapter", "load_base_model", "load_tokenizer"),
     "model.loss": ("CausalLMLoss", "LossSums"),
@@ -72,15 +73,14 @@ _HOME = {
     "preflight.findings": ("Facts", "Finding"),
     "preflight.preflight": ("look_at_run", "run_checks"),
     "report.page": ("compare_reports", "write_report"),
+    "rows.messages": ("Conversation", "parse_row"),
     "schedule": ("SchedulePlan", "plan_schedule"),
-    "training.adapter_folder": ("load_adapter",),
-    "training.callbacks": ("Callback",),
-    "training.evaluate": ("EvalResult", "evaluate", "evaluate_adapter"),
     "training.setup": ("train",),
     "training.step": ("StepResult", "train_step"),
     "verification.contracts": ("verify",),
     "verification.table": ("Verification",),
-    "training.summary": ("Summary",),
+    "watch.callbacks": ("Callback",),
+    "watch.summary": ("Summary",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lora_core.commands.command_line import quiet_libraries
-from lora_core.config.load import load_config
+from lora_core.configuration import load_config
 from lora_core.runtime.devices import reuse_freed_memory
 from lora_core.training.setup import train
 from tests.tiny import CHATML, ROOT, chat, make_model, make_tokenizer, save_tiny_model, write_jsonl

@@ -26,15 +26,9 @@ ORDER: dict[str, list[str]] = {
         "synonyms",
         "layers",
         "legacy",
-        "translation",
-        "not_offered",
-        "trainer_keys",
-        "llama_factory",
-        "axolotl",
-        "scripts",
-        "foreign",
-        "load",
     ],
+    "other_tools": ["translation", "not_offered", "trainer_keys", "llama_factory", "axolotl", "scripts", "reader"],
+    "configuration": [],
     "sources": ["places", "json_stream", "kinds", "readers", "hub", "files"],
     "rows": ["json_values", "tool_use", "turns", "messages"],
     "encoding": [
@@ -78,28 +72,10 @@ ORDER: dict[str, list[str]] = {
         "prescribe",
     ],
     "report": ["read", "words", "verdict", "plots", "page", "folders"],
-    "training": [
-        "step",
-        "card",
-        "adapter_folder",
-        "evaluate",
-        "generation",
-        "replies",
-        "alarms",
-        "progress",
-        "checkpoint",
-        "resume",
-        "summary",
-        "callbacks",
-        "trackers",
-        "journal",
-        "lookout",
-        "pace",
-        "loop",
-        "finish",
-        "end",
-        "setup",
-    ],
+    "checkpoints": ["card", "adapter_folder", "checkpoint", "resume"],
+    "evaluation": ["evaluate", "generation", "replies"],
+    "watch": ["summary", "callbacks", "trackers", "journal", "alarms", "progress", "pace"],
+    "training": ["step", "lookout", "loop", "finish", "end", "setup"],
     "export": [
         "opened",
         "chat",
@@ -150,6 +126,9 @@ NEEDS_TORCH = {
     "runtime.devices",
     "runtime.faults",
     "preflight.model_facts",
+    "checkpoints",
+    "evaluation",
+    "watch",
     "training",
     "export",
     "verification",
@@ -205,7 +184,7 @@ def test_importing_the_package_and_its_light_modules_pulls_in_no_torch() -> None
 
 def test_every_public_name_loads_and_stays_what_it_is() -> None:
     code = (
-        "import lora_core, lora_core.training.setup, lora_core.training.evaluate\n"
+        "import lora_core, lora_core.training.setup, lora_core.evaluation.evaluate\n"
         "from lora_core.training.step import train_step\n"
         "print([n for n in lora_core.__all__ if not hasattr(lora_core, n)], callable(lora_core.train), "
         "callable(lora_core.evaluate), lora_core.train_step is train_step)"

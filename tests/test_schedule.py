@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import get_linear_schedule_with_warmup
 
 from lora_core import schedule
-from lora_core.config.load import load_config
+from lora_core.configuration import load_config
 from lora_core.errors import ConfigError
 from lora_core.model.optimizer import build_scheduler
 from lora_core.schedule import SchedulePlan, plan_schedule

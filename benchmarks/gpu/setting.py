@@ -136,7 +136,7 @@ def spread(values: Sequence[float]) -> str:
 
 def set_up_process() -> None:
     """Set torch up for this device as a run does, with its choice of attention kernels."""
-    from lora_core.config.load import load_config
+    from lora_core.configuration import load_config
     from lora_core.runtime.devices import build_accelerator
 
     build_accelerator(load_config(ROOT / "configs" / "base.yaml"))

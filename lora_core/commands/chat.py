@@ -18,10 +18,10 @@ from lora_core.rows.tool_use import parse_tools
 from lora_core.untrusted.text import showable
 
 if TYPE_CHECKING:
+    from lora_core.evaluation.generation import Reply
     from lora_core.export.chat import Asking, Chat
     from lora_core.export.opened import LoadedModel
     from lora_core.export.questions import Answered
-    from lora_core.training.generation import Reply
 
 _HELP = """/reset        forget what was said
 /system TEXT  another system text; forgets what was said (without a text: none)

@@ -18,8 +18,8 @@ from types import TracebackType
 from typing import NoReturn
 
 from lora_core.config.keys import config_keys
-from lora_core.config.load import load_config, read_translation
 from lora_core.config.schema import RunConfig
+from lora_core.configuration import load_config, read_translation
 from lora_core.errors import ConfigError, LoraCoreError, RankFault
 from lora_core.runtime.launcher import end_accelerate_launch
 from lora_core.untrusted.text import showable

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lora_core.commands.command_line import Command, heavy_imports, quiet_libraries
-from lora_core.config.load import load_config, shipped_file
+from lora_core.configuration import load_config, shipped_file
 from lora_core.errors import ConfigError
 from lora_core.runtime.console import Console
 

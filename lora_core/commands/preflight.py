@@ -14,7 +14,7 @@ from lora_core.commands.command_line import (
     load_config_of,
     quiet_libraries,
 )
-from lora_core.config.load import read_translation
+from lora_core.configuration import read_translation
 from lora_core.errors import ConfigError, LoraCoreError
 
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from lora_core.commands.command_line import Command, heavy_imports, quiet_libraries, say_first
 from lora_core.config.layers import parse_overrides
-from lora_core.config.load import load_config, shipped_file
 from lora_core.config.schema import ALL_SEVEN_PROJECTIONS, RunConfig
-from lora_core.config.translation import short
+from lora_core.configuration import load_config, shipped_file
 from lora_core.errors import ConfigError, LoraCoreError
+from lora_core.other_tools.translation import short
 from lora_core.untrusted.text import showable
 
 if TYPE_CHECKING:

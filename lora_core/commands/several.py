@@ -16,7 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from lora_core.commands.command_line import heavy_imports, quiet_libraries
-from lora_core.config.load import is_keyed_by_model, load_config
+from lora_core.configuration import is_keyed_by_model, load_config
 from lora_core.errors import ConfigError, RunStopped, TrainingError, counted
 from lora_core.runtime.console import Console
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_core.config.load import with_overrides
 from lora_core.config.schema import RunConfig
+from lora_core.configuration import with_overrides
 from lora_core.data.cache import cache_folder, naming_cache_folder
 from lora_core.errors import DataError
 from lora_core.sources.places import new_rows

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_core.config.load import with_overrides
 from lora_core.config.schema import RunConfig
+from lora_core.configuration import with_overrides
 from lora_core.errors import ConfigError
 from lora_core.export.opened import Opened
 from lora_core.model.base import load_saved_tokenizer, load_tokenizer

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_core.errors import ConfigError, DataError, counted
+from lora_core.evaluation.generation import Reply, encode_prompt, generate_reply, longest_context
 from lora_core.export.opened import LoadedModel
 from lora_core.rows.messages import Conversation, Message
-from lora_core.training.generation import Reply, encode_prompt, generate_reply, longest_context
 
 
 @dataclass(frozen=True)

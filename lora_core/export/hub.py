@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_core.checkpoints.card import bare_card, counts_of, hub_id, model_card
 from lora_core.errors import ConfigError, LoraCoreError, counted
 from lora_core.export.as_adapter import Adapter
-from lora_core.training.card import bare_card, counts_of, hub_id, model_card
 
 REPORT = "report.html"
 

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_core.config.load import shipped_file, with_overrides
+from lora_core.checkpoints.card import counts_of, hub_id, merged_card
+from lora_core.configuration import shipped_file, with_overrides
 from lora_core.data.encoded import load_data, pad_id
 from lora_core.data.packing import collate
 from lora_core.encoding.prompts import tokens_to_stop_at
@@ -31,7 +32,6 @@ from lora_core.export.streamed import Part, StreamedModel
 from lora_core.model.base import load_model_config, resolve_name
 from lora_core.runtime.devices import device_memory, peak_memory_bytes
 from lora_core.runtime.run_folder import check_output, whole_folder, write_json, write_text
-from lora_core.training.card import counts_of, hub_id, merged_card
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase

@@ -20,16 +20,16 @@ from accelerate import Accelerator
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
-from lora_core.config.load import load_config, with_overrides
+from lora_core.checkpoints.adapter_folder import load_adapter
+from lora_core.checkpoints.checkpoint import read_checkpoint, restore_adapter
 from lora_core.config.schema import RunConfig
+from lora_core.configuration import load_config, with_overrides
 from lora_core.errors import ConfigError
 from lora_core.model.base import add_adapter, load_base_model, load_saved_tokenizer, load_tokenizer
 from lora_core.model.loss import CausalLMLoss
 from lora_core.preflight.model_facts import with_packing
 from lora_core.runtime.devices import build_accelerator, with_precision
 from lora_core.runtime.faults import is_out_of_memory
-from lora_core.training.adapter_folder import load_adapter
-from lora_core.training.checkpoint import read_checkpoint, restore_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lora_core.errors import counted
-from lora_core.training.evaluate import Comparison
+from lora_core.evaluation.evaluate import Comparison
 
 # The normal distribution's: 95% of it is within so many standard deviations.
 _NORMAL_95 = 1.959964

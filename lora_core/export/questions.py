@@ -10,6 +10,7 @@ from lora_core.config.schema import DataConfig
 from lora_core.data.counts import EncodedFile
 from lora_core.encoding.chat import ChatEncoder
 from lora_core.errors import DataError, RowError, counted, problem_list
+from lora_core.evaluation.replies import lines_by_number
 from lora_core.export.chat import Asking, answer
 from lora_core.export.opened import LoadedModel
 from lora_core.rows.messages import (
@@ -23,7 +24,6 @@ from lora_core.rows.messages import (
 )
 from lora_core.runtime.ranks import gather_from_ranks
 from lora_core.sources.files import as_jsonl
-from lora_core.training.replies import lines_by_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

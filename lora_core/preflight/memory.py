@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from lora_core.config.load import with_overrides
+from lora_core.configuration import with_overrides
 from lora_core.preflight.findings import Facts, Finding, gib
 
 if TYPE_CHECKING:

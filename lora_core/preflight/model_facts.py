@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lora_core.config.load import with_overrides
 from lora_core.config.schema import RunConfig
+from lora_core.configuration import with_overrides
 from lora_core.errors import ConfigError
 from lora_core.memory.without_storage import base_without_storage, num_hidden_layers
 from lora_core.model.base import load_model_config, resolve_name

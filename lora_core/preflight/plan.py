@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lora_core.config.load import with_overrides
 from lora_core.config.schema import RunConfig
+from lora_core.configuration import with_overrides
 from lora_core.learning_rate import SuggestedRate, suggest_learning_rate
 from lora_core.schedule import SchedulePlan, plan_schedule
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_core.config.load import load_config, with_overrides
 from lora_core.config.schema import DataConfig, RunConfig
+from lora_core.configuration import load_config, with_overrides
 from lora_core.data.counts import EncodedFile
 from lora_core.data.encoded import load_data
 from lora_core.errors import ConfigError, LoraCoreError, PreflightError, SimulationError

@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 
 from lora_core.config.schema import ALL_SEVEN_PROJECTIONS
-from lora_core.config.translation import short
 from lora_core.errors import ConfigError, DataError, counted
 from lora_core.learning_rate import suggest_learning_rate
+from lora_core.other_tools.translation import short
 from lora_core.schedule import SchedulePlan, plan_schedule
 
 # Rows below which so many epochs are usual.

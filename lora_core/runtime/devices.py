@@ -21,8 +21,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, parse_flag_from_env
 from torch import Tensor
 
-from lora_core.config.load import with_overrides
 from lora_core.config.schema import RunConfig
+from lora_core.configuration import with_overrides
 from lora_core.errors import ConfigError, counted
 from lora_core.runtime import ranks
 from lora_core.runtime.launcher import asked_processes, omp_num_threads

@@ -14,7 +14,7 @@ from lora_core.report.page import write_report
 from lora_core.runtime.console import Console
 from lora_core.runtime.ranks import from_first_rank
 from lora_core.runtime.run_state import State, write_state
-from lora_core.training.trackers import Trackers, start_trackers
+from lora_core.watch.trackers import Trackers, start_trackers
 
 
 class RecordedEnd:

@@ -9,22 +9,22 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from lora_core.checkpoints.adapter_folder import save_adapter
+from lora_core.checkpoints.card import write_card
+from lora_core.checkpoints.checkpoint import find_checkpoint, restore_adapter
 from lora_core.errors import ConfigError, counted
+from lora_core.evaluation.evaluate import Comparison, finish_examples
+from lora_core.evaluation.generation import Reply
 from lora_core.report.page import write_report
 from lora_core.report.read import read_run
 from lora_core.report.verdict import judge, outcome_of
 from lora_core.runtime.devices import peak_memory_bytes
 from lora_core.runtime.ranks import from_first_rank, meet
 from lora_core.runtime.run_folder import write_json
-from lora_core.training.adapter_folder import save_adapter
-from lora_core.training.card import write_card
-from lora_core.training.checkpoint import find_checkpoint, restore_adapter
-from lora_core.training.evaluate import Comparison, finish_examples
-from lora_core.training.generation import Reply
 from lora_core.training.loop import EVAL_EXAMPLES, Run
-from lora_core.training.summary import Summary, adapter_norm, command_again, git_commit, hardware, versions
-from lora_core.training.trackers import Trackers
 from lora_core.untrusted.text import printable
+from lora_core.watch.summary import Summary, adapter_norm, command_again, git_commit, hardware, versions
+from lora_core.watch.trackers import Trackers
 
 
 def finish(run: Run, started: float) -> Summary:

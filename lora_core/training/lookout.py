@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.config.schema import RunConfig
+from lora_core.evaluation.evaluate import ExampleLosses, compare_with_before
+from lora_core.evaluation.generation import Reply
 from lora_core.preflight.findings import Finding
 from lora_core.runtime.ranks import from_first_rank, sum_over_ranks
 from lora_core.schedule import SchedulePlan
-from lora_core.training.alarms import (
+from lora_core.training.step import StepResult
+from lora_core.watch.alarms import (
     StepSeen,
     adapter_still,
     eval_loss_worse,
@@ -26,11 +29,8 @@ from lora_core.training.alarms import (
     step_alarms,
     steps_that_move,
 )
-from lora_core.training.evaluate import ExampleLosses, compare_with_before
-from lora_core.training.generation import Reply
-from lora_core.training.journal import Journal
-from lora_core.training.progress import Progress
-from lora_core.training.step import StepResult
+from lora_core.watch.journal import Journal
+from lora_core.watch.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,27 +14,27 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
+from lora_core.checkpoints.checkpoint import CheckpointWriter, take_snapshot
 from lora_core.config.schema import RunConfig
 from lora_core.data.counts import EncodedFile
 from lora_core.data.encoded import pad_id
 from lora_core.data.packing import Batching, BatchPrefetcher, RowIndices, StepBatches, eval_batching, step_rows
 from lora_core.errors import RankFault, RunStopped, TrainingError, counted
+from lora_core.evaluation.evaluate import EvalResult, ExampleLosses, evaluate_examples, write_examples
+from lora_core.evaluation.generation import Reply
+from lora_core.evaluation.replies import describe_reply, reply_to_all
 from lora_core.preflight.findings import Facts
 from lora_core.preflight.memory import cheapest_change
 from lora_core.report.words import duration_text
 from lora_core.runtime.console import Kind
 from lora_core.runtime.devices import peak_memory_bytes, random_states, set_random_states
 from lora_core.runtime.faults import StopSignals, free_memory, is_out_of_memory
-from lora_core.training.checkpoint import CheckpointWriter, take_snapshot
-from lora_core.training.evaluate import EvalResult, ExampleLosses, evaluate_examples, write_examples
-from lora_core.training.generation import Reply
-from lora_core.training.journal import Journal
 from lora_core.training.lookout import Lookout
-from lora_core.training.pace import Pace, parts_left
-from lora_core.training.progress import Progress
-from lora_core.training.replies import describe_reply, reply_to_all
 from lora_core.training.step import StepDropped, StepResult, train_step
 from lora_core.untrusted.text import printable
+from lora_core.watch.journal import Journal
+from lora_core.watch.pace import Pace, parts_left
+from lora_core.watch.progress import Progress
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler

@@ -11,14 +11,24 @@ from typing import TYPE_CHECKING, Any
 from accelerate import Accelerator
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from lora_core.config.load import with_overrides
+from lora_core.checkpoints.adapter_folder import save_adapter_start
+from lora_core.checkpoints.checkpoint import (
+    CheckpointWriter,
+    find_checkpoint,
+    read_checkpoint,
+    restore,
+    set_aside_newer,
+)
+from lora_core.checkpoints.resume import check_same_run, data_hash, keep_rows_per_step, plan_to_resume
 from lora_core.config.schema import RunConfig
+from lora_core.configuration import with_overrides
 from lora_core.data.counts import EncodedFile
 from lora_core.data.encoded import load_data, pad_id
 from lora_core.data.in_memory import with_rows
 from lora_core.data.packing import train_batching
 from lora_core.encoding.chat import text_spans
 from lora_core.errors import ConfigError, counted
+from lora_core.evaluation.replies import sample_prompts
 from lora_core.model.base import add_adapter, compile_layers, describe_parameters, load_base_model, load_tokenizer
 from lora_core.model.lora_linear import left_to_peft
 from lora_core.model.loss import CausalLMLoss, check_head
@@ -51,18 +61,14 @@ from lora_core.runtime.run_folder import (
     write_text,
 )
 from lora_core.schedule import SchedulePlan
-from lora_core.training.adapter_folder import save_adapter_start
-from lora_core.training.callbacks import Callback
-from lora_core.training.checkpoint import CheckpointWriter, find_checkpoint, read_checkpoint, restore, set_aside_newer
 from lora_core.training.end import RecordedEnd, recorded_end
 from lora_core.training.finish import finish
-from lora_core.training.journal import Journal
 from lora_core.training.lookout import Lookout
 from lora_core.training.loop import Run
-from lora_core.training.progress import Progress
-from lora_core.training.replies import sample_prompts
-from lora_core.training.resume import check_same_run, data_hash, keep_rows_per_step, plan_to_resume
-from lora_core.training.summary import Summary
+from lora_core.watch.callbacks import Callback
+from lora_core.watch.journal import Journal
+from lora_core.watch.progress import Progress
+from lora_core.watch.summary import Summary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_core.config.load import with_overrides
 from lora_core.config.schema import RunConfig
+from lora_core.configuration import with_overrides
 from lora_core.data.counts import EncodedFile
 from lora_core.data.encoded import pad_id
 from lora_core.data.packing import Batching, RowIndices

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lora_core.config.load import with_overrides
+from lora_core.checkpoints.adapter_folder import load_adapter
 from lora_core.config.schema import RunConfig
+from lora_core.configuration import with_overrides
 from lora_core.data.counts import EncodedFile
 from lora_core.data.encoded import load_data, pad_id
 from lora_core.data.packing import collate, eval_batching, to_device
+from lora_core.evaluation.evaluate import evaluate
 from lora_core.model.attention import causal_lm_of
 from lora_core.model.base import load_tokenizer
 from lora_core.model.loss import CausalLMLoss
 from lora_core.runtime.devices import build_accelerator
-from lora_core.training.adapter_folder import load_adapter
-from lora_core.training.evaluate import evaluate
 from lora_core.verification.gradients import does_not_fit, float32_overrides, short_rows
 from lora_core.verification.runs import events
 from lora_core.verification.table import Check

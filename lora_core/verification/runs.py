@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from lora_core.config.load import with_overrides
 from lora_core.config.schema import RunConfig
+from lora_core.configuration import with_overrides
 from lora_core.data.counts import EncodedFile
 from lora_core.data.packing import RowIndices
 from lora_core.errors import ConfigError, TrainingError, counted

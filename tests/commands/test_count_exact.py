@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from lora_core.config.load import load_config
+from lora_core.configuration import load_config
 from lora_core.errors import ConfigError
+from lora_core.evaluation.replies import sample_reply
 from lora_core.model.base import add_adapter, load_base_model, load_tokenizer
-from lora_core.training.replies import sample_reply
 from tests.conftest import CHATML, ROOT, chat
 
 

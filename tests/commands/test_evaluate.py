@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from lora_core.commands.main import main
-from lora_core.config.load import load_config
-from lora_core.training.evaluate import evaluate_adapter
+from lora_core.configuration import load_config
+from lora_core.evaluation.evaluate import evaluate_adapter
 
 
 @pytest.fixture

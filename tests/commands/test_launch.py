@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from lora_core.commands.command_line import heavy_imports
-from lora_core.config.load import load_config
+from lora_core.configuration import load_config
 from tests.conftest import ROOT, chat
+from tests.evaluation.test_evaluate import losses_one_by_one
 from tests.tiny import run_settings
-from tests.training.test_evaluate import losses_one_by_one
 
 
 def launch(*arguments: str, cwd: Path = ROOT, prefix: list[str] | None = None) -> subprocess.CompletedProcess[str]:

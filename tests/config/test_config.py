@@ -10,8 +10,8 @@ import yaml
 
 from lora_core.config import synonyms
 from lora_core.config.keys import config_keys, json_schema
-from lora_core.config.load import load_config
 from lora_core.config.schema import ALL_SEVEN_PROJECTIONS, RunConfig, TrainConfig
+from lora_core.configuration import load_config
 from lora_core.errors import ConfigError
 from lora_core.learning_rate import suggest_learning_rate
 from tests.conftest import ROOT

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lora_core.config.load import load_config
+from lora_core.configuration import load_config
 from lora_core.data import cache
 from lora_core.data.counts import EncodedFile
 from lora_core.data.encoded import encode_file

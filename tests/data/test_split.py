@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from lora_core.config.load import load_config
+from lora_core.configuration import load_config
 from lora_core.data.counts import EncodedFile, account
 from lora_core.data.encoded import encode_file, load_data
 from lora_core.data.split import choose_groups, duplicate_groups, hold_out

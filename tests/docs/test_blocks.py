@@ -18,7 +18,7 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
 from lora_core.commands.main import build_parser
-from lora_core.config.load import load_config
+from lora_core.configuration import load_config
 from lora_core.errors import RowError
 from lora_core.rows.messages import _PAIRS as PAIRS
 from lora_core.rows.messages import _TURNS as TURNS

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lora_core.config.load import load_config, with_overrides
 from lora_core.config.schema import DataConfig, ModelConfig, RunConfig
+from lora_core.configuration import load_config, with_overrides
 from lora_core.data.encoded import encode_file
 from lora_core.encoding.chat import encode_chat
 from lora_core.encoding.named_templates import FOLDER, NAMED_TEMPLATES, folds_system, set_template, with_arguments

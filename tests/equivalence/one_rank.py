@@ -23,8 +23,8 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
 from lora_core.commands.command_line import quiet_libraries
-from lora_core.config.load import load_config
 from lora_core.config.schema import RunConfig
+from lora_core.configuration import load_config
 from lora_core.runtime.devices import build_accelerator
 from lora_core.runtime.ranks import leave
 from lora_core.runtime.sharding import fsdp_plugin

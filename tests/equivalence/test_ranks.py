@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lora_core.config.load import load_config
+from lora_core.configuration import load_config
 from lora_core.training.setup import train
 from tests.conftest import chat
 from tests.equivalence.test_gradient import torchrun

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lora_core.config.load import load_config
+from lora_core.configuration import load_config
 from lora_core.training.setup import train
 from tests.conftest import ROOT, chat
 

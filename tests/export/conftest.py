@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_core.config.load import load_config
+from lora_core.configuration import load_config
 from lora_core.training.setup import train
 from tests.conftest import chat
 from tests.tiny import write_jsonl

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from lora_core.commands.main import main
-from lora_core.config.load import shipped_file
+from lora_core.configuration import shipped_file
 from lora_core.errors import ConfigError, DataError, TrainingError
 from lora_core.export.as_adapter import as_adapter
 from lora_core.export.base_files import find_weights, read_headers

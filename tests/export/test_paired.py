@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_core.evaluation.evaluate import compare_examples
 from lora_core.export.paired import LossDifference, compare_exact, loss_difference
-from lora_core.training.evaluate import compare_examples
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=10))

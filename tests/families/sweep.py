@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from lora_core.checkpoints.adapter_folder import adapter_on
 from lora_core.config.schema import RunConfig
 from lora_core.data.packing import collate, collate_packed
 from lora_core.errors import LoraCoreError
@@ -26,7 +27,6 @@ from lora_core.model.decoder import attention_for
 from lora_core.model.loss import CausalLMLoss, check_head
 from lora_core.preflight.model_facts import model_facts, with_packing
 from lora_core.runtime.devices import DeviceMemory
-from lora_core.training.adapter_folder import adapter_on
 from tests.families.build import tiny_model
 
 VOCABULARY = 128

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from lora_core.config.load import load_config
+from lora_core.configuration import load_config
 from lora_core.memory import simulate, without_storage
 from lora_core.memory.micro_batch import MicroBatch
 from lora_core.memory.plan import predict_memory
@@ -120,7 +120,7 @@ MEASURE = """
 import sys
 import torch
 from lora_core.commands.command_line import quiet_libraries
-from lora_core.config.load import load_config
+from lora_core.configuration import load_config
 from lora_core.data.packing import collate_packed
 from lora_core.memory.micro_batch import MicroBatch
 from lora_core.memory.plan import predict_memory

@@ -13,14 +13,14 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lora_core.config.load import load_config
+from lora_core.checkpoints.adapter_folder import load_adapter
 from lora_core.config.schema import LoraConfig, ModelConfig
+from lora_core.configuration import load_config
 from lora_core.errors import ConfigError, PreflightError
 from lora_core.memory.micro_batch import MicroBatch
 from lora_core.memory.plan import predict_memory
 from lora_core.model.base import add_adapter, load_base_model
 from lora_core.runtime.devices import DeviceMemory
-from lora_core.training.adapter_folder import load_adapter
 from lora_core.training.setup import train
 from tests.conftest import chat
 from tests.tiny import run_settings
@@ -172,7 +172,7 @@ def test_a_run_resumes_bit_for_bit_and_its_adapter_gives_the_same_logits_in_plai
     )
     with torch.no_grad():
         torch.testing.assert_close(plain(ids).logits, ours.eval()(ids).logits, rtol=1e-4, atol=1e-5)
-    from lora_core.training.evaluate import evaluate_adapter
+    from lora_core.evaluation.evaluate import evaluate_adapter
 
     assert evaluate_adapter(config, file.parent).loss == pytest.approx(summary.eval_loss_after, abs=1e-5)
     names = "".join(load_file(file))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lora_core.config.load import load_config
+from lora_core.configuration import load_config
 from lora_core.errors import LoraCoreError
 from lora_core.model.base import cannot_load
 from lora_core.preflight.findings import Finding

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lora_core.config.load import load_config
+from lora_core.configuration import load_config
 from lora_core.data.encoded import load_data
 from lora_core.errors import SimulationError
 from lora_core.preflight.findings import Finding

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lora_core.config.load import load_config, with_overrides
 from lora_core.config.schema import ALL_SEVEN_PROJECTIONS
+from lora_core.configuration import load_config, with_overrides
 from lora_core.data.encoded import load_data
 from lora_core.errors import ConfigError, PreflightError
 from lora_core.preflight.catalogue import CHECKS, ERROR_IDS, documentation
@@ -347,7 +347,7 @@ def test_every_finding_that_a_check_may_yield_is_tripped_here() -> None:
         # In tests/encoding/test_named_templates.py.
         "template_end_token",
         "system_folded",
-        # In tests/training/test_trackers.py.
+        # In tests/watch/test_trackers.py.
         "tracker_missing",
         # In tests/preflight/test_replies.py.
         "adapter_small_for_rows",

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_core.commands.main import main
-from lora_core.config.load import load_config
 from lora_core.config.schema import ALL_SEVEN_PROJECTIONS
+from lora_core.configuration import load_config
 from lora_core.errors import ConfigError, DataError
 from lora_core.preflight.adapter import check_alpha, check_learning_rate, check_targets
 from lora_core.preflight.findings import Facts

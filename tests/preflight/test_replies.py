@@ -7,7 +7,7 @@ from typing import cast
 
 import pytest
 
-from lora_core.config.load import load_config
+from lora_core.configuration import load_config
 from lora_core.preflight.findings import Facts
 from lora_core.preflight.replies import check_capacity
 

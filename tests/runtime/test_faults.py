@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from lora_core.config.load import load_config
+from lora_core.configuration import load_config
 from lora_core.errors import RankFault
 from lora_core.runtime.faults import is_out_of_memory
 from lora_core.runtime.launcher import _ACCELERATE

@@ -11,7 +11,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
-from lora_core.config.load import load_config
+from lora_core.configuration import load_config
 from lora_core.errors import ConfigError
 from lora_core.runtime.devices import build_accelerator
 from lora_core.runtime.sharding import fsdp_plugin

@@ -33,19 +33,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from lora_core.config.load import load_config, with_overrides
 from lora_core.config.schema import RunConfig, TrainFile
+from lora_core.configuration import load_config, with_overrides
 from lora_core.data.counts import EncodedFile
 from lora_core.data.encoded import encode_file, load_data
 from lora_core.data.in_memory import with_rows
 from lora_core.errors import ConfigError, DataError
+from lora_core.evaluation.replies import sample_prompts
 from lora_core.sources import json_stream
 from lora_core.sources.files import as_jsonl
 from lora_core.sources.json_stream import JsonStream, on_one_line
 from lora_core.sources.kinds import kind_of
 from lora_core.sources.places import Places
 from lora_core.sources.readers import read_rows
-from lora_core.training.replies import sample_prompts
 from tests.conftest import chat
 
 ROWS = [chat(f"question {i}, said “so”", f"answer\n{i}") for i in range(7)]

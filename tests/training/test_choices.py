@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from lora_core.config.load import load_config
+from lora_core.configuration import load_config
 from lora_core.errors import ConfigError, PreflightError, TrainingError
+from lora_core.evaluation.evaluate import evaluate_adapter
 from lora_core.memory.micro_batch import MicroBatch
 from lora_core.memory.plan import predict_memory
 from lora_core.preflight.plan import plan_for
 from lora_core.runtime.devices import DeviceMemory
-from lora_core.training.evaluate import evaluate_adapter
 from lora_core.training.setup import train
 from tests.conftest import chat
 from tests.tiny import run_settings

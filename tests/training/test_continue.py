@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_core.config.load import load_config
+from lora_core.configuration import load_config
 from lora_core.errors import ConfigError, PreflightError
 from lora_core.schedule import SchedulePlan
 from lora_core.training.setup import train

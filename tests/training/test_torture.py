@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.torture import NUM_STEPS, SETTINGS, Run, damage_cases, kill_cases, make_inputs, undisturbed
-from lora_core.training.checkpoint import find_checkpoint
+from lora_core.checkpoints.checkpoint import find_checkpoint
 
 
 @pytest.fixture(scope="module")

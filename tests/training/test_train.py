@@ -19,18 +19,18 @@ from markupsafe import escape
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from lora_core.config.load import load_config
 from lora_core.config.schema import LoraConfig, ModelConfig
+from lora_core.configuration import load_config
 from lora_core.errors import ConfigError, PreflightError, TrainingError
+from lora_core.evaluation.evaluate import evaluate_adapter
 from lora_core.model.base import add_adapter, count_parameters, load_base_model
 from lora_core.model.lora_settings import check_target_modules
 from lora_core.model.loss import CausalLMLoss
 from lora_core.runtime.run_folder import write_json
 from lora_core.schedule import plan_schedule
-from lora_core.training.evaluate import evaluate_adapter
 from lora_core.training.setup import train
 from lora_core.training.step import StepResult, train_step
-from lora_core.training.summary import Summary
+from lora_core.watch.summary import Summary
 from tests.conftest import ROOT, chat, make_model
 from tests.tiny import write_jsonl
 

@@ -31,9 +31,11 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 import lora_core.encoding.template
+from lora_core.checkpoints.card import model_card
+from lora_core.checkpoints.checkpoint import find_checkpoint
 from lora_core.config.keys import config_keys
-from lora_core.config.load import load_config
 from lora_core.config.schema import DataConfig, ModelConfig, RunConfig
+from lora_core.configuration import load_config
 from lora_core.data.counts import EncodedFile, RowCounts
 from lora_core.data.encoded import encode_file
 from lora_core.encoding.chat import encode_chat
@@ -41,8 +43,6 @@ from lora_core.encoding.template import render_chat
 from lora_core.errors import ChatTemplateError, ConfigError, DataError, LoraCoreError
 from lora_core.model.base import load_base_model, load_model_config, load_tokenizer
 from lora_core.runtime.run_folder import MetricsFile, write_json, write_text
-from lora_core.training.card import model_card
-from lora_core.training.checkpoint import find_checkpoint
 from lora_core.untrusted.text import showable, without_secrets
 from tests.conftest import CHATML, ROOT, chat, make_tokenizer
 

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import normalizers
 from torch.optim.lr_scheduler import LambdaLR
 
-from lora_core.config.load import load_config, with_overrides
 from lora_core.config.schema import RunConfig
+from lora_core.configuration import load_config, with_overrides
 from lora_core.data import packing
 from lora_core.data.encoded import encode_file, load_data
 from lora_core.encoding import chat as chat_module
@@ -325,7 +325,7 @@ def test_a_resume_without_the_optimizers_state_is_another_run(
     resume()
     interrupted = Interrupted(resumed, killed_after_step=4, problem=None)
     assert check_resume(whole, interrupted, None).outcome == "passed"
-    monkeypatch.setattr("lora_core.training.checkpoint._restore_optimizer", lambda *_: None)
+    monkeypatch.setattr("lora_core.checkpoints.checkpoint._restore_optimizer", lambda *_: None)
     resume()
     check = check_resume(whole, interrupted, None)
     assert (check.outcome, check.reason) == ("failed", "the resumed run ended differently")

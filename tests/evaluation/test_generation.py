@@ -1,0 +1,107 @@
+"""A reply: streamed as it is returned, and ended by what trained replies end with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+
+from lora_core.config.schema import DataConfig, ModelConfig
+from lora_core.evaluation.generation import encode_prompt, generate_reply, longest_context, stop_ids
+from lora_core.evaluation.replies import sample_reply
+from lora_core.model.base import load_base_model, load_tokenizer
+from lora_core.rows.messages import Conversation
+from tests.conftest import make_model, make_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    return make_model(len(tokenizer))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_pieces_of_a_streamed_reply_are_the_reply(seed: int, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Of a random model: any bytes, incomplete characters too."""
+    model = make_model(len(tokenizer), seed)
+    prompt = encode_prompt(tokenizer, Conversation([{"role": "user", "content": f"question {seed}"}]))
+    pieces: list[str] = []
+    streamed = generate_reply(model, tokenizer, prompt, 40, on_text=pieces.append)
+    assert "".join(pieces).strip() == streamed.text
+    assert streamed == generate_reply(model, tokenizer, prompt, 40)
+    assert len(pieces) > 1
+
+
+def test_a_real_models_streamed_reply_is_its_sample_reply(demo_model_dir: Path) -> None:
+    config = ModelConfig(name_or_path=str(demo_model_dir), dtype="float32")
+    model, tokenizer = load_base_model(config, torch.device("cpu")), load_tokenizer(config)
+    messages = [{"role": "user", "content": "Say the alphabet."}]
+    pieces: list[str] = []
+    reply = generate_reply(
+        model, tokenizer, encode_prompt(tokenizer, Conversation(messages)), 12, on_text=pieces.append
+    )
+    assert "".join(pieces).strip() == reply.text == sample_reply(model, tokenizer, messages, None, 12)
+    assert (reply.num_tokens, reply.is_whole) == (12, False)
+
+
+def test_a_reply_ends_at_any_token_that_trained_replies_end_with(model: Qwen2ForCausalLM) -> None:
+    tokenizer = make_tokenizer()
+    prompt = encode_prompt(tokenizer, Conversation([{"role": "user", "content": "Hi"}]))
+    whole = model.generate(input_ids=prompt, do_sample=False, max_new_tokens=8)[0, prompt.shape[1] :].tolist()
+    tokenizer.stop_tokens = tokenizer.convert_ids_to_tokens([whole[2]])
+    reply = generate_reply(model, tokenizer, prompt, 8)
+    assert reply.is_whole
+    assert reply.num_tokens == whole.index(whole[2]) + 1
+
+
+def test_the_end_of_turn_of_the_template_stops_generation_where_the_models_own_eos_is_another(
+    tmp_path: Path, model: Qwen2ForCausalLM
+) -> None:
+    """As in a base model that is trained with data.chat_template=chatml."""
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token, tokenizer.chat_template = "<|endoftext|>", None
+    tokenizer.save_pretrained(tmp_path)
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("</s>")
+    model.save_pretrained(tmp_path)
+    trained = load_tokenizer(ModelConfig(name_or_path=str(tmp_path)), DataConfig(chat_template="chatml"))
+    expected = ["<|endoftext|>", "<|im_end|>", "</s>"]
+    assert stop_ids(model, trained) == sorted(trained.convert_tokens_to_ids(expected))
+
+
+def test_a_token_that_the_vocabulary_lacks_stops_nothing(model: Qwen2ForCausalLM) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.unk_token = "<s>"
+    tokenizer.stop_tokens = ["<no such token>"]
+    model.generation_config.eos_token_id = None
+    assert stop_ids(model, tokenizer) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    tokenizer.stop_tokens = ["<s>"]
+    assert tokenizer.convert_tokens_to_ids("<s>") in stop_ids(model, tokenizer)
+
+
+def test_a_temperature_draws_other_tokens_and_the_same_ones_after_the_same_seed(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    prompt = encode_prompt(tokenizer, Conversation([{"role": "user", "content": "Hi"}]))
+    replies = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        replies.append(generate_reply(model, tokenizer, prompt, 12, temperature=2.0).text)
+    assert replies[0] == replies[1] != replies[2]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_generation_leaves_the_mode_as_it_was_even_if_interrupted(
+    training: bool, model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    def interrupt(_: str) -> None:
+        raise KeyboardInterrupt
+
+    model.train(training)
+    prompt = encode_prompt(tokenizer, Conversation([{"role": "user", "content": "Hi"}]))
+    generate_reply(model, tokenizer, prompt, 2)
+    assert model.training is training
+    with pytest.raises(KeyboardInterrupt):
+        generate_reply(model, tokenizer, prompt, 8, on_text=interrupt)
+    assert model.training is training
+    assert longest_context(model) == 2048
