@@ -76,13 +76,8 @@ ORDER: dict[str, list[str]] = {
     "evaluation": ["evaluate", "generation", "replies"],
     "watch": ["summary", "callbacks", "trackers", "journal", "alarms", "progress", "pace"],
     "training": ["step", "lookout", "loop", "finish", "end", "setup"],
+    "inference": ["opened", "chat", "questions", "paired", "evaluation", "harness"],
     "export": [
-        "opened",
-        "chat",
-        "questions",
-        "paired",
-        "evaluation",
-        "harness",
         "as_adapter",
         "base_files",
         "streamed",
@@ -130,6 +125,7 @@ NEEDS_TORCH = {
     "evaluation",
     "watch",
     "training",
+    "inference",
     "export",
     "verification",
 }

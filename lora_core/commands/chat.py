@@ -9,6 +9,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,9 @@ from lora_core.untrusted.text import showable
 
 if TYPE_CHECKING:
     from lora_core.evaluation.generation import Reply
-    from lora_core.export.chat import Asking, Chat
-    from lora_core.export.opened import LoadedModel
-    from lora_core.export.questions import Answered
+    from lora_core.inference.chat import Asking, Chat
+    from lora_core.inference.opened import LoadedModel
+    from lora_core.inference.questions import Answered
 
 _HELP = """/reset        forget what was said
 /system TEXT  another system text; forgets what was said (without a text: none)
@@ -56,8 +57,8 @@ def _run(arguments: Namespace) -> None:
         quiet_libraries()
         import torch
 
-        from lora_core.export.chat import Asking, Chat, base_alone, check_template
-        from lora_core.export.opened import load_opened, open_model
+        from lora_core.inference.chat import Asking, Chat, base_alone, check_template
+        from lora_core.inference.opened import load_opened, open_model
 
     opened = open_model(arguments.source, arguments.overrides)
     loaded = load_opened(opened)
@@ -209,16 +210,15 @@ def _why_it_stopped(reply: Reply, asking: Asking) -> str:
 
 def _answer_file(loaded: LoadedModel, file: str, asking: Asking, compare: bool, output: Path | None) -> None:
     """Reply to each row's last trained turn; print them, or write a line for each to `output`."""
-    from lora_core.export.questions import answers, questions_of_file
+    from lora_core.inference.questions import answers, questions_of_file
 
     questions, num_left_out = questions_of_file(file, loaded.config.data, loaded.tokenizer)
     num_exact = num_base_exact = 0
     written = None if output is None else output.open("x", encoding="utf-8")
     try:
         base_asking = replace(asking, without_adapter=True)
-        for question in questions:  # one at a time, so that what was answered is there when it is interrupted
-            (answered,) = answers(loaded, [question], asking)
-            base = next(answers(loaded, [question], base_asking)) if compare else None
+        of_base = answers(loaded, questions, base_asking) if compare else repeat(None, len(questions))
+        for answered, base in zip(answers(loaded, questions, asking), of_base, strict=True):
             num_exact += answered.is_exact
             num_base_exact += base is not None and base.is_exact
             if written is None:

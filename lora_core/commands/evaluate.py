@@ -23,9 +23,9 @@ from lora_core.errors import ConfigError
 from lora_core.untrusted.text import showable
 
 if TYPE_CHECKING:
-    from lora_core.export.evaluation import Evaluation
-    from lora_core.export.harness import Scores
-    from lora_core.export.opened import Opened
+    from lora_core.inference.evaluation import Evaluation
+    from lora_core.inference.harness import Scores
+    from lora_core.inference.opened import Opened
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -62,13 +62,13 @@ def _run(arguments: Namespace) -> None:
         raise ConfigError(f"--max-new-tokens {arguments.max_new_tokens}: must be 1 or more; fix: --max-new-tokens 64")
     with heavy_imports():
         quiet_libraries()
-        from lora_core.export.evaluation import compare_evaluations, on_rows_of
+        from lora_core.inference.evaluation import compare_evaluations, on_rows_of
         from lora_core.runtime.ranks import leave
 
     first = _open(arguments)
     second = None if arguments.against is None else on_rows_of(_open_other(arguments, first), first.config)
     if arguments.lm_eval is not None:
-        from lora_core.export.harness import check_harness
+        from lora_core.inference.harness import check_harness
 
         check_harness()
     evaluation, scores = _measure(first, arguments, arguments.lm_eval)
@@ -99,7 +99,7 @@ def _run(arguments: Namespace) -> None:
 
 def _open(arguments: Namespace) -> Opened:
     """What is measured, with its settings."""
-    from lora_core.export.opened import open_base, open_model
+    from lora_core.inference.opened import open_base, open_model
 
     given = arguments.adapter
     if arguments.cfg is None:
@@ -120,7 +120,7 @@ def _open(arguments: Namespace) -> Opened:
 
 def _open_other(arguments: Namespace, first: Opened) -> Opened:
     """What it is compared with: with its own settings where the first has its own."""
-    from lora_core.export.opened import open_base, open_model
+    from lora_core.inference.opened import open_base, open_model
 
     if arguments.against == "none":
         return replace(open_base(first.config), tokenizer_dir=first.tokenizer_dir)
@@ -129,9 +129,9 @@ def _open_other(arguments: Namespace, first: Opened) -> Opened:
 
 def _measure(opened: Opened, arguments: Namespace, tasks: str | None) -> tuple[Evaluation | None, Scores | None]:
     """Load the model, measure it, and let it go. No evaluation where only tasks are wanted and there is no eval set."""
-    from lora_core.export.evaluation import evaluate_loaded
-    from lora_core.export.harness import run_tasks
-    from lora_core.export.opened import load_opened
+    from lora_core.inference.evaluation import evaluate_loaded
+    from lora_core.inference.harness import run_tasks
+    from lora_core.inference.opened import load_opened
     from lora_core.runtime.faults import free_memory
 
     def say(line: str) -> None:

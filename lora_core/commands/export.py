@@ -35,7 +35,7 @@ def _run(arguments: Namespace) -> None:
         from lora_core.export.as_adapter import as_adapter
         from lora_core.export.merge import merge
         from lora_core.export.ollama import export_adapter, export_model
-        from lora_core.export.opened import open_model
+        from lora_core.inference.opened import open_model
         from lora_core.runtime.run_folder import check_output
 
     output = arguments.output.expanduser()

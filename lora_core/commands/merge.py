@@ -34,7 +34,7 @@ def _run(arguments: Namespace) -> None:
 
         from lora_core.export.as_adapter import as_adapter
         from lora_core.export.merge import merge
-        from lora_core.export.opened import open_model
+        from lora_core.inference.opened import open_model
 
     with as_adapter(open_model(arguments.run)) as source:
         done = merge(

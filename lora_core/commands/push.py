@@ -33,7 +33,7 @@ def _run(arguments: Namespace) -> None:
         quiet_libraries()
         from lora_core.export.as_adapter import as_adapter
         from lora_core.export.hub import adapter_files, model_files, push
-        from lora_core.export.opened import open_model
+        from lora_core.inference.opened import open_model
 
     opened = open_model(arguments.run)
     message = "Pushed by lora_core"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_core.encoding.prompts import render_prompt, tokens_to_stop_at
 from lora_core.model.attention import causal_lm_of
+from lora_core.model.decoder import padding_masked
 from lora_core.model.loss import CausalLMLoss
 from lora_core.rows.messages import Conversation
 
@@ -42,7 +44,6 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, asked: Conversation) -> Te
     return ids
 
 
-@torch.no_grad()
 def generate_reply(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -63,29 +64,79 @@ def generate_reply(
             space around it.
         in_step: all ranks answer, and none stops before the others: each token needs weights of all.
     """
+    streamer = None if on_text is None else _streamer(tokenizer, on_text)
+    (new,) = _generate(model, tokenizer, [prompt], max_new_tokens, temperature, synced_gpus=in_step, streamer=streamer)
+    return new
+
+
+def generate_replies(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Tensor],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+) -> list[Reply]:
+    """As `generate_reply`, all at once: each is what it is alone, up to rounding.
+
+    Args:
+        model: one whose attention `takes_padding`, if there are several prompts.
+        prompts: each (1, T), of any lengths.
+    """
+    with padding_masked(_inner(model)) if len(prompts) > 1 else nullcontext():
+        return _generate(model, tokenizer, prompts, max_new_tokens, temperature)
+
+
+@torch.no_grad()
+def _generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Tensor],
+    max_new_tokens: int,
+    temperature: float,
+    **how: Any,
+) -> list[Reply]:
     was_training = model.training
     model.eval()
-    prompt = prompt.to(next(model.parameters()).device)
     stops = stop_ids(model, tokenizer)
-    how = {"do_sample": True, "temperature": temperature}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    input_ids, attention_mask = _padded_on_the_left(prompts, 0 if pad is None else pad)
+    device = next(model.parameters()).device
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    drawn = {"do_sample": True, "temperature": temperature}
     try:
         output = model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
+            input_ids=input_ids.to(device),
+            attention_mask=attention_mask.to(device),
             max_new_tokens=max_new_tokens,
             use_cache=True,
             eos_token_id=stops or None,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            synced_gpus=in_step,
-            streamer=None if on_text is None else _streamer(tokenizer, on_text),
-            **(how if temperature > 0 else greedy),
+            pad_token_id=pad,
+            **(drawn if temperature > 0 else greedy),
+            **how,
         )
     finally:  # a reply can be interrupted
         model.train(was_training)
-    new = output[0, prompt.shape[1] :].tolist()
-    text = str(tokenizer.decode(new, skip_special_tokens=True)).strip()
-    return Reply(text, len(new), bool(new) and new[-1] in stops)
+    return [_reply(tokenizer, new, stops) for new in output[:, input_ids.shape[1] :].tolist()]
+
+
+def _padded_on_the_left(prompts: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
+    """(1, T) each -> ids (B, longest T) and their mask, in which 1 is a token of a prompt."""
+    longest = max(prompt.shape[1] for prompt in prompts)
+    room = [longest - prompt.shape[1] for prompt in prompts]
+    ids = [nn.functional.pad(prompt, (n, 0), value=pad) for prompt, n in zip(prompts, room, strict=True)]
+    mask = [nn.functional.pad(torch.ones_like(prompt), (n, 0)) for prompt, n in zip(prompts, room, strict=True)]
+    return torch.cat(ids), torch.cat(mask)
+
+
+def _reply(tokenizer: PreTrainedTokenizerBase, new: list[int], stops: list[int]) -> Reply:
+    """Tokens after a prompt, up to the first that ends a reply; what follows waited for the other replies."""
+    end = next((place for place, token in enumerate(new, start=1) if token in stops), None)
+    text = str(tokenizer.decode(new[:end], skip_special_tokens=True)).strip()
+    return Reply(text, len(new[:end]), end is not None)
+
+
+def _inner(model: Any) -> Any:
+    return model.model if isinstance(model, CausalLMLoss) else model
 
 
 def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -95,8 +146,7 @@ def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     Raises:
         ConfigError: the template takes too much time or memory, or writes too much.
     """
-    inner = model.model if isinstance(model, CausalLMLoss) else model
-    own = causal_lm_of(inner).generation_config.eos_token_id
+    own = causal_lm_of(_inner(model)).generation_config.eos_token_id
     ids = {own} if isinstance(own, int) else set(own or ())
     for token in tokens_to_stop_at(tokenizer):
         number = tokenizer.convert_tokens_to_ids(token)

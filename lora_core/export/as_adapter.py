@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lora_core.config.schema import RunConfig
 from lora_core.configuration import with_overrides
 from lora_core.errors import ConfigError
-from lora_core.export.opened import Opened
+from lora_core.inference.opened import Opened
 from lora_core.model.base import load_saved_tokenizer, load_tokenizer
 from lora_core.report.read import read_run
 

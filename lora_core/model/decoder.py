@@ -7,8 +7,8 @@ notes. Shapes are enough for that, so a model without storage gives the same ans
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_core.errors import ConfigError
-from lora_core.model.attention import causal_lm_of, check_packing, decoder_of, use_segment_attention
+from lora_core.model.attention import (
+    SEGMENT_ATTENTION,
+    causal_lm_of,
+    check_packing,
+    decoder_of,
+    use_segment_attention,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -206,3 +212,23 @@ def prepare_packing(model: PreTrainedModel) -> None:
     if model.config._attn_implementation == "sdpa":
         use_segment_attention(model)
     check_packing(model)
+
+
+def takes_padding(model: Any) -> bool:
+    """Whether a row that is padded on the left gives what it gives alone. Where examples can be packed, nothing but
+    attention looks at other tokens, and attention has a mask; a recurrent layer would read the padding."""
+    return bool(causal_lm_of(model).config._attn_implementation == SEGMENT_ATTENTION)
+
+
+@contextmanager
+def padding_masked(model: Any) -> Iterator[None]:
+    """For padded batches: attention over segments takes one row and no mask, so SDPA, which it stands in for, takes its
+    place. Other attention knows masks."""
+    causal_lm = causal_lm_of(model)
+    before = causal_lm.config._attn_implementation
+    if before == SEGMENT_ATTENTION:
+        causal_lm.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        causal_lm.set_attn_implementation(before)

@@ -6,12 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from lora_core.config.schema import DataConfig, ModelConfig
-from lora_core.evaluation.generation import encode_prompt, generate_reply, longest_context, stop_ids
+from lora_core.evaluation.generation import encode_prompt, generate_replies, generate_reply, longest_context, stop_ids
 from lora_core.evaluation.replies import sample_reply
+from lora_core.model.attention import SEGMENT_ATTENTION
 from lora_core.model.base import load_base_model, load_tokenizer
+from lora_core.model.decoder import prepare_packing, takes_padding
 from lora_core.rows.messages import Conversation
 from tests.conftest import make_model, make_tokenizer
 
@@ -105,3 +114,39 @@ def test_generation_leaves_the_mode_as_it_was_even_if_interrupted(
         generate_reply(model, tokenizer, prompt, 8, on_text=interrupt)
     assert model.training is training
     assert longest_context(model) == 2048
+
+
+def small_model(kind: str, vocab_size: int) -> PreTrainedModel:
+    """Attention over all tokens before, or over a window that is shorter than the prompts."""
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": vocab_size}
+    if kind == "qwen2":
+        return Qwen2ForCausalLM(Qwen2Config(**sizes))
+    return MistralForCausalLM(MistralConfig(**sizes, sliding_window=5))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "mistral"])
+def test_replies_at_once_are_what_each_is_alone(kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Prompts and replies of several lengths: padding is masked, and what follows a reply's end is not part of it."""
+    model = small_model(kind, len(tokenizer)).eval()
+    prepare_packing(model)
+    prompts = [
+        encode_prompt(tokenizer, Conversation([{"role": "user", "content": content}]))
+        for content in ("Hi", "What is the capital of France?", "a b c " * 7, "1")
+    ]
+    first = model.generate(input_ids=prompts[0], do_sample=False, max_new_tokens=9)[0, prompts[0].shape[1] :].tolist()
+    model.generation_config.eos_token_id = first[4]
+    alone = [generate_reply(model, tokenizer, prompt, 9) for prompt in prompts]
+    assert generate_replies(model, tokenizer, prompts, 9) == alone
+    assert alone[0].is_whole
+    assert len({reply.num_tokens for reply in alone}) > 1
+    assert model.config._attn_implementation == SEGMENT_ATTENTION  # training goes on with its own
+
+
+def test_a_model_that_cannot_be_packed_takes_no_padding(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Such as one with recurrent layers, which would read it."""
+    model = small_model("qwen2", len(tokenizer))
+    assert not takes_padding(model)
+    prepare_packing(model)
+    assert takes_padding(model)

@@ -29,7 +29,7 @@ from lora_core.export.as_adapter import as_adapter
 from lora_core.export.gguf import write_adapter_gguf, write_gguf
 from lora_core.export.gguf_tokenizer import pre_tokenizer
 from lora_core.export.modelfile import find_format
-from lora_core.export.opened import open_model
+from lora_core.inference.opened import open_model
 from tests.conftest import make_model
 from tests.export.adapters import KINDS, random_adapter, save_base
 

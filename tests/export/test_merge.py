@@ -22,7 +22,7 @@ from lora_core.export.as_adapter import as_adapter
 from lora_core.export.base_files import find_weights, read_headers
 from lora_core.export.compare import compare, refuse_beyond_noise
 from lora_core.export.merge import Merged, merge, rows_to_compare
-from lora_core.export.opened import open_model
+from lora_core.inference.opened import open_model
 from lora_core.model.base import load_model_config
 from tests.conftest import make_model
 from tests.export.adapters import KINDS, UNTIED, random_adapter, save_base

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.errors import ConfigError
-from lora_core.export.opened import LoadedModel
-from lora_core.model.attention import causal_lm_of
+from lora_core.inference.opened import LoadedModel
+from lora_core.model.decoder import padding_masked
 
 Scores = dict[str, dict[str, float]]
 """Task -> measure, as lm-eval names both -> value."""
@@ -45,14 +45,12 @@ def run_tasks(loaded: LoadedModel, names: str) -> Scores:
 
     manager = TaskManager()
     tasks = _tasks(names, manager)
-    # Its batches are padded, which attention over packed segments does not take.
-    causal_lm_of(loaded.model).set_attn_implementation(loaded.config.model.attn_implementation)
     model = HFLM(
         pretrained=loaded.model,
         tokenizer=loaded.tokenizer,
         batch_size=loaded.config.train.per_device_eval_batch_size,
     )
-    with loaded.accelerator.autocast():
+    with loaded.accelerator.autocast(), padding_masked(loaded.model):
         results = simple_evaluate(model=model, tasks=tasks, task_manager=manager, log_samples=False)
     return {task: _numbers(scores) for task, scores in results["results"].items()}
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from lora_core.errors import ConfigError, DataError, counted
-from lora_core.evaluation.generation import Reply, encode_prompt, generate_reply, longest_context
-from lora_core.export.opened import LoadedModel
+from lora_core.evaluation.generation import Reply, encode_prompt, generate_replies, generate_reply, longest_context
+from lora_core.inference.opened import LoadedModel
 from lora_core.rows.messages import Conversation, Message
 
 
@@ -41,18 +43,57 @@ def answer(
         DataError: the messages leave no room for a reply in the model's context.
         ChatTemplateError: the template refuses the messages.
     """
+    prompt = prompt_of(loaded, asked, asking)
+    with _as_asked(loaded, asking):
+        return generate_reply(
+            loaded.model, loaded.tokenizer, prompt.ids, prompt.max_new_tokens, asking.temperature, on_text
+        )
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model is given, and how much it may say."""
+
+    ids: Tensor
+    """(1, T)"""
+    max_new_tokens: int
+
+
+def prompt_of(loaded: LoadedModel, asked: Conversation, asking: Asking) -> Prompt:
+    """Messages as the model reads them.
+
+    Raises:
+        LoraCoreError: as `answer`.
+    """
     check_template(loaded)
-    prompt = encode_prompt(loaded.tokenizer, asked)
-    num_tokens, limit = prompt.shape[1], longest_context(loaded.model)
+    ids = encode_prompt(loaded.tokenizer, asked)
+    num_tokens, limit = ids.shape[1], longest_context(loaded.model)
     if limit is not None and num_tokens >= limit:
         raise DataError(
             f"the messages take {counted(num_tokens, 'token')}, and the model takes {limit:,} together with its reply; "
             "fix: shorter messages (in a chat, /reset forgets the earlier ones)",
             "prompt_too_long",
         )
-    room = asking.max_new_tokens if limit is None else min(asking.max_new_tokens, limit - num_tokens)
+    return Prompt(ids, asking.max_new_tokens if limit is None else min(asking.max_new_tokens, limit - num_tokens))
+
+
+def answer_prompts(loaded: LoadedModel, prompts: Sequence[Prompt], asking: Asking) -> list[Reply]:
+    """Their replies, those that may be equally long at once. For a model that `takes_padding`, or a single prompt."""
+    replies: dict[int, Reply] = {}
+    for limit in {prompt.max_new_tokens for prompt in prompts}:
+        places = [place for place, prompt in enumerate(prompts) if prompt.max_new_tokens == limit]
+        ids = [prompts[place].ids for place in places]
+        with _as_asked(loaded, asking):
+            given = generate_replies(loaded.model, loaded.tokenizer, ids, limit, asking.temperature)
+        replies |= zip(places, given, strict=True)
+    return [replies[place] for place in range(len(prompts))]
+
+
+@contextmanager
+def _as_asked(loaded: LoadedModel, asking: Asking) -> Iterator[None]:
+    """In the precision of the training, with the adapter or without."""
     with loaded.accelerator.autocast(), base_alone(loaded) if asking.without_adapter else nullcontext():
-        return generate_reply(loaded.model, loaded.tokenizer, prompt, room, asking.temperature, on_text)
+        yield
 
 
 def base_alone(loaded: LoadedModel) -> Any:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_core.config.schema import DataConfig
 from lora_core.errors import DataError
-from lora_core.export.questions import questions_of_file
+from lora_core.inference.questions import questions_of_file
 from tests.conftest import CHATML, chat, make_tokenizer
 
 TOOLS_TEMPLATE = (

@@ -11,8 +11,8 @@ import pytest
 from lora_core.configuration import load_config
 from lora_core.errors import ConfigError
 from lora_core.evaluation.evaluate import evaluate_adapter
-from lora_core.export.evaluation import evaluate_loaded
-from lora_core.export.opened import load_opened, open_model
+from lora_core.inference.evaluation import evaluate_loaded
+from lora_core.inference.opened import load_opened, open_model
 from tests.conftest import chat
 from tests.tiny import make_model, make_tokenizer, write_jsonl
 

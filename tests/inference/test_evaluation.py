@@ -11,9 +11,9 @@ from lora_core.configuration import load_config, with_overrides
 from lora_core.errors import ConfigError
 from lora_core.evaluation.evaluate import compare_examples
 from lora_core.evaluation.replies import sample_reply
-from lora_core.export.evaluation import Evaluation, compare_evaluations, evaluate_loaded, load_eval_data, on_rows_of
-from lora_core.export.harness import run_tasks
-from lora_core.export.opened import LoadedModel, load_opened, open_base, open_model
+from lora_core.inference.evaluation import Evaluation, compare_evaluations, evaluate_loaded, load_eval_data, on_rows_of
+from lora_core.inference.harness import run_tasks
+from lora_core.inference.opened import LoadedModel, load_opened, open_base, open_model
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lora_core.errors import ChatTemplateError, ConfigError, DataError
-from lora_core.export.chat import Asking, Chat, answer
-from lora_core.export.opened import LoadedModel, load_opened, open_base, open_model
+from lora_core.inference.chat import Asking, Chat, answer
+from lora_core.inference.opened import LoadedModel, load_opened, open_base, open_model
 from lora_core.rows.messages import Conversation
 
 GREEDY = Asking(8)

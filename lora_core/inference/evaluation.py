@@ -14,10 +14,10 @@ from lora_core.data.encoded import encode_set, load_data, pad_id
 from lora_core.data.packing import eval_batching
 from lora_core.errors import ConfigError, counted
 from lora_core.evaluation.evaluate import EvalResult, ExampleLosses, compare_examples, evaluate_examples
-from lora_core.export.chat import Asking
-from lora_core.export.opened import LoadedModel, Opened
-from lora_core.export.paired import ExactDifference, LossDifference, compare_exact, loss_difference
-from lora_core.export.questions import Answered, answers_of_all_ranks, questions_of_examples
+from lora_core.inference.chat import Asking
+from lora_core.inference.opened import LoadedModel, Opened
+from lora_core.inference.paired import ExactDifference, LossDifference, compare_exact, loss_difference
+from lora_core.inference.questions import Answered, answers_of_all_ranks, questions_of_examples
 from lora_core.model.loss import CausalLMLoss
 from lora_core.runtime.ranks import first_on_each_machine
 

@@ -11,8 +11,9 @@ from lora_core.data.counts import EncodedFile
 from lora_core.encoding.chat import ChatEncoder
 from lora_core.errors import DataError, RowError, counted, problem_list
 from lora_core.evaluation.replies import lines_by_number
-from lora_core.export.chat import Asking, answer
-from lora_core.export.opened import LoadedModel
+from lora_core.inference.chat import Asking, Prompt, answer_prompts, prompt_of
+from lora_core.inference.opened import LoadedModel
+from lora_core.model.decoder import takes_padding
 from lora_core.rows.messages import (
     Conversation,
     one_for_each_reply,
@@ -131,16 +132,31 @@ def questions_of_examples(
     return found
 
 
+def replies_at_once(loaded: LoadedModel) -> int:
+    """train.per_device_eval_batch_size, or 1 where the model does not take padding."""
+    return loaded.config.train.per_device_eval_batch_size if takes_padding(loaded.model) else 1
+
+
 def answers(loaded: LoadedModel, questions: Sequence[Question], asking: Asking) -> Iterator[Answered]:
-    """The replies, one after the other. What cannot be answered says why."""
-    for question in questions:
+    """The replies in order, `replies_at_once` at a time. What cannot be answered says why."""
+    size = replies_at_once(loaded)
+    for start in range(0, len(questions), size):
+        yield from _answers_at_once(loaded, questions[start : start + size], asking)
+
+
+def _answers_at_once(loaded: LoadedModel, questions: Sequence[Question], asking: Asking) -> list[Answered]:
+    prompts: dict[int, Prompt] = {}
+    answered: dict[int, Answered] = {}
+    for place, question in enumerate(questions):
         try:
-            reply = answer(loaded, question.asked, asking)
+            prompts[place] = prompt_of(loaded, question.asked, asking)
         except (DataError, RowError) as error:
-            yield Answered(question, None, str(error))
-            continue
+            answered[place] = Answered(question, None, str(error))
+    replies = answer_prompts(loaded, [*prompts.values()], asking)
+    for place, reply in zip(prompts, replies, strict=True):
         cut = None if reply.is_whole else f"stopped after {counted(reply.num_tokens, 'token')}"
-        yield Answered(question, reply.text, cut)
+        answered[place] = Answered(questions[place], reply.text, cut)
+    return [answered[place] for place in range(len(questions))]
 
 
 def answers_of_all_ranks(loaded: LoadedModel, questions: Sequence[Question], asking: Asking) -> list[Answered]:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_core.evaluation.evaluate import compare_examples
-from lora_core.export.paired import LossDifference, compare_exact, loss_difference
+from lora_core.inference.paired import LossDifference, compare_exact, loss_difference
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=10))
