@@ -2,12 +2,14 @@
 # make test   the whole test suite
 # make check  format, lint, types, tests: what a change must pass
 # make families   hold every causal language model of transformers against plain PEFT, into docs/families.md
+# make trackers   the trackers whose packages are large, each with its package
 # make docs   the documentation as a site, in site/
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+CONSTRAINTS ?= --constraint constraints.txt
 # PyTorch for CPUs is 0.2 GB; what PyPI has brings 2.7 GB of CUDA with it. Where there is no GPU, it is taken from here.
 # TORCH_INDEX= (empty) takes PyPI's at once.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -16,7 +18,7 @@ JOBS ?= 2
 TESTS := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
 
-.PHONY: demo test check families docs
+.PHONY: demo test check families trackers docs
 
 demo: $(VENV)/.demo
 	$(BIN)/lora-core demo
@@ -36,6 +38,11 @@ check: $(VENV)/.dev
 families: $(VENV)/.test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.families.table
 
+# In an environment of its own: Trackio and SwanLab want older Pillow and protobuf than constraints.txt has.
+trackers:
+	@$(MAKE) --no-print-directory VENV=.venv-trackers CONSTRAINTS= .venv-trackers/.all_trackers
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-trackers/bin/python -m pytest tests/watch/every_tracker.py
+
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
@@ -49,5 +56,5 @@ $(VENV)/.%: setup.cfg pyproject.toml constraints.txt
 		$(PIP) install --no-deps --retries 1 --timeout 10 --index-url $(TORCH_INDEX) $(TORCH) \
 			|| echo "environment: that index cannot be reached; taking PyPI's PyTorch, with CUDA"; \
 	fi
-	@$(PIP) install --constraint constraints.txt --editable '.[$*]'
+	@$(PIP) install $(CONSTRAINTS) --editable '.[$*]'
 	@touch $@

@@ -211,6 +211,17 @@ def test_a_checkpoint_is_the_adapter_of_its_step(short_run: Path, tmp_path: Path
     torch.testing.assert_close(load_file(tmp_path / "merged/model.safetensors")[f"{name}.weight"], wanted)
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_checkpoint_of_a_start_that_changed_the_base_weights_is_refused(init: str, short_run: Path) -> None:
+    """It fits the changed weights, which are in no file."""
+    opened = open_model(str(short_run / "checkpoints/step-000002"), [f"lora.init_lora_weights={init}"])
+    with (
+        pytest.raises(ConfigError, match=rf"{init} changed the base model's weights .*fix: lora-core train --resume"),
+        as_adapter(opened),
+    ):
+        pass
+
+
 def test_a_quantized_run_is_merged_into_the_unquantized_base(short_run: Path, tmp_path: Path) -> None:
     shutil.copytree(short_run, tmp_path / "run")
     config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
