@@ -40,7 +40,7 @@ families: $(VENV)/.test
 
 # In an environment of its own: Trackio and SwanLab want older Pillow and protobuf than constraints.txt has.
 trackers:
-	@$(MAKE) --no-print-directory VENV=.venv-trackers CONSTRAINTS= .venv-trackers/.all_trackers
+	@$(MAKE) --no-print-directory VENV=.venv-trackers CONSTRAINTS= .venv-trackers/.all-trackers
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-trackers/bin/python -m pytest tests/watch/every_tracker.py
 
 docs: $(VENV)/.docs
