@@ -54,7 +54,7 @@ ORDER: dict[str, list[str]] = {
         "optimizer",
         "starting_adapter",
     ],
-    "runtime": ["run_folder", "run_state", "console", "launcher", "sharding", "ranks", "devices", "faults"],
+    "runtime": ["run_folder", "run_state", "console", "launcher", "ranks", "sharding", "devices", "faults"],
     "memory": ["micro_batch", "live_bytes", "without_storage", "simulate", "plan"],
     "preflight": [
         "plan",
@@ -75,7 +75,7 @@ ORDER: dict[str, list[str]] = {
     "checkpoints": ["card", "adapter_folder", "checkpoint", "resume"],
     "evaluation": ["evaluate", "generation", "replies"],
     "watch": ["summary", "callbacks", "trackers", "journal", "alarms", "progress", "pace"],
-    "training": ["step", "lookout", "loop", "finish", "end", "setup"],
+    "training": ["build", "step", "lookout", "loop", "finish", "end", "setup"],
     "inference": ["opened", "chat", "questions", "paired", "evaluation", "harness"],
     "export": [
         "as_adapter",

@@ -88,17 +88,19 @@ def predict_memory(
     num_processes: int = 1,
     sharding: Sharding = "ddp",
     eval_micro_batch: MicroBatch | None = None,
+    each_rank_loads: bool = False,
 ) -> MemoryPlan:
     """Predict the peak of one process of the run. Needs the model's config, not its weights.
 
     Args:
         micro_batch: the largest one of training, and `eval_micro_batch` of evaluation.
         num_processes: of the run; each has its own device, or its share of a CPU machine (`device.limit_bytes`).
+        each_rank_loads: under FSDP each rank loads the whole model. Quantized ones are loaded so in any case.
 
     FSDP is worked out from the same counts: weights, adapter, gradients and optimizer state are shared out, embedding
-    and head are whole through a step, and two decoder layers at a time (one at work, the next on its way). Each rank
-    loads the whole model before it is shared out: `loading` is what that takes beyond a step's peak. It has not been
-    measured.
+    and head are whole through a step, and two decoder layers at a time (one at work, the next on its way). Rank 0 sends
+    weights a tensor at a time, none larger than embedding and head; where each rank loads the whole model before it is
+    shared out, `loading` is what that takes beyond a step's peak. It has not been measured.
 
     Raises:
         ConfigError: the model's config cannot be read, or a target module matches nothing.
@@ -115,7 +117,9 @@ def predict_memory(
     shards = num_processes > 1 and sharding == "fsdp"
     if shards:
         components = {name: -(-size // num_processes) for name, size in components.items()}
-        while_loading = live["weights"] + components["weights"]  # whole, until all is shared out
+        while_loading = components["weights"]
+        if each_rank_loads or config.model.quantization != "none":
+            while_loading += live["weights"]  # whole, until all is shared out
         components["weights"] += frozen.root + 2 * frozen.layer
     elif num_processes > 1:
         components["gradients"] *= 2  # DDP keeps a copy in the buckets that it sends
@@ -133,6 +137,7 @@ def plan_memory(
     plan: SchedulePlan,
     device: DeviceMemory,
     sharding: Sharding = "ddp",
+    each_rank_loads: bool = False,
 ) -> MemoryPlan:
     """Predict the peak of a run on its own rows.
 
@@ -146,4 +151,4 @@ def plan_memory(
         evaluation = largest_cut(
             eval_batching(config, 0), rows, eval_data, config.data.max_seq_length, plan.num_processes
         )
-    return predict_memory(config, training, device, plan.num_processes, sharding, evaluation)
+    return predict_memory(config, training, device, plan.num_processes, sharding, evaluation, each_rank_loads)

@@ -16,7 +16,7 @@ from lora_core.errors import ConfigError
 from lora_core.model.attention import segment_attention, takes_short_segments
 from lora_core.model.base import (
     add_adapter,
-    cannot_load,
+    base_on_meta,
     keep_4bit_weights_trainable,
     load_model_config,
     quantization_config,
@@ -49,17 +49,8 @@ def base_without_storage(config: RunConfig, num_layers: int) -> Any:
 
 
 def _on_meta(config: RunConfig, model_config: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    dtype = model_config.dtype if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
     attention = attention_for(model_config, "sdpa" if config.model.attn_implementation != "eager" else "eager")
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                copy.deepcopy(model_config), dtype=dtype, attn_implementation=attention
-            )
-    except Exception as error:  # each family checks its config in its own way
-        raise cannot_load("model", config.model.name_or_path, error) from error
+    return base_on_meta(config.model, model_config, attention)
 
 
 def with_layers(model_config: Any, num_layers: int) -> Any:

@@ -22,7 +22,7 @@ from lora_core.model.attention import (
     segment_attention,
 )
 from lora_core.model.decoder import attention_for, decoder_layers, prepare_packing
-from lora_core.model.lora_linear import use_lean_lora
+from lora_core.model.lora_linear import mask_for, use_lean_lora
 from lora_core.model.lora_settings import peft_settings, targets_of
 from lora_core.model.targets import add_dropout
 
@@ -103,11 +103,27 @@ def load_base_model(config: ModelConfig, device: torch.device, packing: bool = F
     """The base model on one device, frozen.
 
     Args:
+        device: on "meta" it has shapes and no weights, which are not read: its files need not be here.
         packing: attend within packed segments (in place of SDPA; other implementations find the segments themselves).
 
     Raises:
         ConfigError: it cannot be found or read, or cannot keep packed examples apart.
     """
+    attention = attention_for(load_model_config(config), config.attn_implementation)
+    if device.type == "meta":
+        model = base_on_meta(config, load_model_config(config), attention)
+    else:
+        model = _read_base_model(config, device, attention)
+    model.config.use_cache = False
+    if device.type == "cpu":
+        keep_4bit_weights_trainable(model)
+        _let_go_of_files(model)
+    if packing:
+        prepare_packing(model)
+    return model.requires_grad_(False)
+
+
+def _read_base_model(config: ModelConfig, device: torch.device, attention: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     name = resolve_name(config)
@@ -117,7 +133,7 @@ def load_base_model(config: ModelConfig, device: torch.device, packing: bool = F
                 name,
                 revision=config.revision,
                 dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
-                attn_implementation=attention_for(load_model_config(config), config.attn_implementation),
+                attn_implementation=attention,
                 quantization_config=quantization_config(config),
                 device_map={"": device},
                 use_safetensors=True,
@@ -125,13 +141,26 @@ def load_base_model(config: ModelConfig, device: torch.device, packing: bool = F
             )
     except (OSError, ValueError, ImportError) as error:
         raise cannot_load("model", name, error) from error
-    model.config.use_cache = False
-    if device.type == "cpu":
-        keep_4bit_weights_trainable(model)
-        _let_go_of_files(model)
-    if packing:
-        prepare_packing(model)
-    return model.requires_grad_(False)
+    return model
+
+
+def base_on_meta(config: ModelConfig, model_config: Any, attention: str) -> PreTrainedModel:
+    """A model of this `PretrainedConfig` with shapes and no storage, not quantized.
+
+    Raises:
+        ConfigError: transformers has no causal language model of this family, or it cannot be built.
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype = model_config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                copy.deepcopy(model_config), dtype=dtype, attn_implementation=attention
+            )
+    except Exception as error:  # each family checks its config in its own way
+        raise cannot_load("model", config.name_or_path, error) from error
+    return model
 
 
 @contextmanager
@@ -238,12 +267,19 @@ def quantization_config(config: ModelConfig) -> Any:
 
 
 def add_adapter(
-    base: PreTrainedModel, config: LoraConfig, seed: int, gradient_checkpointing: bool = False
+    base: PreTrainedModel,
+    config: LoraConfig,
+    seed: int,
+    gradient_checkpointing: bool = False,
+    device_kind: str | None = None,
 ) -> PeftModel:
     """Put a LoRA adapter on the base model: float32, the only thing that trains, its start fixed by `seed`.
 
     `auto` goes to what `find_targets` finds. PEFT has no dropout for experts, so the file of such an adapter says 0,
     and the other layers get theirs here.
+
+    Args:
+        device_kind: where it is going to compute, if not where the base model is.
 
     Raises:
         ConfigError: a target module matches nothing (lists the linear layers), or PEFT cannot make the adapter.
@@ -262,25 +298,27 @@ def add_adapter(
             parameter.data = parameter.data.float()
     if targets.parameters and config.dropout > 0:
         add_dropout(model, config.dropout)
-    use_lean_lora(model)
+    use_lean_lora(model, mask_for(device_kind or model.device.type))
     if gradient_checkpointing:
         # Non-reentrant: the reentrant kind needs gradients on its inputs, which a frozen embedding does not give.
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 
-def compile_layers(model: PeftModel) -> None:
+def compile_layers(model: PeftModel, device: torch.device) -> None:
     """Compile each decoder layer with `torch.compile`; equal layers share what is compiled.
 
     Attention over segments and the LoRA layers stay as they are, between the compiled parts: they are functions of
     their own for autograd, and the segments' number differs from one micro-batch to the next.
+
+    Args:
+        device: where it is going to compute.
 
     Raises:
         ConfigError: this machine cannot compile.
     """
     from transformers import AttentionInterface
 
-    device = model.device
     try:
         torch.compile(torch.sin)(torch.zeros(8, device=device))
     except Exception as error:  # a compiler is missing, too old, or out of disk space: each raises its own

@@ -85,15 +85,20 @@ class BitMask:
         return (x.contiguous().view(bits) * kept).view(x.dtype)
 
 
+def mask_for(device_kind: str) -> Any:
+    """How dropout remembers what it kept, on this kind of device."""
+    return BitMask if device_kind == "cpu" else ByteMask
+
+
 def use_lean_lora(model: PeftModel, mask: Any = None) -> None:
     """Let every plain LoRA layer over a linear layer take its branch from here.
 
     DoRA, biased and other variants keep PEFT's own forward.
 
     Args:
-        mask: how dropout remembers what it kept; None is `BitMask` on a CPU and `ByteMask` elsewhere.
+        mask: None is `mask_for` the device that the model is on.
     """
-    mask = mask or (BitMask if model.device.type == "cpu" else ByteMask)
+    mask = mask or mask_for(model.device.type)
     for module in model.modules():
         over_linear = isinstance(module, LoraLayer) and hasattr(module.get_base_layer(), "in_features")
         if over_linear and not isinstance(module, ParamWrapper):

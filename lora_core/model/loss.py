@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_core.config.schema import TrainConfig
 from lora_core.errors import TrainingError
-from lora_core.model.attention import causal_lm_of, decoder_of
+from lora_core.model.attention import causal_lm_of, check_packing, decoder_of
 
 
 def logits_per_chunk(device_kind: str) -> int:
@@ -82,6 +82,16 @@ class CausalLMLoss(nn.Module):
         model: Any = self.model
         ids: Tensor = model.generate(**inputs)
         return ids
+
+    def check_weights(self, packing: bool) -> None:
+        """Check the model inside, as it is checked where it is loaded whole.
+
+        Raises:
+            ConfigError, TrainingError: as `check_packing` and `check_head`.
+        """
+        if packing:
+            check_packing(self.model)
+        check_head(self.model)
 
     def forward(
         self, input_ids: Tensor, loss_mask: Tensor, loss_weights: Tensor | None = None, **inputs: Any

@@ -56,6 +56,7 @@ def gather_facts(
             plan_for(changed, len(train_data.lengths), environment.num_processes),
             environment.device,
             sharding or environment.sharding,
+            environment.each_rank_loads,
         )
 
     problem = None

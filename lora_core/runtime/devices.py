@@ -27,7 +27,7 @@ from lora_core.errors import ConfigError, counted
 from lora_core.runtime import ranks
 from lora_core.runtime.launcher import asked_processes, omp_num_threads
 from lora_core.runtime.run_folder import check_run_folder
-from lora_core.runtime.sharding import fsdp_plugin, uses_fsdp
+from lora_core.runtime.sharding import fsdp_plugin, loads_on_first_rank, uses_fsdp
 from lora_core.untrusted.limits import allowed_cores
 
 
@@ -196,6 +196,8 @@ class Environment:
     output_dir_problem: str | None
     free_output_dir: str | None
     """A name beside output_dir that is not taken, where output_dir is."""
+    each_rank_loads: bool = False
+    """Under FSDP: each rank loads the whole model, as the launcher was told."""
     missing_trackers: tuple[str, ...] = ()
     """Of train.report_to, those whose package is not installed."""
 
@@ -228,6 +230,7 @@ def look_around(config: RunConfig, num_processes: int, gpu_memory_gib: float | N
         free_disk_bytes=shutil.disk_usage(existing).free,
         output_dir_problem=problem,
         free_output_dir=next((name for name in free_names if not Path(name).expanduser().exists()), None),
+        each_rank_loads=uses_fsdp() and not loads_on_first_rank(),
         missing_trackers=tuple(name for name in config.train.trackers if find_spec(name) is None),
     )
 

@@ -6,11 +6,12 @@ import os
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate.utils import is_torch_version
-from torch import Tensor
+from accelerate.utils import is_torch_version, parse_flag_from_env
+from torch import Tensor, nn
 
 from lora_core.config.schema import RunConfig
 from lora_core.errors import ConfigError
+from lora_core.runtime.ranks import from_first_rank
 
 if TYPE_CHECKING:
     from accelerate.utils import FullyShardedDataParallelPlugin
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 def uses_fsdp() -> bool:
     """Whether `accelerate launch` was told to shard."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+
+
+def loads_on_first_rank() -> bool:
+    """Whether it was told that rank 0 alone loads the weights, and the others get their shares from it."""
+    return uses_fsdp() and parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING")
 
 
 def fsdp_plugin(config: RunConfig) -> FullyShardedDataParallelPlugin | None:
@@ -55,12 +61,15 @@ def fsdp_plugin(config: RunConfig) -> FullyShardedDataParallelPlugin | None:
             "recomputes with other dropout masks",
             "fsdp_activation_checkpointing: false, and train.gradient_checkpointing=true",
         )
-    if plugin.cpu_ram_efficient_loading:
+    if plugin.cpu_ram_efficient_loading and config.model.quantization != "none":
         raise _unsupported(
-            "fsdp_cpu_ram_efficient_loading: true",
-            "leaves no weights to check on the other ranks",
+            f"fsdp_cpu_ram_efficient_loading: true with model.quantization={config.model.quantization}",
+            "leaves the other ranks without the scales of quantized weights, which are no tensors of the model",
             "fsdp_cpu_ram_efficient_loading: false",
         )
+    # `share_out` does it. Accelerate's own way finds the optimizer's parameters by addresses that tensors without
+    # storage do not have, and knows buffers only that are not saved.
+    plugin.cpu_ram_efficient_loading = False
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise _unsupported("fsdp_offload_params: true", "is not tested", "fsdp_offload_params: false")
     if is_torch_version("<", "2.9") and config.model.dtype != "float32":
@@ -88,3 +97,22 @@ def shared_out_as(like: Tensor, tensor: Tensor) -> Tensor:
 
     tensor = tensor.to(like.device)
     return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
+
+
+def share_out(model: nn.Module, loaded: nn.Module | None, device: torch.device) -> None:
+    """Give a model that is sharded and has no storage its weights: a tensor at a time, from rank 0 to all, of which
+    each keeps its share. Call it in every rank.
+
+    Args:
+        loaded: in rank 0, the same model with its weights, on the CPU.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    model.to_empty(device=device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, {} if loaded is None else loaded.state_dict(), options=options)
+    # Buffers that are not saved, such as the frequencies of rotary positions.
+    buffers = from_first_rank(lambda: {} if loaded is None else dict(loaded.named_buffers()))
+    for name, buffer in buffers.items():
+        module, _, own_name = name.rpartition(".")
+        setattr(model.get_submodule(module), own_name, buffer.to(device))

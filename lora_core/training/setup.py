@@ -29,11 +29,11 @@ from lora_core.data.packing import train_batching
 from lora_core.encoding.chat import text_spans
 from lora_core.errors import ConfigError, counted
 from lora_core.evaluation.replies import sample_prompts
-from lora_core.model.base import add_adapter, compile_layers, describe_parameters, load_base_model, load_tokenizer
+from lora_core.model.base import compile_layers, describe_parameters, load_tokenizer
 from lora_core.model.lora_linear import left_to_peft
-from lora_core.model.loss import CausalLMLoss, check_head
+from lora_core.model.loss import CausalLMLoss
 from lora_core.model.optimizer import build_optimizer, build_scheduler
-from lora_core.model.starting_adapter import find_starting_adapter, put_on
+from lora_core.model.starting_adapter import find_starting_adapter
 from lora_core.model.targets import describe_targets
 from lora_core.preflight.memory import micro_batch_limit_that_fits
 from lora_core.preflight.model_facts import with_packing
@@ -61,6 +61,7 @@ from lora_core.runtime.run_folder import (
     write_text,
 )
 from lora_core.schedule import SchedulePlan
+from lora_core.training.build import build_model, fill
 from lora_core.training.end import RecordedEnd, recorded_end
 from lora_core.training.finish import finish
 from lora_core.training.lookout import Lookout
@@ -176,17 +177,22 @@ def _set_up(
     meet()  # all have looked before one writes
 
     say(f"loading {config.model.name_or_path} ...")
-    base = load_base_model(config.model, accelerator.device, bool(config.data.packing))
-    adapted = add_adapter(base, config.lora, config.train.seed, config.train.gradient_checkpointing)
     start = find_starting_adapter(config.model) if checkpoint is None else None
+    if start is not None and start.is_checkpoint:
+        read_checkpoint(start.weights.parent)  # whole, or said so
+    adapted, loaded = build_model(config, accelerator, start)
     if start is not None:
-        if start.is_checkpoint:
-            read_checkpoint(start.weights.parent)  # whole, or said so
-        put_on(start, adapted)
         say(f"adapter: starts as {start.weights.parent}, trained on {start.base_model}")
-    check_head(adapted)
     if config.train.torch_compile:
-        compile_layers(adapted)
+        compile_layers(adapted, accelerator.device)
+    described = describe_parameters(adapted)
+    optimizer = build_optimizer(adapted, config.train, accelerator.device, config.lora.loraplus_lr_ratio)
+    scheduler = build_scheduler(optimizer, plan)
+    loss = CausalLMLoss(adapted, accelerator.device.type, config.train)
+    model, optimizer = accelerator.prepare(loss, optimizer)
+    for method in ("generate", "check_weights"):  # they gather embedding and head; without FSDP this does nothing
+        register_fsdp_forward_method(model, method)
+    fill(config, accelerator, model, loaded)
     if accelerator.is_main_process:  # only now: if the model cannot be loaded, an earlier run stays
         if checkpoint is None:
             clear_run_folder(folder)
@@ -202,16 +208,12 @@ def _set_up(
     resumed_at_step = checkpoint.step if checkpoint else None
     end.begin(folder, fingerprint, resumed_at_step, accelerator.is_main_process)
     meet()
-    say(f"model: {config.model.name_or_path} on {accelerator.device}: {describe_parameters(adapted)}")
+    say(f"model: {config.model.name_or_path} on {accelerator.device}: {described}")
     say(f"adapter: on {describe_targets(adapted)}")
     if others := left_to_peft(adapted):
         say(
             f"       {counted(others, 'layer')} of the adapter {'is' if others == 1 else 'are'} computed by PEFT itself"
         )
-    optimizer = build_optimizer(adapted, config.train, accelerator.device, config.lora.loraplus_lr_ratio)
-    scheduler = build_scheduler(optimizer, plan)
-    model, optimizer = accelerator.prepare(CausalLMLoss(adapted, config=config.train), optimizer)
-    register_fsdp_forward_method(model, "generate")  # it gathers embedding and head; without FSDP this does nothing
     seed_everything(config.train.seed, accelerator.process_index)
     told = (*end.trackers, *callbacks) if accelerator.is_main_process else ()
     journal = Journal(console, MetricsFile(folder / "metrics.jsonl", accelerator.is_main_process), told)

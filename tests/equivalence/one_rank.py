@@ -2,8 +2,9 @@
 
 python -m tests.equivalence.one_rank RUNS.json
 
-RUNS.json: a list of {"sharding": "ddp" or "fsdp2", "settings": [...], "copy": FOLDER or null, "resume": STEP or null}.
-`copy` is a run folder that rank 0 copies to this run's, to resume there at a step.
+RUNS.json: a list of {"sharding": "ddp", "fsdp2" or "fsdp2, loaded by one", "settings": [...], "copy": FOLDER or null,
+"resume": STEP or null}. `copy` is a run folder that rank 0 copies to this run's, to resume there at a step. Each rank
+writes RUN-rank-N.json: the bytes of weights that it held before they were shared out.
 
 Accelerate shards on GPUs only. What it sets there (`AcceleratorState.__init__`) is set here; all else is as it comes.
 """
@@ -21,6 +22,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from torch import nn
 
 from lora_core.commands.command_line import quiet_libraries
 from lora_core.config.schema import RunConfig
@@ -42,6 +44,12 @@ def build_sharding_accelerator(config: RunConfig) -> Accelerator:
     return accelerator
 
 
+def build_sharding_accelerator_of_first_rank(config: RunConfig) -> Accelerator:
+    """The same, where rank 0 alone loads the weights."""
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"
+    return build_sharding_accelerator(config)
+
+
 def build_copying_accelerator(config: RunConfig) -> Accelerator:
     """After runs that were sharded, one that is not."""
     for name in FSDP2:
@@ -58,11 +66,32 @@ def set_distributed_type(accelerator: Accelerator, kind: DistributedType) -> Non
 
 def run(sharding: str, settings: list[str], copy: str | None = None, resume: int | None = None) -> None:
     setup: Any = importlib.import_module("lora_core.training.setup")
-    setup.build_accelerator = build_sharding_accelerator if sharding == "fsdp2" else build_copying_accelerator
+    build = {
+        "ddp": build_copying_accelerator,
+        "fsdp2": build_sharding_accelerator,
+        "fsdp2, loaded by one": build_sharding_accelerator_of_first_rank,
+    }[sharding]
+    os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
     folder = Path(load_config("demo", settings).output_dir)
     # The other ranks may be on other machines, which know nothing of the run's folder.
     elsewhere = [] if os.environ["RANK"] == "0" else [f"output_dir={folder.parent / 'elsewhere'}"]
     config = load_config("demo", [*settings, *elsewhere])
+
+    def build_recording_accelerator(config: RunConfig) -> Accelerator:
+        accelerator = build(config)
+        prepare: Any = accelerator.prepare
+
+        def record_and_prepare(model: nn.Module, *others: Any) -> Any:
+            held = [p for p in model.parameters() if not p.is_meta]
+            frozen, trained = (sum(p.nbytes for p in held if p.requires_grad is which) for which in (False, True))
+            file = folder.with_name(f"{folder.name}-rank-{accelerator.process_index}.json")
+            file.write_text(json.dumps({"frozen": frozen, "trained": trained}))
+            return prepare(model, *others)
+
+        vars(accelerator)["prepare"] = record_and_prepare
+        return accelerator
+
+    setup.build_accelerator = build_recording_accelerator
     if copy is not None and os.environ["RANK"] == "0":
         shutil.copytree(copy, folder)
     train(config, None if resume is None else folder / f"checkpoints/step-{resume:06d}")

@@ -62,6 +62,10 @@ def runs(base: tuple[Path, list[str]]) -> Path:
         }
 
     short = ("lora.dropout=0.1", "train.max_steps=4", "train.num_sample_replies=0")
+    in_bf16 = ("train.bf16=true", "model.dtype=bfloat16")
+    from_adapter = (*short, f"model.adapter={folder / 'one'}")
+    with_embedding = (*in_bf16, "train.max_steps=2", "lora.modules_to_save=[embed_tokens]")  # which is tied to the head
+    by_one = "fsdp2, loaded by one"
     (folder / "runs.json").write_text(
         json.dumps(
             [
@@ -70,10 +74,13 @@ def runs(base: tuple[Path, list[str]]) -> Path:
                 two("ddp-to-fsdp2", "fsdp2", copy="ddp", resume=4),
                 two("fsdp2-to-ddp", "ddp", copy="fsdp2", resume=4),
                 two("one-to-ddp", "ddp", "train.gradient_accumulation_steps=4", copy="one", resume=4),
-                two("dropout", "fsdp2", *short),
-                two("dropout-resumed", "fsdp2", *short, copy="dropout", resume=2),
-                two("checkpointing", "fsdp2", *short, "train.gradient_checkpointing=true"),
-                two("bf16", "fsdp2", "train.bf16=true", "model.dtype=bfloat16", "train.num_sample_replies=0"),
+                two("dropout", "fsdp2", *from_adapter),
+                two("dropout-resumed", "fsdp2", *from_adapter, copy="dropout", resume=2),
+                two("checkpointing", "fsdp2", *from_adapter, "train.gradient_checkpointing=true"),
+                two("bf16", "fsdp2", *in_bf16, "train.num_sample_replies=0"),
+                two("embedding", "fsdp2", *with_embedding),
+                two("dropout-loaded-by-one", by_one, *from_adapter),
+                two("embedding-loaded-by-one", by_one, *with_embedding),
             ]
         )
     )
@@ -130,6 +137,30 @@ def test_fsdp2_resumes_bit_for_bit_and_draws_the_same_dropout_when_it_recomputes
     assert_same_run(runs / "checkpointing", runs / "dropout")
     whole, resumed = (runs / name / "adapter/adapter_model.safetensors" for name in ("dropout", "dropout-resumed"))
     assert whole.read_bytes() == resumed.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["dropout", "embedding"])
+def test_weights_that_rank_0_alone_loads_give_the_same_bits(runs: Path, name: str) -> None:
+    everywhere, by_one = runs / name, runs / f"{name}-loaded-by-one"
+    assert losses(by_one) == losses(everywhere)
+    for kind in ("sample", "eval"):
+        assert len(events(by_one, kind)) == len(events(everywhere, kind))
+    assert [e["before"] for e in events(by_one, "sample")] == [e["before"] for e in events(everywhere, "sample")]
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (by_one / "adapter" / file).read_bytes() == (everywhere / "adapter" / file).read_bytes()
+
+
+def test_the_other_rank_holds_no_frozen_weight_before_its_share_comes(runs: Path) -> None:
+    held = {
+        (name, rank): json.loads((runs / f"{name}-rank-{rank}.json").read_text())
+        for name in ("dropout", "dropout-loaded-by-one")
+        for rank in (0, 1)
+    }
+    whole = held["dropout", 1]
+    assert whole["frozen"] > 3 * whole["trained"] > 0
+    # In rank 0 too: the weights that it read are outside of what is shared out, on the CPU.
+    for rank in (0, 1):
+        assert held["dropout-loaded-by-one", rank] == {"frozen": 0, "trained": whole["trained"]}
 
 
 def test_fsdp2_in_bfloat16_does_not_round_the_loss(runs: Path) -> None:

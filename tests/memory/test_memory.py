@@ -92,12 +92,23 @@ def test_ranks_share_what_fsdp_shards_and_ddp_repeats() -> None:
     assert fsdp["adapter"] == pytest.approx(alone["adapter"] / 4, abs=4)
 
 
-def test_fsdp_keeps_embedding_and_head_whole_and_loads_the_whole_model() -> None:
-    alone, fsdp = predict(), predict(num_processes=64, sharding="fsdp")
+def test_fsdp_keeps_embedding_and_head_whole_and_loads_the_whole_model_where_each_rank_reads_it() -> None:
+    alone, fsdp = predict(), predict(num_processes=64, sharding="fsdp", each_rank_loads=True)
     embedding_bytes = 49152 * 576 * 2  # SmolLM2's, which is its head too
     assert fsdp["weights"] > embedding_bytes + alone["weights"] / 64
     assert sum(fsdp.values()) - fsdp["process"] >= alone["weights"] * 65 // 64
     assert alone["loading"] == 0
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_weights_that_rank_0_sends_are_nowhere_whole_and_quantized_ones_are(quantization: str) -> None:
+    override = f"model.quantization={quantization}"
+    each, first = (
+        predict(override, lengths=(8,), num_processes=64, sharding="fsdp", each_rank_loads=each_rank_loads)
+        for each_rank_loads in (True, False)
+    )
+    assert each["loading"] > 0
+    assert first == (each if quantization == "nf4" else {**each, "loading": 0})
 
 
 def test_evaluation_changes_no_weights() -> None:

@@ -14,7 +14,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from lora_core.configuration import load_config
 from lora_core.errors import ConfigError
 from lora_core.runtime.devices import build_accelerator
-from lora_core.runtime.sharding import fsdp_plugin
+from lora_core.runtime.sharding import fsdp_plugin, loads_on_first_rank
 from tests.conftest import ROOT
 
 FILES = sorted((ROOT / "configs/accelerate").glob("*.yaml"))
@@ -54,6 +54,7 @@ def test_accelerate_takes_it_and_its_command(
         plugin = fsdp_plugin(config)
         assert plugin is not None
         assert plugin.reshard_after_forward is True
+        assert loads_on_first_rank() == (file.stem == "fsdp2")  # quantized weights are loaded by each rank
         assert config.train.optim == "adamw_torch"
 
 
@@ -71,11 +72,6 @@ def test_the_file_beside_the_readme_is_the_one_for_a_single_device() -> None:
             "true",
             "recomputes with other dropout masks; fix, in the accelerate config: ",
         ),
-        (
-            "FSDP_CPU_RAM_EFFICIENT_LOADING",
-            "true",
-            "fix, in the accelerate config: fsdp_cpu_ram_efficient_loading: false",
-        ),
         ("FSDP_OFFLOAD_PARAMS", "true", "fix, in the accelerate config: fsdp_offload_params: false"),
     ],
 )
@@ -86,6 +82,19 @@ def test_what_fsdp_cannot_do_right_is_refused(
         monkeypatch.setenv(key, given)
     with pytest.raises(ConfigError, match=said):
         fsdp_plugin(load_config("demo"))
+
+
+def test_rank_0_alone_loads_what_is_not_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        monkeypatch.setenv(name, "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    plugin = fsdp_plugin(load_config("demo", ["model.quantization=none"]))
+    assert plugin is not None
+    assert not plugin.cpu_ram_efficient_loading  # it is ours
+    assert loads_on_first_rank()
+    said = "fsdp_cpu_ram_efficient_loading: true with model.quantization=nf4: not supported, .*_loading: false"
+    with pytest.raises(ConfigError, match=said):
+        fsdp_plugin(load_config("demo", ["model.quantization=nf4"]))
 
 
 def test_an_early_torch_shards_no_float32_adapter_in_bfloat16_layers(monkeypatch: pytest.MonkeyPatch) -> None:
