@@ -97,10 +97,14 @@ def run(sharding: str, settings: list[str], copy: str | None = None, resume: int
     train(config, None if resume is None else folder / f"checkpoints/step-{resume:06d}")
 
 
+def leave_out_the_page() -> None:
+    """Drawing a run's page takes longer than the run."""
+    importlib.import_module("lora_core.training.finish").write_report = lambda folder: folder  # type: ignore[attr-defined]
+
+
 if __name__ == "__main__":
     quiet_libraries()
-    # Drawing a run's page takes longer than the run.
-    importlib.import_module("lora_core.training.finish").write_report = lambda folder: folder  # type: ignore[attr-defined]
+    leave_out_the_page()
     for each in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         run(**each)
     leave()

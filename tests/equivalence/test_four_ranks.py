@@ -1,0 +1,118 @@
+"""Fifty steps of the same run on one, two and four ranks, with DDP and FSDP2: the same losses, the same adapter, each
+example once an epoch, and one exchange of gradients a step."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lora_core.data.packing import Batching, step_rows
+from tests.conftest import chat
+from tests.equivalence.test_ranks import assert_same_run, events
+from tests.tiny import ROOT
+
+NUM_ROWS, STEPS, EPOCHS, LAYERS = 38, 50, 10, 2
+STEPS_A_EPOCH = STEPS // EPOCHS  # of 8 rows, the last one of 6
+SHARED_OUT = ["ddp-2", "fsdp2-2", "ddp-4", "fsdp2-4"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """A folder of the runs in `SHARED_OUT` and `ddp-1`, which is one rank alone: all at the same time."""
+    folder = tmp_path_factory.mktemp("four-ranks")
+    rows = [chat(f"question {i} " + "word " * (i % 5), f"answer {i} " + "reply " * (i % 7)) for i in range(NUM_ROWS)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[::6]), encoding="utf-8")
+
+    def of(sharding: str, ranks: int) -> dict[str, Any]:
+        name = f"{sharding}-{ranks}"
+        settings = {
+            "model.name_or_path": tiny_model_dir,
+            "data.train_file": folder / "rows.jsonl",
+            "data.eval_file": folder / "eval.jsonl",
+            "data.cache_dir": folder / f"cache-{ranks}",
+            "output_dir": folder / name,
+            "train.bf16": "false",
+            "model.dtype": "float32",
+            "lora.dropout": 0,
+            "train.optim": "adamw_torch",
+            "train.learning_rate": 1e-3,
+            "train.num_train_epochs": EPOCHS,
+            "train.max_tokens_per_device_batch": 80,  # several micro-batches
+            "train.num_sample_replies": 0,
+            "train.eval_steps": STEPS,
+            "train.save_steps": STEPS,
+            "train.per_device_train_batch_size": 4 // ranks,
+            "train.gradient_accumulation_steps": 2,
+        }
+        return {"name": name, "sharding": sharding, "settings": [f"{key}={value}" for key, value in settings.items()]}
+
+    asked = {1: [of("ddp", 1)], 2: [of("ddp", 2), of("fsdp2", 2)], 4: [of("ddp", 4), of("fsdp2", 4)]}
+    (folder / "runs.json").write_text(json.dumps(asked), encoding="utf-8")
+    command = [sys.executable, "-m", "tests.equivalence.forked_ranks", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+    return folder
+
+
+def seen(runs: Path, name: str) -> list[dict[str, Any]]:
+    """What each rank of a run took and sent."""
+    return [json.loads((runs / f"{name}-seen-{rank}.json").read_text()) for rank in range(int(name[-1]))]
+
+
+@pytest.mark.parametrize("name", SHARED_OUT)
+def test_all_have_the_losses_and_the_adapter_of_one_rank(runs: Path, name: str) -> None:
+    assert len(events(runs / "ddp-1", "train")) == STEPS
+    assert_same_run(runs / name, runs / "ddp-1")
+
+
+@pytest.mark.parametrize("name", ["ddp-1", *SHARED_OUT])
+def test_each_example_is_taken_once_an_epoch(runs: Path, name: str) -> None:
+    ranks = seen(runs, name)
+    taken = sorted(row for rank in ranks for row in rank["rows"])
+    assert taken == sorted([*range(NUM_ROWS)] * EPOCHS)
+    tokens = [event["num_supervised_tokens"] for event in events(runs / name, "train")]
+    an_epoch = {sum(tokens[start : start + STEPS_A_EPOCH]) for start in range(0, STEPS, STEPS_A_EPOCH)}
+    assert len(an_epoch) == 1
+
+
+@pytest.mark.parametrize("name", SHARED_OUT)
+def test_gradients_are_exchanged_once_a_step(runs: Path, name: str) -> None:
+    once = STEPS * (LAYERS if name.startswith("fsdp2") else 1)  # FSDP2 exchanges a layer at a time
+    for rank in seen(runs, name):
+        assert rank["exchanges"] == once
+        assert rank["most_micro_batches"] > 1
+
+
+@pytest.mark.parametrize("name", SHARED_OUT)
+def test_evaluation_is_equal_to_the_token(runs: Path, name: str) -> None:
+    ours, theirs = (events(runs / each, "eval") for each in (name, "ddp-1"))
+    assert len(ours) == 2
+    for counted in ("num_tokens", "num_conversations", "token_accuracy"):
+        assert [event[counted] for event in ours] == [event[counted] for event in theirs]
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_ranks_get_equally_many_tokens(ranks: int) -> None:
+    """With lengths as chats have them, eight rows a rank and step; loss tokens are left to chance within them."""
+    draw = np.random.default_rng(0)
+    lengths = draw.lognormal(np.log(150), 0.6, 16_000).clip(8, 1024).astype(np.int64)
+    loss_tokens = (lengths * draw.beta(4, 4, len(lengths))).astype(np.int64)
+    batching, rows_a_step = Batching(2, pad_token_id=0, max_tokens=2048), 8 * ranks
+    totals = np.zeros((2, ranks))
+    for step in range(len(lengths) // rows_a_step):
+        rows = step_rows(len(lengths), rows_a_step, 42, step)
+        for rank in range(ranks):
+            mine = np.concatenate([cut.rows for cut in batching.cut(rows, lengths, ranks, rank)])
+            totals[:, rank] += lengths[mine].sum(), loss_tokens[mine].sum()
+    spread = (totals.max(axis=1) - totals.min(axis=1)) / totals.mean(axis=1)
+    assert spread[0] < 0.01
+    assert spread[1] < 0.03
