@@ -8,7 +8,10 @@ Run it in the repository root, on Linux; it took half an hour on a core that oth
 settings (packed and padded, 8-bit and torch's AdamW, NF4, accumulation, always with dropout). A run that nothing
 disturbs comes first; what was disturbed and resumed must leave the same adapter, byte by byte, and log the same
 losses and gradient norms. Each run is a process of its own that executes `launch/train.py`, forked from one that has
-imported everything, because a start costs some seconds of imports. Two ranks are started by torchrun.
+imported everything, because a start costs some seconds of imports. Several ranks are started by torchrun.
+
+The kill matrix (`--matrix` tries it alone): runs on 1, 2 and 4 ranks under DDP and FSDP2 are killed, and resumed on
+as many ranks, to end with the same bits, and on others, to end as one rank does, up to rounding.
 
 Prints a table and writes `benchmarks/torture.json`; exit code 1 if a bar was missed.
 """
@@ -16,6 +19,7 @@ Prints a table and writes `benchmarks/torture.json`; exit code 1 if a bar was mi
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -41,11 +45,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+from safetensors.torch import load_file
 
 from lora_core.checkpoints.checkpoint import find_checkpoint
 from lora_core.errors import ConfigError
 from lora_core.runtime.run_folder import write_json
 from lora_core.watch.summary import versions
+from tests.equivalence.one_rank import build_sharding_accelerator
 from tests.tiny import ROOT, chat, make_tokenizer, save_tiny_model, write_jsonl
 
 NUM_STEPS = 9
@@ -79,12 +85,16 @@ PRELOAD = [
     "peft",
     "psutil",
     "pydantic.type_adapter",
+    "tests.equivalence.one_rank",
     "tests.tiny",
     "torch.distributed.run",
     "transformers.integrations.bitsandbytes",
     "transformers.models.qwen2.modeling_qwen2",
     "transformers.optimization",
 ]
+
+
+Sharding = Literal["ddp", "fsdp2"]
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,7 @@ class Run:
     ranks: int
     folder: Path
     """Of the undisturbed run; it keeps every checkpoint."""
+    sharding: Sharding = "ddp"
     duration_s: float = 0.0
     save_s: float = 0.0
     """About one save."""
@@ -129,21 +140,23 @@ def start(run: Run, folder: Path, *more: str) -> Started:
     arguments = [*run.arguments, f"output_dir={folder}", *more]
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(PRELOAD)
-    process = forks.Process(target=command_line, args=(arguments, log, run.ranks))
+    process = forks.Process(target=command_line, args=(arguments, log, run.ranks, run.sharding))
     process.start()
     return Started(process, folder, log)
 
 
-def command_line(arguments: Sequence[str], log: Path, ranks: int) -> None:
+def command_line(arguments: Sequence[str], log: Path, ranks: int, sharding: Sharding) -> None:
     """In the child: what `python launch/train.py ...` does, or torchrun. A session of its own, so that no process of
     it can be lost from sight."""
+    if sharding == "fsdp2":  # which Accelerate turns on for GPUs only; the ranks are forked from here
+        importlib.import_module("lora_core.training.setup").build_accelerator = build_sharding_accelerator  # type: ignore[attr-defined]
     os.setsid()
     multiprocessing.set_start_method(None, force=True)  # what started this process is none of the run's business
     with log.open("wb") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
     os.chdir(ROOT)
-    if ranks == 1:
+    if ranks == 1 and sharding == "ddp":
         sys.argv = ["launch/train.py", *arguments]
         runpy.run_path("launch/train.py", run_name="__main__")
     else:  # its workers are forked and run the script, in place of starting Python anew
@@ -174,10 +187,19 @@ def make_inputs(work: Path) -> list[str]:
     ]
 
 
-def undisturbed(work: Path, inputs: Sequence[str], name: str, settings: str, ranks: int = 1) -> Run:
+def undisturbed(
+    work: Path,
+    inputs: Sequence[str],
+    name: str,
+    settings: str,
+    ranks: int = 1,
+    sharding: Sharding = "ddp",
+    times: int = 2,
+) -> Run:
     """Run once for the caches, and once for time and results."""
-    run = Run(name, [*COMMON, *shlex.split(settings), *inputs], ranks, work / f"undisturbed-{name.replace(' ', '-')}")
-    for _ in range(2):
+    folder = work / f"undisturbed-{name.replace(' ', '-')}"
+    run = Run(name, [*COMMON, *shlex.split(settings), *inputs], ranks, folder, sharding)
+    for _ in range(times):
         started_at = time.monotonic()
         started = start(run, run.folder, f"train.save_total_limit={NUM_STEPS}")
         if started.end() != 0:
@@ -288,6 +310,20 @@ def same_as_undisturbed(run: Run, folder: Path) -> str | None:
     return None if losses == their_losses else "logged losses differ"
 
 
+def equal_up_to_rounding(run: Run, folder: Path) -> str | None:
+    """What differs from the undisturbed run by more than 1e-5 of its size; None if nothing does."""
+    ours, theirs = (load_file(each / "adapter/adapter_model.safetensors") for each in (folder, run.folder))
+    greatest = max(float((ours[name] - theirs[name]).abs().max() / theirs[name].abs().max()) for name in theirs)
+    losses, their_losses = (
+        [event["loss"] for event in metrics(each) if event["event"] in ("train", "eval")]
+        for each in (folder, run.folder)
+    )
+    if len(losses) != len(their_losses):
+        return f"{len(losses)} losses were logged, not {len(their_losses)}"
+    greatest = max(greatest, *(abs(one - other) / other for one, other in zip(losses, their_losses, strict=True)))
+    return f"adapter or losses differ by {greatest:.1e} of their size" if greatest > 1e-5 else None
+
+
 @dataclass(frozen=True)
 class Case:
     """One run that was disturbed, and what became of it."""
@@ -317,8 +353,12 @@ Verdict = Callable[[Started, int | str], str | None]
 """(a run that has ended, its exit code) -> what missed the bar."""
 
 
-def examine(run: Run, started: Started, disturbed: str, verdict: Verdict) -> Case:
-    """Let it end, look at what was left, resume it, and compare."""
+def examine(run: Run, started: Started, disturbed: str, verdict: Verdict, resumed_as: Run | None = None) -> Case:
+    """Let it end, look at what was left, resume it, and compare.
+
+    Args:
+        resumed_as: on another number of ranks: a run that it ends as up to rounding.
+    """
     disturbed_at, folder = time.monotonic(), started.folder
     exit_code = started.end()
     case = Case(
@@ -328,13 +368,16 @@ def examine(run: Run, started: Started, disturbed: str, verdict: Verdict) -> Cas
         exit_code=exit_code,
         resumed_from=newest_whole(folder),
         left_in_the_end=[],
-        damaged_taken=taken_for_whole(run, folder),
+        damaged_taken=taken_for_whole(run, folder) if resumed_as is None else [],
         problem=verdict(started, exit_code),
         ended_after_s=time.monotonic() - disturbed_at,
     )
-    resumed = start(run, folder, *([] if case.resumed_from is None else ["--resume"]))
+    resumed = start(resumed_as or run, folder, *([] if case.resumed_from is None else ["--resume"]))
     code = resumed.end()
-    after = same_as_undisturbed(run, folder) if code == 0 else f"resumed, it ended with {code}: {resumed.said[-2000:]}"
+    compare = same_as_undisturbed if resumed_as is None else equal_up_to_rounding
+    after = (
+        compare(resumed_as or run, folder) if code == 0 else f"resumed, it ended with {code}: {resumed.said[-2000:]}"
+    )
     return replace(case, left_in_the_end=leftovers(folder), problem=case.problem or after)
 
 
@@ -398,6 +441,69 @@ def still_there(started: Started, exit_code: int | str) -> str | None:
     for process in orphans:
         process.kill()
     return f"orphans: {[process.pid for process in orphans]}" if orphans else None
+
+
+SHARDINGS: tuple[Sharding, ...] = ("ddp", "fsdp2")
+RANKS = (1, 2, 4)
+RESUMED_ON = {1: 2, 2: 4, 4: 1}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the kill matrix."""
+
+    sharding: Sharding
+    ranks: int
+    resumed_on: int
+    cases: Sequence[Case]
+
+
+def kill_matrix(work: Path, inputs: Sequence[str], count: int, ranks: Sequence[int], draw: random.Random) -> list[Cell]:
+    """SIGKILL to all processes of a run at `count` random instants a cell, resumed on as many ranks and on others.
+
+    On as many ranks it must end with the same bits, with dropout; on others as one rank does up to rounding, without.
+    """
+
+    def run_on(number: int, sharding: Sharding, dropout: float) -> Run:
+        name = f"{sharding} {number} dropout {dropout}"
+        settings = f"lora.dropout={dropout} train.optim=adamw_torch train.gradient_accumulation_steps={4 // number}"
+        return undisturbed(work, inputs, name, settings, number, sharding, times=1)
+
+    reference, cells = run_on(1, "ddp", 0), []
+    for number in ranks:
+        for sharding in SHARDINGS:
+            say(f"kill matrix: {sharding}, {number} ranks")
+            run = run_on(number, sharding, 0.1)
+            same = matrix_cases(run, None, count, draw, work)
+            cells.append(Cell(sharding, number, number, same))
+            settings = [*run.arguments, "lora.dropout=0"]  # the last of two values holds
+            on_others = replace(reference, arguments=settings, ranks=RESUMED_ON[number], sharding=sharding)
+            others = matrix_cases(replace(run, arguments=settings), on_others, count, draw, work)
+            cells.append(Cell(sharding, number, on_others.ranks, others))
+    return cells
+
+
+def matrix_cases(run: Run, resumed_as: Run | None, count: int, draw: random.Random, work: Path) -> list[Case]:
+    def choose(run: Run, index: int) -> Instant:
+        # Once a checkpoint is whole: what is started anew on other ranks has other steps.
+        if index % 2 == 0:
+            return Instant("step", draw.randint(2, NUM_STEPS - 2), draw.uniform(0, run.duration_s / 2 / NUM_STEPS))
+        return Instant("save", draw.randint(3, NUM_STEPS - 1), draw.uniform(0, 1.5 * run.save_s))
+
+    def disturb(run: Run, started: Started, instant: Instant) -> Case:
+        os.killpg(started.process.pid or 0, signal.SIGKILL)  # torchrun and all ranks, as when a machine goes
+        return examine(run, started, str(instant), still_there, resumed_as)
+
+    return collect("matrix", [run], count, work, choose, disturb)
+
+
+def row_of_cell(cell: Cell) -> Row:
+    ranks = f"{cell.ranks} rank{'s' if cell.ranks > 1 else ''}"
+    is_same = cell.resumed_on == cell.ranks
+    what = f"{cell.sharding.upper()}, {ranks}, resumed on {cell.resumed_on}, killed {len(cell.cases)} times"
+    held = sum(case.problem is None for case in cell.cases)
+    measured = f"{held} of {len(cell.cases)}; {hits_of(cell.cases)}"
+    return Row(what, "the same bits" if is_same else "equal up to rounding", measured, cell.cases)
 
 
 def stop_cases(runs: Sequence[Run], count: int, draw: random.Random, work: Path) -> tuple[list[Case], Counter[str]]:
@@ -643,6 +749,17 @@ def torture(work: Path, quick: bool, seed: int) -> Iterator[Row]:
     bar = f"{some} bit-identical, the others end, no orphan"
     measured = f"{summary_of(cases)}, {slowest}; {hits_of(cases)}"
     yield Row(f"SIGKILL to one rank of two, {some}", bar, measured, cases)
+    yield from matrix_rows(work, inputs, quick, draw)
+
+
+def matrix_rows(work: Path, inputs: Sequence[str], quick: bool, draw: random.Random) -> Iterator[Row]:
+    """All of the kill matrix; the small end is one kill a cell, on two ranks."""
+    for cell in kill_matrix(work, inputs, 1 if quick else 2, [2] if quick else RANKS, draw):
+        yield row_of_cell(cell)
+
+
+def matrix_alone(work: Path, quick: bool, seed: int) -> Iterator[Row]:
+    return matrix_rows(work, make_inputs(work), quick, random.Random(seed))
 
 
 def say(line: str) -> None:
@@ -653,10 +770,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small end of everything, some four minutes")
     parser.add_argument("--seed", type=int, default=0, help="of the instants and places")
+    parser.add_argument("--matrix", action="store_true", help="the kill matrix alone, {1, 2, 4 ranks} x {DDP, FSDP2}")
     arguments = parser.parse_args()
     started_at = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="lora_core_torture_") as work:
-        rows = list(torture(Path(work), arguments.quick, arguments.seed))
+        tried = matrix_alone if arguments.matrix else torture
+        rows = list(tried(Path(work), arguments.quick, arguments.seed))
     wall_time_s = time.monotonic() - started_at
     print("\n| case | bar | measured | |\n|---|---|---|---|")
     for row in rows:
@@ -674,7 +793,7 @@ def main() -> None:
         "versions": versions(),
         "rows": [{**vars(row), "cases": [str(case) for case in row.cases], "held": not row.missed} for row in rows],
     }
-    write_json(ROOT / "benchmarks/torture.json", result)
+    write_json(ROOT / f"benchmarks/{'kill_matrix' if arguments.matrix else 'torture'}.json", result)
     sys.exit(1 if missed else 0)
 
 
