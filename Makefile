@@ -3,6 +3,7 @@
 # make check  format, lint, types, tests: what a change must pass
 # make families   hold every causal language model of transformers against plain PEFT, into docs/families.md
 # make trackers   the trackers whose packages are large, each with its package
+# make seven-billion   train Qwen2.5-7B's architecture in 4 bits on a CPU; takes 16 GB of disk
 # make docs   the documentation as a site, in site/
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ JOBS ?= 2
 TESTS := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
 
-.PHONY: demo test check families trackers docs
+.PHONY: demo test check families trackers seven-billion docs
 
 demo: $(VENV)/.demo
 	$(BIN)/lora-core demo
@@ -42,6 +43,9 @@ families: $(VENV)/.test
 trackers:
 	@$(MAKE) --no-print-directory VENV=.venv-trackers CONSTRAINTS= .venv-trackers/.all-trackers
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-trackers/bin/python -m pytest tests/watch/every_tracker.py
+
+seven-billion: $(VENV)/.test
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.seven_billion outputs/seven-billion
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -36,7 +36,7 @@ class ModelConfig(Section):
     )
     quantization: Literal["none", "nf4", "int8"] = Field(
         default="none",
-        description="nf4 is QLoRA: 4 bits, double quantization, in bfloat16, or float16 with that dtype",
+        description="nf4 is QLoRA: 4 bits, double quantization, computed in model.dtype (auto: bfloat16)",
     )
     quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = Field(
         default="uint8",

@@ -258,7 +258,7 @@ def quantization_config(config: ModelConfig) -> Any:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float16 if config.dtype == "float16" else torch.bfloat16,
+            bnb_4bit_compute_dtype=torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype),
             bnb_4bit_quant_storage=getattr(torch, config.quant_storage),
         )
     if config.quantization == "int8":

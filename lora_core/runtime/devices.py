@@ -39,7 +39,7 @@ def with_precision(config: RunConfig) -> tuple[RunConfig, str | None]:
     """
     if config.train.bf16 != "auto":
         return config, None
-    # 4-bit weights are multiplied in bfloat16 on any device.
+    # 4-bit weights are multiplied in bfloat16 on any device, unless model.dtype says otherwise.
     if _bf16() == "native" or config.model.quantization == "nf4":
         return with_overrides(config, ["train.bf16=true"]), None
     dtype = ["model.dtype=float32"] if config.model.dtype == "bfloat16" else []
