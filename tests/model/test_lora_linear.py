@@ -44,6 +44,8 @@ def step(model: Any, bf16: bool = False) -> tuple[float, dict[str, torch.Tensor]
 def test_a_4_bit_model_trains_in_another_type_than_bfloat16(tiny_model_dir: Path, dtype: Any) -> None:
     config = ModelConfig(name_or_path=str(tiny_model_dir), quantization="nf4", dtype=dtype)
     model = with_adapter(load_base_model(config, torch.device("cpu")), lora_dropout=0.1)
+    computed_in = {module.compute_dtype for module in model.modules() if hasattr(module, "compute_dtype")}
+    assert computed_in == {getattr(torch, dtype)}
     use_lean_lora(model)
     _, gradients = step(model, bf16=True)
     assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in gradients.values())
