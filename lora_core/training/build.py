@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lora_core.config.schema import RunConfig
+from lora_core.data.counts import EncodedFile
+from lora_core.data.packing import Batching, MicroBatchRows, to_device
 from lora_core.model.base import add_adapter, load_base_model
 from lora_core.model.loss import CausalLMLoss, check_head
 from lora_core.model.starting_adapter import StartingAdapter, put_on
@@ -83,3 +87,21 @@ def fill(config: RunConfig, accelerator: Accelerator, model: nn.Module, loaded: 
         return
     share_out(model, None if loaded is None else CausalLMLoss(loaded), accelerator.device)
     accelerator.unwrap_model(model).check_weights(bool(config.data.packing))
+
+
+def settle_exchange(model: nn.Module, optimizer: torch.optim.Optimizer, batching: Batching, data: EncodedFile) -> None:
+    """Let DDP order the gradients in its buckets as it will all through the run; without DDP this does nothing.
+
+    It orders them anew after its first backward, and with more than two ranks the order decides how their sums are
+    rounded: the first step of a resumed run would round otherwise than the same step of the run that went on. So the
+    first backward is one of the shortest example, in all ranks alike, before anything is drawn or taken.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return
+    was_training = model.training
+    model.train()
+    shortest = MicroBatchRows(np.array([int(np.argmin(data.lengths))]))
+    batch = to_device(batching.tensors(data.dataset, shortest), next(model.parameters()).device)
+    model(**batch).loss_sum.backward()
+    optimizer.zero_grad()
+    model.train(was_training)

@@ -61,7 +61,7 @@ from lora_core.runtime.run_folder import (
     write_text,
 )
 from lora_core.schedule import SchedulePlan
-from lora_core.training.build import build_model, fill
+from lora_core.training.build import build_model, fill, settle_exchange
 from lora_core.training.end import RecordedEnd, recorded_end
 from lora_core.training.finish import finish
 from lora_core.training.lookout import Lookout
@@ -193,6 +193,8 @@ def _set_up(
     for method in ("generate", "check_weights"):  # they gather embedding and head; without FSDP this does nothing
         register_fsdp_forward_method(model, method)
     fill(config, accelerator, model, loaded)
+    batching = train_batching(config, pad_id(tokenizer))
+    settle_exchange(model, optimizer, batching, train_data)
     if accelerator.is_main_process:  # only now: if the model cannot be loaded, an earlier run stays
         if checkpoint is None:
             clear_run_folder(folder)
@@ -227,7 +229,7 @@ def _set_up(
         model=model,
         optimizer=optimizer,
         scheduler=scheduler,
-        batching=train_batching(config, pad_id(tokenizer)),
+        batching=batching,
         scaler=build_scaler(config, accelerator),
         writer=CheckpointWriter(accelerator),
         prompts=sample_prompts(config, train_data, eval_data),

@@ -73,7 +73,7 @@ def take_part(run: dict[str, Any]) -> Seen:
         patch.setattr(Run, "batches", lambda run, step, batching: seen.takes(run, step, batching))
         patch.setattr(DistributedDataParallel, "__init__", lambda model, *a, **s: seen.copies(model, *a, **s))
         patch.setattr(dist, _NAME, seen.shares)
-        one_rank.run(run["sharding"], run["settings"])
+        one_rank.run(run["sharding"], run["settings"], run.get("copy"), run.get("resume"))
     return seen
 
 
