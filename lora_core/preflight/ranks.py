@@ -19,7 +19,7 @@ from lora_core.preflight.findings import Facts
 from lora_core.preflight.schedule import ENOUGH_STEPS
 from lora_core.schedule import SchedulePlan
 
-# Steps of the first epoch that are cut for all ranks; more tell nothing new.
+# Steps of the first epoch that are divided among all ranks; more tell nothing new.
 _STEPS_LOOKED_AT = 1_000
 
 

@@ -56,7 +56,7 @@ from lora_core.preflight.preflight import (
 from lora_core.runtime.console import Console
 from lora_core.runtime.devices import build_accelerator, build_scaler, look_around, seed_everything, with_precision
 from lora_core.runtime.faults import naming_lost_ranks
-from lora_core.runtime.launcher import end_with_launcher
+from lora_core.runtime.launcher import check_restarts, end_with_launcher
 from lora_core.runtime.ranks import first_on_each_machine, from_first_rank, meet
 from lora_core.runtime.run_folder import (
     MetricsFile,
@@ -111,6 +111,7 @@ def train(
     """
     started = time.monotonic()
     end_with_launcher()
+    check_restarts()
     config, precision = with_precision(with_rows(config, rows, eval_rows))
     config = with_packing(config)
     accelerator = build_accelerator(config)

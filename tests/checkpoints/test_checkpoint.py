@@ -159,7 +159,9 @@ def test_two_ranks_resume_bit_for_bit_when_told_and_by_themselves(settings: list
     shutil.rmtree(folder)  # the first start of the next command finds nothing
     command = launch(*settings, "--resume", "auto", ranks=2)
     command[3:3] = ["--standalone", "--max-restarts", "1"]
-    elastic = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    elastic = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
     assert elastic.stdout is not None
     for line in elastic.stdout:
         if line.startswith("step 3/"):

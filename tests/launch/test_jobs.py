@@ -18,10 +18,14 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.run import get_args_parser
 
 from lora_core.commands.main import build_parser
 from lora_core.config.load import load_config
+from lora_core.runtime.sharding import fsdp_plugin
 from tests.conftest import ROOT
 
 JOBS = ROOT / "launch/jobs"
@@ -58,7 +62,9 @@ def check_torchrun(arguments: list[str]) -> Namespace:
 def arguments_of(command: str, script: str, folder: Path, variables: dict[str, str]) -> list[str]:
     """What bash gives to a command in a script, which is recorded and not run. pip is not run either."""
     recorded = folder / "recorded"
-    for name, line in ((command, f"printf '%s\\0' \"$@\" > {shlex.quote(str(recorded))}"), ("pip", "true")):
+    # Without the variable, torchrun would give ranks that are started again the addresses of those before them.
+    record = f'test "$TORCH_DISABLE_SHARE_RDZV_TCP_STORE" = 1 && printf "%s\\0" "$@" > {shlex.quote(str(recorded))}'
+    for name, line in ((command, record), ("pip", "true")):
         (folder / name).write_text(f"#!/bin/bash\n{line}\n", encoding="utf-8")
         (folder / name).chmod(0o755)
     environment = {**os.environ, **variables, "PATH": f"{folder}:{os.environ['PATH']}"}
@@ -91,8 +97,9 @@ def test_the_pods_of_the_job_find_each_other_and_start_all_ranks() -> None:
     assert pod["subdomain"] == service["metadata"]["name"]
     # Kubernetes names the pod of index 0 so, as the host that the service's name belongs to.
     assert launched.rdzv_endpoint.split(":")[0] == f"{job['metadata']['name']}-0.{pod['subdomain']}"
-    seconds = {variable["name"]: variable["value"] for variable in container["env"]}["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]
-    assert int(seconds) < pod["terminationGracePeriodSeconds"]
+    variables = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    assert int(variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
     mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert container["workingDir"] == mounted["runs"]
 
@@ -164,6 +171,28 @@ def test_slurm_requeues_what_a_signal_stopped_and_nothing_else(tmp_path: Path, c
 def test_slurm_signals_each_process_and_may_requeue() -> None:
     lines = re.findall(r"^#SBATCH (.*)$", (JOBS / "slurm.sbatch").read_text(encoding="utf-8"), re.MULTILINE)
     assert {"--requeue", "--open-mode=append", "--signal=USR1@120"} <= set(lines)
+
+
+def test_slurm_shards_as_the_accelerate_file_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line that a user uncomments, against what `accelerate launch` puts into the environment."""
+    config = load_config("demo")
+    line = re.search(r"^# export (ACCELERATE.*)$", (JOBS / "slurm.sbatch").read_text(encoding="utf-8"), re.MULTILINE)
+    assert line is not None
+    in_file = load_config_from_file(str(ROOT / "configs/accelerate/fsdp2.yaml"))
+    command = ["--config_file", str(ROOT / "configs/accelerate/fsdp2.yaml"), "launch/train.py"]
+    launched, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+    plugins = []
+    for variables in (dict(word.split("=") for word in line[1].split()), prepare_multi_gpu_env(launched)):
+        with monkeypatch.context() as environment:
+            for name, value in variables.items():
+                environment.setenv(name, value)
+            plugin = fsdp_plugin(config)
+            assert plugin is not None
+            plugins.append(plugin)
+    assert in_file.distributed_type.value == "FSDP"
+    for name in ("fsdp_version", "reshard_after_forward", "cpu_ram_efficient_loading", "activation_checkpointing"):
+        assert getattr(plugins[0], name) == getattr(plugins[1], name), name
+    assert plugins[0].auto_wrap_policy == plugins[1].auto_wrap_policy
 
 
 def test_ray_train_gives_its_command_line_to_the_workers(
