@@ -24,7 +24,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.run import get_args_parser
 
 from lora_core.commands.main import build_parser
-from lora_core.config.load import load_config
+from lora_core.configuration import load_config
 from lora_core.runtime.sharding import fsdp_plugin
 from tests.conftest import ROOT
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_core.commands.main import main
-from lora_core.config.load import load_config
 from lora_core.config.schema import TrainConfig
+from lora_core.configuration import load_config
 from lora_core.data.packing import Batching, step_rows
 from lora_core.memory.micro_batch import MicroBatch
 from lora_core.memory.plan import predict_memory
