@@ -67,6 +67,7 @@ ORDER: dict[str, list[str]] = {
         "adapter",
         "memory",
         "environment",
+        "ranks",
         "catalogue",
         "preflight",
         "prescribe",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lora_core.checkpoints.checkpoint import Checkpoint
@@ -51,6 +52,15 @@ EXTENDABLE_KEYS = frozenset(
         *("lr_scheduler_type", "lr_scheduler_kwargs", "early_stopping_patience"),
     )
 )
+
+
+def has_got_somewhere(run_folder: Path) -> bool:
+    """Whether a run has left something that a start would lose: a checkpoint, damaged ones included, or an adapter.
+
+    What was killed before its first checkpoint has not.
+    """
+    checkpoints = (run_folder / "checkpoints").glob("[!.]*")  # not what an interrupted save has left
+    return any(checkpoints) or (run_folder / "adapter").exists()
 
 
 def rows_per_step(config: RunConfig, num_processes: int) -> int:

@@ -21,6 +21,7 @@ from lora_core.errors import ConfigError, LoraCoreError
 def _add_arguments(parser: ArgumentParser) -> None:
     add_config_arguments(parser, None, "--from")
     parser.add_argument("--num-processes", type=int, default=1, metavar="N", help="devices of the run to plan for")
+    parser.add_argument("--num-machines", type=int, default=1, metavar="M", help="machines that these devices are in")
     parser.add_argument("--gpu-memory-gib", type=float, metavar="GIB", help="plan for a GPU of this size, not for here")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--write", metavar="FILE.yaml", help="write the configuration with the fixes applied")
@@ -29,7 +30,12 @@ def _add_arguments(parser: ArgumentParser) -> None:
 def _run(arguments: Namespace) -> None:
     if arguments.num_processes < 1:
         raise ConfigError(f"--num-processes {arguments.num_processes}: must be at least 1")
-    run = (arguments.num_processes, arguments.gpu_memory_gib)
+    if arguments.num_machines < 1 or arguments.num_processes % arguments.num_machines != 0:
+        raise ConfigError(
+            f"--num-machines {arguments.num_machines}: {arguments.num_processes} processes cannot be spread evenly "
+            f"over so many; fix: --num-processes {max(1, arguments.num_machines) * 8}, 8 on each, or --num-machines 1"
+        )
+    run = (arguments.num_processes, arguments.gpu_memory_gib, arguments.num_machines)
     with heavy_imports():
         quiet_libraries()
         from lora_core.preflight.preflight import (
@@ -42,6 +48,7 @@ def _run(arguments: Namespace) -> None:
             report,
             run_checks,
         )
+        from lora_core.preflight.ranks import plan_ranks
         from lora_core.runtime.run_folder import write_text
         from lora_core.untrusted.text import showable, values_without_secrets
 
@@ -49,19 +56,23 @@ def _run(arguments: Namespace) -> None:
         config = load_config_of(arguments, quiet=arguments.json)
         facts = look_at_run(config, *run)
         findings = run_checks(facts)
+        ranks = plan_ranks(facts) if arguments.num_processes > 1 else None
     except LoraCoreError as error:
         if arguments.json:
-            print(json.dumps({"plan": None, "data": None, "memory": None, "findings": [finding_of(error).to_dict()]}))
+            nothing = dict.fromkeys(("plan", "data", "memory", "ranks"))
+            print(json.dumps({**nothing, "findings": [finding_of(error).to_dict()]}))
         raise
     if arguments.json:
         translation = read_translation(arguments.cfg, arguments.model)
         translated = {} if translation is None else {"translation": translation.to_dict()}
-        print(json.dumps(values_without_secrets({**translated, **report(facts, findings)})))
+        ranks_as_json = {"ranks": None if ranks is None else ranks.to_dict()}
+        print(json.dumps(values_without_secrets({**translated, **report(facts, findings), **ranks_as_json})))
     else:
         # Refused errors are printed below, as the reason not to start.
         refused = refused_errors(findings, config.preflight.allow)
         lines = [str(finding) for finding in findings if finding not in refused] if findings else ["nothing found"]
-        print(showable("\n".join([describe(facts), *lines])))
+        of_ranks = [] if ranks is None else [str(ranks)]
+        print(showable("\n".join([describe(facts), *of_ranks, *lines])))
     if arguments.write:
         fixed, applied = apply_fixes(arguments.cfg, arguments.overrides, arguments.model, *run)
         write_text(Path(arguments.write), fixed.to_yaml())

@@ -116,7 +116,7 @@ def _train(candidate: Candidate, arguments: Namespace, console: Console) -> bool
         if (candidate.folder / "summary.json").is_file():
             console.say(f"{candidate.name}: finished before, in {candidate.folder}")
             return True
-        resume = ["--resume"] if any((candidate.folder / "checkpoints").glob("step-*")) else []
+        resume = ["--resume", "auto"]
     shown = [option for option in ("--quiet", "--json-lines") if getattr(arguments, option[2:].replace("-", "_"))]
     command = [sys.executable, "-m", "lora_core", "train", *candidate.arguments, *shown, *resume]
     console.say(f"training {candidate.name} in {candidate.folder} ...")

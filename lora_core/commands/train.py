@@ -29,7 +29,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
         nargs="?",
         const="newest",
         metavar="CHECKPOINT",
-        help="continue the run in output_dir, from its newest whole checkpoint or from the one named",
+        help="continue the run in output_dir, from its newest whole checkpoint or from the one named; "
+        "auto: the same, or start where there is none yet",
     )
     parser.add_argument(
         "--models",
@@ -84,7 +85,7 @@ def _names(arguments: Namespace) -> list[str]:
     names = list(dict.fromkeys(name.strip() for name in arguments.models.split(",") if name.strip()))
     if not names or arguments.model:
         raise ConfigError(f"--models {arguments.models}: needs names, and no --model beside it; fix: --models A,B")
-    if arguments.resume not in (None, "newest"):
+    if arguments.resume not in (None, "newest", "auto"):
         raise ConfigError(f"--resume {arguments.resume}: with --models each resumes its newest; fix: --resume alone")
     return names
 

@@ -71,6 +71,15 @@ class Batching:
             return micro_batches(rows, lengths, self.per_device_batch_size, num_processes, rank)
         return packed_micro_batches(rows, lengths, self.max_tokens, num_processes, rank)
 
+    def shares(self, rows: RowIndices, lengths: RowIndices, num_processes: int) -> list[RowIndices]:
+        """The rows of every micro-batch of one step, of all ranks at once: `rank` has those at `[rank::num_processes]`.
+
+        One with no row is a rank's filler.
+        """
+        if self.max_tokens is None:
+            return _padded_shares(rows, lengths, self.per_device_batch_size, num_processes)
+        return _packed_shares(rows, lengths, self.max_tokens, num_processes)
+
     @property
     def limit(self) -> int:
         """Of a micro-batch: tokens where it is packed, rows where it is padded."""
@@ -160,13 +169,20 @@ def micro_batches(
         rank 0         0  2     4  6       8
         rank 1         1  3     5  7       9
     """
+    shares = _padded_shares(rows, lengths, per_device_batch_size, num_processes)
+    return _of_rank(shares[rank::num_processes], rows, lengths)
+
+
+def _padded_shares(
+    rows: RowIndices, lengths: RowIndices, per_device_batch_size: int, num_processes: int
+) -> list[RowIndices]:
     by_length = _longest_first(rows, lengths)
     size = per_device_batch_size * num_processes
-    batches = []
-    for start in range(0, len(by_length), size):
-        mine = by_length[start : start + size][rank::num_processes]
-        batches.append(MicroBatchRows(mine) if len(mine) else MicroBatchRows(by_length[-1:], is_filler=True))
-    return batches
+    return [
+        by_length[start : start + size][rank::num_processes]
+        for start in range(0, len(by_length), size)
+        for rank in range(num_processes)
+    ]
 
 
 def packed_micro_batches(
@@ -177,18 +193,25 @@ def packed_micro_batches(
     Longest first, each row goes to the bin that holds least (Graham 1969, LPT); if that overfills one, there is one
     more micro-batch. Even bins keep ranks in step, and no token is padding.
     """
+    shares = _packed_shares(rows, lengths, max_tokens, num_processes)
+    return _of_rank(shares[rank::num_processes], rows, lengths)
+
+
+def _packed_shares(rows: RowIndices, lengths: RowIndices, max_tokens: int, num_processes: int) -> list[RowIndices]:
     by_length = _longest_first(rows, lengths)
     to_hold_all_tokens = -(-int(lengths[rows].sum()) // (max_tokens * num_processes))
     per_rank = min(to_hold_all_tokens, -(-len(rows) // num_processes))
     while True:
         bins = _spread(by_length, lengths, per_rank * num_processes)
         if all(len(rows_) <= 1 or lengths[rows_].sum() <= max_tokens for rows_ in bins):
-            break
+            return bins
         per_rank += 1
-    batches = []
-    for mine in bins[rank::num_processes]:
-        batches.append(MicroBatchRows(mine) if len(mine) else MicroBatchRows(by_length[-1:], is_filler=True))
-    return batches
+
+
+def _of_rank(shares: Sequence[RowIndices], rows: RowIndices, lengths: RowIndices) -> list[MicroBatchRows]:
+    """A rank without rows of its own takes the step's shortest, as filler."""
+    filler = MicroBatchRows(_longest_first(rows, lengths)[-1:], is_filler=True)
+    return [MicroBatchRows(mine) if len(mine) else filler for mine in shares]
 
 
 def _spread(by_length: RowIndices, lengths: RowIndices, num_bins: int) -> list[RowIndices]:

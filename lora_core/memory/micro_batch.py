@@ -55,13 +55,13 @@ def largest_cut(
         data.lengths, max_seq_length
     )  # the limit may be shorter than the one that rows were truncated to
     loss_share = data.num_supervised / int(data.lengths.sum())
-    cuts = [c for rank in range(num_processes) for c in batching.cut(rows, lengths, num_processes, rank)]
     made = (
         MicroBatch(
-            tuple(lengths[cut.rows].tolist()),
-            max(1, round(loss_share * int(lengths[cut.rows].sum()))),
+            tuple(lengths[share].tolist()),
+            max(1, round(loss_share * int(lengths[share].sum()))),
             packed=batching.max_tokens is not None,
         )
-        for cut in cuts
+        for share in batching.shares(rows, lengths, num_processes)
+        if len(share)  # a filler is no larger than another
     )
     return max(made, key=lambda micro_batch: micro_batch.num_tokens)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import peft  # noqa: F401  # loaded here so that what it takes is in the process before that is measured
+import torch
 
 from lora_core.config.schema import RunConfig
 from lora_core.data.counts import EncodedFile
@@ -51,6 +52,12 @@ class MemoryPlan:
     def adapter_file_bytes(self) -> int:
         """The adapter on disk, in float32 as it is trained."""
         return self.components["adapter"] * (self.num_processes if self.sharding == "fsdp" else 1)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """A checkpoint on disk: adapter and optimizer, whole, and the random state of each rank."""
+        optimizer = self.components["optimizer"] * (self.num_processes if self.sharding == "fsdp" else 1)
+        return self.adapter_file_bytes + optimizer + self.num_processes * torch.get_rng_state().nbytes
 
     @property
     def total_bytes(self) -> int:

@@ -225,7 +225,7 @@ def check_disk(facts: Facts) -> Iterator[Finding]:
     # its tokenizer, of which 15 MB is a large one.
     limit = facts.config.train.save_total_limit
     adapter = facts.memory.adapter_file_bytes
-    needed = (limit + 1) * (adapter + facts.memory.components["optimizer"]) + adapter + 15 * 10**6
+    needed = (limit + 1) * facts.memory.checkpoint_bytes + adapter + 15 * 10**6
     free = facts.environment.free_disk_bytes
     if needed > free:
         yield Finding(

@@ -69,8 +69,10 @@ def gather_facts(
     return Facts(config, plan, train_data, eval_data, tokenizer, model, environment, predict, memory, problem)
 
 
-def look_at_run(config: RunConfig, num_processes: int, gpu_memory_gib: float | None = None) -> Facts:
-    """The facts of a run that has not been started.
+def look_at_run(
+    config: RunConfig, num_processes: int, gpu_memory_gib: float | None = None, num_machines: int = 1
+) -> Facts:
+    """The facts of a run that has not been started; the arguments are those of `look_around`.
 
     Raises:
         ConfigError, DataError: as `load_tokenizer` and `load_data`.
@@ -85,7 +87,7 @@ def look_at_run(config: RunConfig, num_processes: int, gpu_memory_gib: float | N
     config = with_packing(config)
     tokenizer = load_tokenizer(config.model, config.data)
     train_data, eval_data = load_data(config, tokenizer)
-    environment = look_around(config, num_processes, gpu_memory_gib)
+    environment = look_around(config, num_processes, gpu_memory_gib, num_machines)
     config, rate = with_learning_rate(config, len(train_data.lengths), environment.num_processes)
     facts = gather_facts(config, environment, tokenizer, train_data, eval_data)
     return replace(facts, rate_line=rate)
@@ -135,6 +137,7 @@ def apply_fixes(
     model: str | None,
     num_processes: int,
     gpu_memory_gib: float | None = None,
+    num_machines: int = 1,
 ) -> tuple[RunConfig, list[str]]:
     """The configuration with the fixes of its findings, and the overrides that they come to.
 
@@ -144,7 +147,7 @@ def apply_fixes(
     applied: list[str] = []
     while True:
         config = load_config(cfg, [*overrides, *applied], model)
-        findings = run_checks(look_at_run(config, num_processes, gpu_memory_gib))
+        findings = run_checks(look_at_run(config, num_processes, gpu_memory_gib, num_machines))
         fixes = (shlex.split(finding.fix) for finding in findings if finding.fix)
         fix = next((fix for fix in fixes if not set(fix) <= set(applied)), None)
         if fix is None:

@@ -9,7 +9,7 @@ from lora_core.config.schema import TrainConfig
 from lora_core.errors import counted
 from lora_core.preflight.findings import Facts, Finding
 
-_ENOUGH_STEPS = 30
+ENOUGH_STEPS = 30
 _MOST_EPOCHS = 5  # that are usual on few rows
 
 
@@ -114,13 +114,13 @@ def check_few_steps(facts: Facts) -> Iterator[Finding]:
     Smaller steps (less accumulation, a smaller batch), then up to 5 epochs; where that is not enough, more rows.
     """
     plan = facts.plan
-    if plan.total_optimizer_steps < _ENOUGH_STEPS:
+    if plan.total_optimizer_steps < ENOUGH_STEPS:
         fix = _more_steps(facts)
         smallest = math.ceil(plan.num_rows / plan.num_processes)
         yield Finding(
             "few_steps",
             "warning",
-            f"the run has only {counted(plan.total_optimizer_steps, 'optimizer step')}; fewer than {_ENOUGH_STEPS} "
+            f"the run has only {counted(plan.total_optimizer_steps, 'optimizer step')}; fewer than {ENOUGH_STEPS} "
             "steps rarely change an adapter"
             + (
                 ""
@@ -129,7 +129,7 @@ def check_few_steps(facts: Facts) -> Iterator[Finding]:
                 f"{_MOST_EPOCHS} epochs: it needs more rows"
             ),
             plan.total_optimizer_steps,
-            _ENOUGH_STEPS,
+            ENOUGH_STEPS,
             fix,
         )
 
@@ -143,10 +143,10 @@ def _more_steps(facts: Facts) -> str | None:
     for epochs in range(fewest_epochs, max(fewest_epochs, _MOST_EPOCHS) + 1):
         for size, micro_batches in step_sizes:
             per_epoch = math.ceil(math.ceil(plan.num_rows / (size * plan.num_processes)) / micro_batches)
-            if per_epoch * epochs >= _ENOUGH_STEPS:
+            if per_epoch * epochs >= ENOUGH_STEPS:
                 length = f"train.num_train_epochs={epochs}" if epochs != train.num_train_epochs else ""
                 if train.max_steps:
-                    length = f"train.max_steps={_ENOUGH_STEPS}"
+                    length = f"train.max_steps={ENOUGH_STEPS}"
                 return " ".join(filter(None, [_step_size_fix(train, size, micro_batches), length]))
     return None
 

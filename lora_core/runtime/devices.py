@@ -200,14 +200,19 @@ class Environment:
     """Under FSDP: each rank loads the whole model, as the launcher was told."""
     missing_trackers: tuple[str, ...] = ()
     """Of train.report_to, those whose package is not installed."""
+    num_machines: int = 1
+    """That the processes are spread over evenly."""
 
 
-def look_around(config: RunConfig, num_processes: int, gpu_memory_gib: float | None = None) -> Environment:
+def look_around(
+    config: RunConfig, num_processes: int, gpu_memory_gib: float | None = None, num_machines: int = 1
+) -> Environment:
     """See what there is.
 
     Args:
         num_processes: of the run.
         gpu_memory_gib: plan for a GPU of this size in place of this machine's device.
+        num_machines: that the processes are spread over evenly.
     """
     folder = Path(config.output_dir).expanduser().absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
@@ -218,7 +223,7 @@ def look_around(config: RunConfig, num_processes: int, gpu_memory_gib: float | N
         problem = str(error)
     free_names = (f"{config.output_dir.rstrip('/')}-{n}" for n in range(2, 1000))
     return Environment(
-        device=device_memory(num_processes)
+        device=device_memory(num_processes // num_machines)
         if gpu_memory_gib is None
         else DeviceMemory("cuda", round(gpu_memory_gib * 2**30)),
         num_processes=num_processes,
@@ -232,6 +237,7 @@ def look_around(config: RunConfig, num_processes: int, gpu_memory_gib: float | N
         free_output_dir=next((name for name in free_names if not Path(name).expanduser().exists()), None),
         each_rank_loads=uses_fsdp() and not loads_on_first_rank(),
         missing_trackers=tuple(name for name in config.train.trackers if find_spec(name) is None),
+        num_machines=num_machines,
     )
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil  # comes with Accelerate
 import yaml
 
+from lora_core.errors import ConfigError
+
 _ACCELERATE = re.compile(r"(^|/)accelerate(-launch)?$|accelerate[./]commands[./]")
 
 
@@ -71,6 +73,23 @@ def end_accelerate_launch() -> None:
     if platform.system() == "Linux":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which its end sends here
     launcher.terminate()
+
+
+def check_restarts() -> None:
+    """Refuse a torchrun that would start lost ranks again and give them the addresses of the ranks before them.
+
+    It keeps one store for all starts, unless told not to, and its default rendezvous always does (torch 2.13).
+
+    Raises:
+        ConfigError: it was asked for restarts, with such a store.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ConfigError(
+            f"torchrun --max-restarts {restarts}: ranks that are started again would be given the addresses of those "
+            "before them; fix: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, and torchrun with --standalone, or on "
+            "several machines with --rdzv-backend c10d"
+        )
 
 
 def omp_num_threads() -> int | None:

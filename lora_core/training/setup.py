@@ -19,7 +19,13 @@ from lora_core.checkpoints.checkpoint import (
     restore,
     set_aside_newer,
 )
-from lora_core.checkpoints.resume import check_same_run, data_hash, keep_rows_per_step, plan_to_resume
+from lora_core.checkpoints.resume import (
+    check_same_run,
+    data_hash,
+    has_got_somewhere,
+    keep_rows_per_step,
+    plan_to_resume,
+)
 from lora_core.config.schema import RunConfig
 from lora_core.configuration import with_overrides
 from lora_core.data.counts import EncodedFile
@@ -50,7 +56,7 @@ from lora_core.preflight.preflight import (
 from lora_core.runtime.console import Console
 from lora_core.runtime.devices import build_accelerator, build_scaler, look_around, seed_everything, with_precision
 from lora_core.runtime.faults import naming_lost_ranks
-from lora_core.runtime.launcher import end_with_launcher
+from lora_core.runtime.launcher import check_restarts, end_with_launcher
 from lora_core.runtime.ranks import first_on_each_machine, from_first_rank, meet
 from lora_core.runtime.run_folder import (
     MetricsFile,
@@ -93,7 +99,8 @@ def train(
 
     Args:
         resume: a checkpoint's folder, or "newest" for the newest whole one in `config.output_dir`. The run then ends as
-            if it had never been stopped.
+            if it had never been stopped. "auto" is "newest", or a start where the run has not yet come to a checkpoint:
+            for a scheduler that gives the same command line again.
         rows: dicts as a line of a file may hold, or a `datasets.Dataset` of them, in place of `data.train_file`.
         eval_rows: the same, in place of `data.eval_file`.
         callbacks: told of log lines, evaluations, checkpoints and the end, in the main process.
@@ -105,6 +112,7 @@ def train(
     """
     started = time.monotonic()
     end_with_launcher()
+    check_restarts()
     config, precision = with_precision(with_rows(config, rows, eval_rows))
     config = with_packing(config)
     accelerator = build_accelerator(config)
@@ -130,6 +138,11 @@ def _set_up(
 
     folder = Path(config.output_dir).expanduser()
     checkpoint, asked_config = None, config
+    is_auto = resume == "auto"
+    if is_auto:
+        resume = from_first_rank(lambda: "newest" if has_got_somewhere(folder) else None)
+        if resume is None:
+            say(f"resume: {folder} has no checkpoint yet, so the run starts")
     if resume is not None:  # how many examples a step has is in the checkpoint
         asked = None if resume == "newest" else Path(resume)
         checkpoint = from_first_rank(lambda: find_checkpoint(folder, asked, say, may_rename=True))
@@ -149,7 +162,7 @@ def _set_up(
             say(f"       {note}")
     # What the main process sees decides for all: free memory and disk differ from moment to moment.
     environment = from_first_rank(lambda: look_around(config, accelerator.num_processes))
-    if resume is not None:  # the run that is there is the one to resume
+    if resume is not None or is_auto:  # the run that is there is the one to resume, or to start once more
         environment = replace(environment, output_dir_problem=None)
     config, rate = with_learning_rate(config, len(train_data.lengths), accelerator.num_processes)
     if rate is not None:
@@ -173,7 +186,7 @@ def _set_up(
         say(str(finding), "detail" if finding.severity == "note" else "always")
 
     if checkpoint is None:
-        from_first_rank(lambda: check_run_folder(config.output_dir, config.overwrite_output_dir))
+        from_first_rank(lambda: check_run_folder(config.output_dir, config.overwrite_output_dir or is_auto))
     meet()  # all have looked before one writes
 
     say(f"loading {config.model.name_or_path} ...")

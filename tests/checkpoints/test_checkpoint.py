@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -146,7 +147,7 @@ def test_a_signal_between_two_micro_batches_drops_the_step(
     assert (adapter(folder), losses(folder)) == expected
 
 
-def test_two_ranks_resume_bit_for_bit(settings: list[str], tmp_path: Path) -> None:
+def test_two_ranks_resume_bit_for_bit_when_told_and_by_themselves(settings: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     subprocess.run(launch(*settings, ranks=2), cwd=ROOT, check=True, capture_output=True, timeout=300)
     expected = adapter(folder), losses(folder)
@@ -154,6 +155,54 @@ def test_two_ranks_resume_bit_for_bit(settings: list[str], tmp_path: Path) -> No
     command = launch(*settings, "--resume", str(checkpoint), ranks=2)
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
     assert (adapter(folder), losses(folder)) == expected
+
+    shutil.rmtree(folder)  # the first start of the next command finds nothing
+    command = launch(*settings, "--resume", "auto", ranks=2)
+    command[3:3] = ["--standalone", "--max-restarts", "1"]
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    elastic = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+    assert elastic.stdout is not None
+    for line in elastic.stdout:
+        if line.startswith("step 3/"):
+            rank_1 = [rank for rank in psutil.Process(elastic.pid).children() if rank.environ()["RANK"] == "1"]
+            rank_1[0].kill()
+            break
+    said, complaints = elastic.communicate(timeout=300)
+    assert elastic.returncode == 0, complaints
+    assert "resume: from" in said
+    assert (adapter(folder), losses(folder)) == expected
+
+
+def test_auto_starts_where_nothing_would_be_lost_and_otherwise_resumes(
+    settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config("demo", [*settings, "train.max_steps=3", "overwrite_output_dir=false"])
+    folder = Path(config.output_dir)
+    # What a run that was killed in its first save leaves behind.
+    (folder / "checkpoints" / f".step-000002.{'0' * 32}").mkdir(parents=True)
+    (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    first = train(config, "auto")
+    assert first.resumed_at_step is None
+    assert "has no checkpoint yet, so the run starts" in capsys.readouterr().out
+    expected = adapter(folder), losses(folder)
+    shutil.rmtree(folder / "checkpoints/step-000003")
+    assert train(config, "auto").resumed_at_step == 2
+    assert (adapter(folder), losses(folder)) == expected
+    assert train(config, "auto").resumed_at_step == 3  # it had ended
+    assert adapter(folder) == expected[0]
+    for checkpoint in (folder / "checkpoints").iterdir():
+        (checkpoint / "state.json").unlink()
+    with pytest.raises(ConfigError, match="has no whole checkpoint"):
+        train(config, "auto")
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(ConfigError, match="has no whole checkpoint"):
+        train(config, "auto")
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "notes.txt").touch()
+    with pytest.raises(ConfigError, match="contains files that are no run"):
+        train(config, "auto")
 
 
 def test_damage_anywhere_is_named_and_the_checkpoint_before_is_taken(settings: list[str], tmp_path: Path) -> None:

@@ -127,6 +127,8 @@ def check(words: list[str]) -> None:
     """One shell command. Fails on a kind of command that it does not know."""
     if words[:2] == ["taskset", "-c"]:
         words = words[3:]
+    if re.fullmatch(r"[A-Z_]+=\w+", words[0]):  # a variable for this command
+        words = words[1:]
     match words:
         case ["lora-core", "--help"] | ["python", "-m", "lora_core"]:
             assert build_parser().format_help()

@@ -14,6 +14,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from lora_core.configuration import load_config
 from lora_core.errors import ConfigError
 from lora_core.runtime.devices import build_accelerator
+from lora_core.runtime.launcher import check_restarts
 from lora_core.runtime.sharding import fsdp_plugin, loads_on_first_rank
 from tests.conftest import ROOT
 
@@ -113,3 +114,18 @@ def test_more_processes_than_gpus_is_a_sentence(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConfigError, match="4 processes were started on this machine, which has 2 GPUs"):
         build_accelerator(load_config("demo"))
+
+
+@pytest.mark.parametrize(
+    ("restarts", "shares", "is_refused"), [("3", "True", True), ("0", "True", False), ("3", "False", False)]
+)
+def test_restarts_that_torchrun_cannot_make_are_refused_at_the_first_start(
+    monkeypatch: pytest.MonkeyPatch, restarts: str, shares: str, is_refused: bool
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shares)
+    if is_refused:
+        with pytest.raises(ConfigError, match="fix: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+            check_restarts()
+    else:
+        check_restarts()
