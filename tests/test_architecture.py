@@ -76,6 +76,7 @@ ORDER: dict[str, list[str]] = {
     "evaluation": ["evaluate", "generation", "replies"],
     "watch": ["summary", "callbacks", "trackers", "journal", "alarms", "progress", "pace"],
     "training": ["step", "lookout", "loop", "finish", "end", "setup"],
+    "rate_search": ["budget", "choice", "trials", "search", "page", "config_file"],
     "inference": ["opened", "chat", "questions", "paired", "evaluation", "harness"],
     "export": [
         "as_adapter",
@@ -96,6 +97,7 @@ ORDER: dict[str, list[str]] = {
         "train",
         "preflight",
         "prescribe",
+        "find_lr",
         "verify",
         "evaluate",
         "chat",
