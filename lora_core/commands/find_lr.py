@@ -24,7 +24,7 @@ from lora_core.configuration import find_config, with_overrides
 from lora_core.errors import ConfigError
 from lora_core.untrusted.text import showable
 
-HELD_OUT = 0.2
+EVAL_SHARE = 0.2
 """Share of the rows that the candidates are judged on, where the configuration has no eval set."""
 
 
@@ -35,7 +35,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         type=float,
         default=5.0,
         metavar="N",
-        help="for all of it, loading the model too; steps and examples are cut to fit; default: 5",
+        help="for all of it, loading the model too; with fewer steps and examples where it must; default: 5",
     )
     parser.add_argument("--output", metavar="FILE.html", help="where the page goes; default: beside the run folders")
     parser.add_argument(
@@ -97,11 +97,11 @@ def _run(arguments: Namespace) -> None:
 
 
 def with_eval_set(config: RunConfig, say: Callable[[str], None]) -> RunConfig:
-    """With a share of the rows held out, where there is no eval set."""
+    """With a share of the rows as eval set, where there is none."""
     if config.data.eval_file is not None or config.data.eval_fraction > 0:
         return config
-    say(f"no eval set: {HELD_OUT:.0%} of the rows are held out to judge on")
-    return with_overrides(config, [f"data.eval_fraction={HELD_OUT}"])
+    say(f"no eval set: {EVAL_SHARE:.0%} of the rows become one, to judge on")
+    return with_overrides(config, [f"data.eval_fraction={EVAL_SHARE}"])
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

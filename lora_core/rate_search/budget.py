@@ -61,7 +61,7 @@ class Speed:
 def allot(seconds: float, speed: Speed, run: Work, spent: float = 0.0) -> Work:
     """What fits into the time: at most the run's own steps and examples, and fewer of each where it must.
 
-    Steps are cut first, then eval examples; examples of a step last, for the best rate depends on them.
+    Fewer steps come first, then fewer eval examples; fewer examples a step last, for the best rate depends on them.
 
     Args:
         seconds: that are left.
@@ -78,13 +78,15 @@ def allot(seconds: float, speed: Speed, run: Work, spent: float = 0.0) -> Work:
             f"an example, and the least takes {speed.seconds(least) / 60:.1f}; fix: --budget-minutes {minutes}"
         )
     evaluation_s = (NUM_CANDIDATES + 1) * speed.eval_example_s
-    affordable = int(_EVAL_SHARE * seconds / evaluation_s)
+    most = min(_EVAL_SHARE * seconds, seconds - speed.seconds(replace(least, eval_examples=0)))
+    affordable = int(most / evaluation_s)
     work = replace(least, eval_examples=min(run.eval_examples, max(least.eval_examples, affordable)))
     while speed.seconds(replace(work, rows_per_step=work.rows_per_step + 1)) <= seconds:
         if work.rows_per_step == run.rows_per_step:
             break
         work = replace(work, rows_per_step=work.rows_per_step + 1)
-    in_range = int(_RANGE_SHARE * seconds / speed.range_step_s(work.rows_per_step))
+    most = min(_RANGE_SHARE * seconds, seconds - speed.seconds(replace(work, range_steps=0)))
+    in_range = int(most / speed.range_step_s(work.rows_per_step))
     work = replace(work, range_steps=max(work.range_steps, min(_RANGE_STEPS, in_range)))
     return with_steps(seconds - work.range_steps * speed.range_step_s(work.rows_per_step), speed, run, work)
 

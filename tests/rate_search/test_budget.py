@@ -45,8 +45,8 @@ def test_with_time_enough_all_is_done_as_the_run_does_it() -> None:
 def test_steps_are_cut_first_then_eval_examples_then_examples_of_a_step() -> None:
     speed, run = Speed(0.3, 0.1), Work(8, 50, 40)
     assert allot(300, speed, run) == Work(8, 27, 40, 28)
-    assert allot(150, speed, run) == Work(8, 9, 40, 14)
-    assert allot(60, speed, run) == Work(4, 9, 30, 12)
+    assert allot(150, speed, run) == Work(8, 12, 40, 14)
+    assert allot(60, speed, run) == Work(4, 8, 30, 12)
 
 
 def test_time_that_was_gained_goes_into_steps_and_lost_time_takes_them() -> None:

@@ -138,7 +138,7 @@ def test_the_command_holds_rows_out_writes_a_page_and_the_rate(
     command = ["find-lr", "--cfg", "mine.yaml", *given, "data.eval_file=null", "output_dir=runs/mine"]
     assert main([*command, "--write", "mine.yaml"]) == 0
     said = capsys.readouterr().out
-    assert "20% of the rows are held out" in said
+    assert "20% of the rows become one" in said
     rate = load_config("mine.yaml").train.learning_rate
     assert f"learning rate: {rate:g} (configured: 5e-05; by the formula:" in said
     assert (tmp_path / "mine.yaml").read_text().endswith("# to be found\n")
