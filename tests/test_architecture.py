@@ -73,7 +73,7 @@ ORDER: dict[str, list[str]] = {
     ],
     "report": ["read", "words", "verdict", "plots", "page", "folders"],
     "checkpoints": ["card", "adapter_folder", "checkpoint", "resume"],
-    "evaluation": ["evaluate", "generation", "replies"],
+    "evaluation": ["evaluate", "leak", "generation", "replies"],
     "watch": ["summary", "callbacks", "trackers", "journal", "alarms", "progress", "pace"],
     "training": ["step", "lookout", "loop", "finish", "end", "setup"],
     "rate_search": ["budget", "choice", "trials", "search", "page", "config_file"],
