@@ -113,7 +113,7 @@ def check_scripts(facts: Facts) -> Iterator[Finding]:
     The model learns to answer in another language than it was asked in. In a translator's rows that is the task; in
     others it is usually a file in which languages were mixed up.
 
-    Look at the rows with `lora-core rows`; no action is needed where they are meant so.
+    Look at the rows; no action is needed where they are meant so.
     """
     rows = facts.train_data.rows
     lines = rows.lines(rows.changes_script)

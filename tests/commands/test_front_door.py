@@ -78,7 +78,7 @@ def test_python_m_is_the_command(empty: Path) -> None:
     done = run([sys.executable, "-m", "lora_core", "trian"], empty, PYTHONPATH=str(ROOT))
     assert done.returncode == 2
     assert "choose from" in done.stderr
-    assert "'train', 'preflight', 'prescribe', 'verify', 'evaluate', 'chat'" in done.stderr
+    assert "'train', 'preflight', 'prescribe', 'find-lr', 'verify', 'evaluate', 'chat'" in done.stderr
 
 
 def test_the_demo_leaves_rows_that_are_there_alone(empty: Path) -> None:
