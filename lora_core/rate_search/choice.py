@@ -18,6 +18,8 @@ _BELOW_LOWEST = 4.0
 _WINDOW = 3
 """Steps in a mean: each has other rows."""
 _LEAST_FALL = 0.02
+LEAST_SHARE = 0.25
+"""Of the run's examples: candidates that were trained on fewer say little of rates above the middle one."""
 _DIVERGED = 1.1
 """Times the base model's loss on the same rows."""
 
@@ -118,15 +120,25 @@ def one_more(candidates: Sequence[Candidate]) -> float | None:
     return two_digits(best.rate / _SPACING) if best.rate == rates[0] else None
 
 
-def take(candidates: Sequence[Candidate], is_whole_run: bool) -> tuple[Candidate, str | None]:
+def take(candidates: Sequence[Candidate], share: float, middle: float) -> tuple[Candidate, str | None]:
     """The rate of the lowest eval loss; and a line where another one is taken.
 
-    Fewer steps than the run has favour higher rates. So where a candidate was trained for fewer, the lowest rate is
-    taken whose eval loss is not above the best one's by more than its standard error.
+    Fewer examples than the run trains on favour higher rates. So where candidates had fewer, the lowest rate is taken
+    whose eval loss is not above the best one's by more than its standard error; and where they had less than a quarter,
+    none above the middle one, which the range test gave.
+
+    Args:
+        share: of the examples that the run trains on, those that a candidate was trained on; 1 for a whole run.
+        middle: the middle candidate's rate.
     """
     best = min(candidates, key=lambda candidate: candidate.eval_loss)
-    if is_whole_run:
+    if share >= 1:
         return best, None
+    if share < LEAST_SHARE and best.rate > middle:
+        return next(candidate for candidate in candidates if candidate.rate == middle), (
+            f"{best.rate:g} has the lowest eval loss, but the candidates were trained on {share:.0%} of the examples "
+            f"that the run is, and so few favour high rates: the middle one is taken"
+        )
     alike = [each for each in candidates if each.standard_error is not None and each.worse_by <= each.standard_error]
     lowest = min([best, *alike], key=lambda candidate: candidate.rate)
     if lowest is best:

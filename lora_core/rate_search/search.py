@@ -13,8 +13,9 @@ import numpy as np
 from lora_core.errors import ConfigError
 from lora_core.evaluation.evaluate import ExampleLosses, compare_examples
 from lora_core.preflight.plan import suggested_rate
-from lora_core.rate_search.budget import FORWARD_SHARE, NUM_CANDIDATES, Speed, Work, allot, with_steps
+from lora_core.rate_search.budget import FORWARD_SHARE, Speed, Work, allot, with_steps
 from lora_core.rate_search.choice import (
+    LEAST_SHARE,
     Candidate,
     RangeStep,
     candidates_after,
@@ -117,19 +118,32 @@ def find_rate(
         results[rate] = _train_and_judge(trials, shortened(plan, work.steps, rate), work.rows_per_step, eval_data)
         say(f"{rate:.1e}: eval loss {_loss(results[rate]):.4f} after {work.steps} steps")
 
-    for rate in rates:
+    for number, rate in enumerate(rates):
+        trial_began = clock()
         judge(rate)
-    more = one_more(compared(results))
-    if more is not None and left() > speed.seconds(work) / NUM_CANDIDATES:
+        if number + 1 < len(rates) and left() < clock() - trial_began:
+            remarks.append(f"no time was left for {', '.join(f'{each:.1e}' for each in rates[number + 1 :])}")
+            break
+    share = work.steps * work.rows_per_step / (run.steps * run.rows_per_step)
+    more = one_more(compared(results)) if len(results) == len(rates) else None
+    if more is not None and more > rates[0] and share < LEAST_SHARE:
+        more = None  # it would not be taken
+    if more is not None and left() > clock() - trial_began:
         remarks.append(f"the best of three was at the edge, so {more:.1e} was tried too")
         judge(more)
     elif more is not None:
         remarks.append(
             "the best candidate is at the edge, and no time is left to look beyond; fix: a larger --budget-minutes"
         )
-    taken, remark = take(compared(results), work.steps == run.steps)
+    taken, remark = take(compared(results), share, rates[0])
     if remark is not None:
         remarks.append(remark)
+    if share < LEAST_SHARE:
+        enough = replace(work, steps=math.ceil(LEAST_SHARE * run.steps), rows_per_step=run.rows_per_step)
+        remarks.append(
+            f"a candidate saw {share:.0%} of the run's examples, which says little; fix: --budget-minutes "
+            f"{math.ceil((budget_s - left() - speed.seconds(work) + speed.seconds(enough)) / 60)}"
+        )
     if taken.eval_loss >= before.loss:
         remarks.append("no candidate lowers the eval loss: the rows do not teach what the eval set asks")
     return RateSearch(

@@ -57,17 +57,26 @@ def test_a_loss_above_the_base_models_or_not_a_number_ends_the_range_test() -> N
 
 def test_the_lowest_eval_loss_is_taken_where_the_candidates_are_whole_runs() -> None:
     low, best = Candidate(1e-4, 1.02, 0.02, 0.05), Candidate(3e-4, 1.0)
-    assert take([low, best], is_whole_run=True) == (best, None)
+    assert take([low, best], share=1, middle=3e-4) == (best, None)
 
 
 def test_of_rates_that_cannot_be_told_apart_the_lowest_is_taken_for_a_longer_run() -> None:
     low, best, high = Candidate(1e-4, 1.02, 0.02, 0.05), Candidate(3e-4, 1.0), Candidate(9e-4, 1.01, 0.01, 0.05)
-    taken, why = take([low, best, high], is_whole_run=False)
+    taken, why = take([low, best, high], share=0.5, middle=3e-4)
     assert taken is low
     assert why is not None
     assert "0.020 ± 0.050" in why
     far = Candidate(1e-4, 1.2, 0.2, 0.05)
-    assert take([far, best, high], is_whole_run=False) == (best, None)
+    assert take([far, best, high], share=0.5, middle=3e-4) == (best, None)
+
+
+def test_of_very_short_trainings_none_above_the_middle_is_taken() -> None:
+    low, middle, best = Candidate(1e-4, 2.0, 1.0, 0.1), Candidate(3e-4, 1.5, 0.5, 0.1), Candidate(9e-4, 1.0)
+    taken, why = take([low, middle, best], share=0.1, middle=3e-4)
+    assert taken is middle
+    assert why is not None
+    assert "trained on 10% of the examples" in why
+    assert take([low, middle, best], share=0.5, middle=3e-4) == (best, None)
 
 
 def test_beyond_the_edge_one_more_is_tried() -> None:
