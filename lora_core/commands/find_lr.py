@@ -87,7 +87,7 @@ def _run(arguments: Namespace) -> None:
         print(json.dumps(search.to_dict() | {"page": str(page)}))
         return
     header = ["learning rate", "eval loss", "change", "worse than the best by"]
-    lines = ["", *aligned([header, *candidate_rows(search)]), "", in_words(search), *search.remarks[1:]]
+    lines = ["", *aligned([header, *candidate_rows(search)]), "", in_words(search)]
     lines += [
         f"learning rate: {search.rate:g} (configured: {search.asked:g}; by the formula: {search.formula:g})",
         f"page: {page}",
