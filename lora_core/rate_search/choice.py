@@ -82,7 +82,7 @@ def has_diverged(steps: Sequence[RangeStep]) -> bool:
 
 
 def candidates_after(steps: Sequence[RangeStep], fallback: float) -> tuple[list[float], str]:
-    """Three rates to train with, the middle one first, and a sentence on why these.
+    """Three rates to train with, the middle one first and the lowest last, and a sentence on why these.
 
     The middle one is a quarter of the rate at which the loss was lowest in the range test. That alone favours what
     diverges later, so the others are a third and three times it, and the eval set decides.
@@ -104,7 +104,7 @@ def candidates_after(steps: Sequence[RangeStep], fallback: float) -> tuple[list[
 
 
 def _around(middle: float) -> list[float]:
-    return [two_digits(rate) for rate in (middle, middle / _SPACING, middle * _SPACING) if two_digits(rate) <= 1]
+    return [two_digits(rate) for rate in (middle, middle * _SPACING, middle / _SPACING) if two_digits(rate) <= 1]
 
 
 def two_digits(rate: float) -> float:

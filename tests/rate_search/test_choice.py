@@ -36,14 +36,14 @@ def test_the_middle_candidate_is_a_quarter_of_where_the_loss_was_lowest() -> Non
     losses = [1.0, 1.0, 0.9, 0.6, 0.5, 0.6, 1.5]
     steps = [RangeStep(rate, loss, 1.0) for rate, loss in zip(range_rates("adamw_torch", 7), losses, strict=True)]
     rates, why = candidates_after(steps, 1e-4)
-    assert rates == [5.4e-3, 1.8e-3, 1.6e-2]  # lowest mean of three at 0.0215
+    assert rates == [5.4e-3, 1.6e-2, 1.8e-3]  # lowest mean of three at 0.0215
     assert "lowest at 2.2e-02 (-43%" in why
 
 
 def test_where_the_loss_fell_nowhere_the_formula_is_in_the_middle() -> None:
     steps = [RangeStep(rate, 1.0, 1.0) for rate in range_rates("adamw_torch", 12)]
     rates, why = candidates_after(steps, 3e-4)
-    assert rates == [3e-4, 1e-4, 9e-4]
+    assert rates == [3e-4, 9e-4, 1e-4]
     assert "fell nowhere" in why
 
 
