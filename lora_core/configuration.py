@@ -105,7 +105,7 @@ def shipped_file(name: str) -> Path:
     In a checkout these are the folders at its top, which `lora_core/configs` and `lora_core/examples` link to. A wheel
     holds copies. (Without links, as in a checkout on Windows, the folders at the top are taken themselves.)
     """
-    package = Path(__file__).resolve().parents[1]
+    package = Path(__file__).resolve().parent
     inside = package / name
     return inside if inside.parent.is_dir() and inside.exists() else package.parent / name
 

@@ -117,6 +117,10 @@ class RowFacts:
     """A reply begins with the whole turn before it."""
     ends_unanswered: npt.NDArray[np.bool_]
     """The last turn is the user's."""
+    changes_script: npt.NDArray[np.bool_]
+    """A reply is in other letters than the turn before it."""
+    sketch: npt.NDArray[np.int64]
+    """(num_rows_read, 8) the smallest hashes of the row's sequences of words; 0 where it has fewer."""
     reply_start: npt.NDArray[np.int64]
     """Hash of the first four words of the first reply; 0 where it has fewer."""
     exact_key: npt.NDArray[np.int64]
@@ -200,6 +204,8 @@ def account(
         has_placeholder=column("has_placeholder"),
         repeats_prompt=column("repeats_prompt"),
         ends_unanswered=column("ends_unanswered"),
+        changes_script=column("changes_script"),
+        sketch=column("sketch"),
         reply_start=column("reply_start"),
         exact_key=column("exact_key"),
         text_key=column("text_key"),

@@ -232,6 +232,8 @@ def _encode_lines(
             "has_placeholder": Value("bool"),
             "repeats_prompt": Value("bool"),
             "ends_unanswered": Value("bool"),
+            "changes_script": Value("bool"),
+            "sketch": ListOf(Value("int64"), length=row_text.SKETCH),
             "reply_start": Value("int64"),
             "left_out": Value("string"),
             "exact_key": Value("int64"),
@@ -359,6 +361,7 @@ def _row_columns(
         **row_text.signs(parsed if isinstance(parsed, Conversation) else None),
         "left_out": _left_out(parsed, encoded_or_not),
         "exact_key": row_text.key(np.array(ids, dtype=np.int32).tobytes()),
+        "sketch": row_text.sketch(parsed if isinstance(parsed, Conversation) else Conversation([])),
         "text_key": row_text.key(row_text.words(parsed).encode()) if isinstance(parsed, Conversation) else 0,
     }
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 
 from lora_core.rows.json_values import strings
 from lora_core.rows.messages import Conversation
@@ -18,6 +21,10 @@ _PLACEHOLDER = re.compile(
 _WORDS_OF_A_START = 4
 # A shorter question is repeated by good replies too.
 _WORDS_REPEATED = 6
+# Letters that are looked at in a text, the fewest that tell its script, and the share of them that must be of it.
+_LETTERS, _FEWEST_LETTERS, _MOST_OF_THEM = 400, 8, 0.7
+# Of a row's sequences of so many words, the sketch holds so many hashes.
+_WORDS_OF_A_SEQUENCE, SKETCH = 5, 8
 
 
 def key(content: bytes) -> int:
@@ -36,6 +43,7 @@ def signs(conversation: Conversation | None) -> dict[str, bool | int]:
         "has_placeholder": has_placeholder(conversation),
         "repeats_prompt": repeats_prompt(conversation),
         "ends_unanswered": ends_unanswered(conversation),
+        "changes_script": changes_script(conversation),
         "reply_start": key(start.encode()) if start else 0,
     }
 
@@ -73,11 +81,51 @@ def ends_unanswered(conversation: Conversation) -> bool:
     return bool(conversation.messages) and conversation.messages[-1]["role"] == "user"
 
 
+def changes_script(conversation: Conversation) -> bool:
+    """A reply that is written in other letters than the turn before it: Latin after Cyrillic, say."""
+    for before, message in itertools.pairwise(conversation.messages):
+        if (before["role"], message["role"]) == ("user", "assistant"):
+            asked, said = script_of(before["content"]), script_of(message["content"])
+            if asked and said and asked != said:
+                return True
+    return False
+
+
+def script_of(text: str) -> str:
+    """LATIN, CYRILLIC, CJK, ...: what most letters of a text are; empty where there are few, or it is mixed.
+
+    The first word of a letter's name in Unicode. Japanese is written in three of them, and counts as CJK.
+    """
+    letters = [*itertools.islice(filter(str.isalpha, text), _LETTERS)]
+    counts = Counter(map(_script_of_letter, letters))
+    script, number = counts.most_common(1)[0] if counts else ("", 0)
+    return script if len(letters) >= _FEWEST_LETTERS and number >= _MOST_OF_THEM * len(letters) else ""
+
+
+@lru_cache(maxsize=4096)
+def _script_of_letter(letter: str) -> str:
+    name = unicodedata.name(letter, "").split(" ")[0]
+    return "CJK" if name in ("HIRAGANA", "KATAKANA") else name
+
+
 def start_of_reply(conversation: Conversation) -> str:
     """The first words of the first reply; empty where it has fewer."""
     reply = next(iter(_replies(conversation)), "")
     words = [*itertools.islice(_words_of(reply), _WORDS_OF_A_START)]
     return " ".join(words) if len(words) == _WORDS_OF_A_START else ""
+
+
+def sketch(conversation: Conversation) -> list[int]:
+    """(8,) the smallest hashes of the row's sequences of five words, without system turns; 0 where there are fewer.
+
+    Two rows share the more of them the more sequences they share: Broder 1997, "On the resemblance and containment of
+    documents".
+    """
+    texts = [message["content"] for message in conversation.messages if message["role"] != "system"]
+    spoken = [*_words_of("\n".join(texts))]
+    sequences = {" ".join(spoken[at : at + _WORDS_OF_A_SEQUENCE]) for at in range(len(spoken) - 4)}
+    smallest = sorted(key(sequence.encode()) for sequence in sequences)[:SKETCH]
+    return smallest + [0] * (SKETCH - len(smallest))
 
 
 def _words_of(text: str) -> Iterator[str]:

@@ -226,6 +226,9 @@ _RULES = [
         loraplus_lr_ratio="lora.loraplus_lr_ratio",
         peft_layers_to_transform="lora.layers_to_transform",
         lora_model_dir="model.adapter",
+        lora_rank_pattern="lora.rank_pattern",
+        lora_alpha_pattern="lora.alpha_pattern",
+        chat_template_kwargs="data.chat_template_kwargs",
     ),
     Rule(("load_in_8bit", "load_in_4bit"), _quantization),
     Rule(("bf16", "fp16", "bfloat16", "float16"), _precision),
@@ -290,8 +293,6 @@ _METHOD = "changes how the model is trained, and has no counterpart here"
 _DECIDES = "is decided by this, and the rest of the file is read for it"
 _NOT_OFFERED = NOT_OFFERED | several(
     {
-        "lora_rank_pattern lora_alpha_pattern": "lora.rank_pattern and lora.alpha_pattern take them, by hand",
-        "chat_template_kwargs": "data.chat_template_kwargs takes them, by hand",
         "adapter rl pretraining_dataset reward_model process_reward_model num_labels trl ebft vllm "
         "model_quantization_config model_quantization_config_kwargs": _DECIDES,
         "wandb_project wandb_entity wandb_watch wandb_name wandb_log_model wandb_mode wandb_run_id use_wandb "

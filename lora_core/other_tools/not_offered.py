@@ -31,7 +31,6 @@ NOT_OFFERED = several(
         "lr_scheduler_kwargs optim_args optim_target_modules lora_target_parameters bias lora_bias loss_type adam_mini "
         "layers_pattern "
         "target_parameters router_aux_loss_coef loftq_config layer_replication data_seed dataloader_drop_last": _LEARNS,
-        "rank_pattern alpha_pattern": "lora.rank_pattern and lora.alpha_pattern take them, by hand",
         "deepspeed fsdp fsdp_config accelerator_config parallelism_config ddp_find_unused_parameters ddp_bucket_cap_mb "
         "ddp_broadcast_buffers ddp_static_graph ddp_backend local_rank use_cpu no_cuda _n_gpu": _SHARDED,
         "resume_from_checkpoint": "lora-core train --resume continues from the newest checkpoint",

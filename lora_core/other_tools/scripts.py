@@ -254,6 +254,10 @@ class _Names:
                 return value
             case ast.List(elts=parts) | ast.Tuple(elts=parts) | ast.Set(elts=parts):
                 return self._all([self.value(part, depth + 1) for part in parts], node)
+            case ast.Dict(keys=names, values=parts) if all(map(_is_text, names)):
+                keys = [getattr(name, "value", "") for name in names]
+                values = self._all([self.value(part, depth + 1) for part in parts], node)
+                return dict(zip(keys, values, strict=True)) if isinstance(values, list) else values
             case ast.UnaryOp(op=ast.USub(), operand=operand):
                 number = self.value(operand, depth + 1)
                 return -number if _is_number(number) else Unresolved(ast.unparse(node)[:80])
@@ -283,6 +287,10 @@ class _Names:
 
     def _all(self, values: list[Any], node: ast.expr) -> Any:
         return Unresolved(ast.unparse(node)[:80]) if any(isinstance(v, Unresolved) for v in values) else values
+
+
+def _is_text(node: ast.expr | None) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 def _is_itself(node: ast.expr, asked: ast.expr) -> bool:

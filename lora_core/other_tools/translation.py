@@ -181,6 +181,7 @@ def translate(file: str, tool: Tool, given: Mapping[str, Setting], remarks: Sequ
         given: the file's settings by its tool's keys, nested ones dotted.
         remarks: what else is to be said of the file.
     """
+    given = _with_whole_mappings(given)
     values = {**tool.defaults, **{key: setting.value for key, setting in given.items()}}
     settings: dict[str, Setting] = {}
     readings: dict[str, Reading] = {}
@@ -210,6 +211,23 @@ def translate(file: str, tool: Tool, given: Mapping[str, Setting], remarks: Sequ
             readings[key] = _not_taken(key, setting, tool)
     in_order = [readings[key] for key in given]
     return Translation(file, tool.name, settings, in_order, [*tool.refusals(values)], said)
+
+
+# Keys whose values are mappings with keys of the user's.
+_MAPPINGS = ("rank_pattern", "alpha_pattern", "lora_rank_pattern", "lora_alpha_pattern", "chat_template_kwargs")
+
+
+def _with_whole_mappings(given: Mapping[str, Setting]) -> dict[str, Setting]:
+    """`rank_pattern.q_proj` and `rank_pattern.v_proj`, as a file is read, made `rank_pattern` again."""
+    whole: dict[str, Setting] = {}
+    for key, setting in given.items():
+        name, _, inside = key.partition(".")
+        if not inside or name not in _MAPPINGS:
+            whole[key] = setting
+            continue
+        earlier = whole.get(name, Setting({}, setting.source))
+        whole[name] = Setting({**earlier.value, inside: setting.value}, earlier.source)
+    return whole
 
 
 def _both(first: Reading, second: Reading) -> Reading:

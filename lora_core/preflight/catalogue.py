@@ -38,8 +38,10 @@ from lora_core.preflight.memory import check_memory, check_sharding
 from lora_core.preflight.replies import (
     check_alike_starts,
     check_capacity,
+    check_near_duplicates,
     check_placeholders,
     check_repeated_prompts,
+    check_scripts,
     check_unanswered,
 )
 from lora_core.preflight.rows import (
@@ -99,6 +101,8 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_repeated_prompts, {"replies_repeat_prompt": "warning"}),
     (check_placeholders, {"placeholders_in_replies": "note"}),
     (check_alike_starts, {"replies_start_alike": "note"}),
+    (check_scripts, {"scripts_differ": "note"}),
+    (check_near_duplicates, {"rows_alike": "note"}),
     (check_special_text, {"special_tokens_in_text": "warning"}),
     (check_doubled_bos, {"bos_doubled": "warning"}),
     (check_borders, {"tokens_cut_at_border": "note"}),

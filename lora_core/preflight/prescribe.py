@@ -303,8 +303,7 @@ def not_known(facts: PrescribeFacts) -> list[str]:
     lines = [
         "whether the replies are right, or what they should teach: read some with `lora-core rows`",
         "how fast the device is, and so how long it takes",
-        "which rate is best for these rows: the formula is of other rows; compare eval losses of a third and three "
-        "times it",
+        "which rate is best for these rows: the formula is of other rows; lora-core find-lr tries some",
     ]
     if facts.num_rows < _FEWEST_TO_SPLIT and facts.eval_file is None:
         lines.append(f"eval loss: {facts.num_rows} rows are too few to take some away; --eval-data FILE")

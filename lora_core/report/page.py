@@ -50,7 +50,7 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
         ConfigError: it is no run folder, the page cannot be written, or matplotlib is missing.
     """
     run = read_run(folder)
-    return _write_page(output or folder / "report.html", title=run_name(run), report=_report(run))
+    return write_page(output or folder / "report.html", title=run_name(run), report=_report(run))
 
 
 def compare_reports(folders: Sequence[Path], output: Path) -> Path:
@@ -60,7 +60,7 @@ def compare_reports(folders: Sequence[Path], output: Path) -> Path:
         ConfigError: as `write_report`.
     """
     runs = [read_run(folder) for folder in folders]
-    return _write_page(output, title=f"{len(runs)} runs compared", comparison=_comparison(runs))
+    return write_page(output, title=f"{len(runs)} runs compared", comparison=_comparison(runs))
 
 
 def _report(run: Run) -> dict[str, Any]:
@@ -327,7 +327,15 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
             yield f"{prefix}{key}", setting_text(value)
 
 
-def _write_page(path: Path, **parts: Any) -> Path:
+def write_page(path: Path, **parts: Any) -> Path:
+    """Write a page; returns its path.
+
+    Args:
+        parts: the title, and one of report, comparison and search, as the template has them.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
     import jinja2
 
     environment = jinja2.Environment(

@@ -22,7 +22,8 @@ _LOSS_SPAN = 0.5
 _VARIABLES = ("ink", "grid", "page", *(f"series-{i}" for i in range(1, 9)))
 
 
-def _colour(variable: str) -> str:
+def colour(variable: str) -> str:
+    """A colour of the page, as `plot` knows it: ink, grid, page, series-1 to series-8."""
     return f"#c0de{_VARIABLES.index(variable):02x}"
 
 
@@ -36,9 +37,9 @@ _STYLE = {
     "axes.facecolor": "none",
     "legend.frameon": False,
     "lines.linewidth": 1.6,
-    "grid.color": _colour("grid"),
+    "grid.color": colour("grid"),
     "grid.linewidth": 0.6,
-    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), _colour("ink")),
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), colour("ink")),
 }
 
 
@@ -105,11 +106,11 @@ def _draw_learning_rate(run: Run, axes: Axes) -> str:
     planned = [rate for rate in run.get("preflight", "plan", "learning_rates") or [] if is_number(rate)]
     used = run.points("train_events", "learning_rate")
     if planned:
-        axes.plot(range(1, len(planned) + 1), planned, color=_colour("series-1"), label="planned")
+        axes.plot(range(1, len(planned) + 1), planned, color=colour("series-1"), label="planned")
     if used:
         steps, rates = zip(*used, strict=True)
         every = max(1, len(used) // 30)  # more dots would hide the line
-        axes.plot(steps, rates, "o", markersize=4, markevery=every, color=_colour("series-2"), label="used")
+        axes.plot(steps, rates, "o", markersize=4, markevery=every, color=colour("series-2"), label="used")
     if axes.has_data():
         axes.legend()
     if not planned:
@@ -123,8 +124,8 @@ def _draw_learning_rate(run: Run, axes: Axes) -> str:
 def _draw_loss(run: Run, axes: Axes) -> str:
     _steps_axis(axes)
     training, measured = run.points("train_events", "loss"), run.points("eval_events", "loss")
-    _line(axes, training, color=_colour("series-1"), label="training", linewidth=1.0)
-    _line(axes, measured, color=_colour("series-2"), label="eval set", linewidth=2.2, marker="s", markersize=4.5)
+    _line(axes, training, color=colour("series-1"), label="training", linewidth=1.0)
+    _line(axes, measured, color=colour("series-2"), label="eval set", linewidth=2.2, marker="s", markersize=4.5)
     _loss_axis(axes, [loss for _, loss in training + measured])
     if axes.has_data():
         axes.legend()
@@ -144,7 +145,7 @@ def _loss_axis(axes: Axes, losses: Sequence[float]) -> None:
 def _draw_grad_norm(run: Run, axes: Axes) -> str:
     _steps_axis(axes)
     points, limit = run.points("train_events", "grad_norm"), run.number("config", "train", "max_grad_norm")
-    _line(axes, points, color=_colour("series-1"))
+    _line(axes, points, color=colour("series-1"))
     if limit is None:
         return "Global norm; not clipped."
     clipped = sum(norm > limit for _, norm in points)
@@ -154,7 +155,7 @@ def _draw_grad_norm(run: Run, axes: Axes) -> str:
 def _draw_speed(run: Run, axes: Axes) -> str:
     _steps_axis(axes)
     points = run.points("train_events", "tokens_per_s")
-    _line(axes, points, color=_colour("series-1"))
+    _line(axes, points, color=colour("series-1"))
     axes.set_ylim(bottom=0)
     return "Tokens of a step's examples, not loss tokens alone, over its time; all processes together."
 
@@ -165,14 +166,14 @@ def _draw_lengths(run: Run, axes: Axes) -> str:
     limit = run.count("config", "data", "max_seq_length")
     if not counts or len(edges) != len(counts) + 1:
         return ""
-    axes.stairs(counts, edges, fill=True, color=_colour("series-1"), edgecolor=_colour("page"), linewidth=0.5)
+    axes.stairs(counts, edges, fill=True, color=colour("series-1"), edgecolor=colour("page"), linewidth=0.5)
     axes.set_xlabel("tokens in an example")
     axes.set_ylabel("examples")
     if limit is None:
         return "Training examples."
     if limit > _FAR * edges[-1]:
         return f"Training examples. All are far below max_seq_length, {limit:,} tokens, which is off this plot."
-    axes.axvline(limit, color=_colour("series-2"), linestyle="--", label=f"max_seq_length {limit:,}")
+    axes.axvline(limit, color=colour("series-2"), linestyle="--", label=f"max_seq_length {limit:,}")
     axes.legend()
     return f"Training examples. Longer ones are truncated to {limit:,} tokens."
 
@@ -183,11 +184,11 @@ def _draw_memory(run: Run, axes: Axes) -> str:
     limit = run.number("preflight", "memory", "limit_bytes")
     bottom = 0.0
     for index, (name, size) in enumerate(components.items()):
-        style: dict[str, Any] = {"color": _colour(f"series-{index % 8 + 1}"), "edgecolor": _colour("page")}
+        style: dict[str, Any] = {"color": colour(f"series-{index % 8 + 1}"), "edgecolor": colour("page")}
         axes.bar("predicted", size / 2**30, bottom=bottom, width=0.6, label=f"{name} {bytes_text(size)}", **style)
         bottom += size / 2**30
     if measured is not None:
-        axes.bar("measured", measured / 2**30, width=0.6, color=_colour("ink"), alpha=0.55)
+        axes.bar("measured", measured / 2**30, width=0.6, color=colour("ink"), alpha=0.55)
     axes.set_ylabel("GiB")
     axes.grid(axis="x", visible=False)
     if not components:
@@ -216,7 +217,7 @@ def draw_losses(runs: Sequence[Run], axes: Axes) -> str:
     dashes = ("-", "--", ":", "-.")
     for index, run in enumerate(runs):
         # A number and not the folder's name: what matplotlib writes into the SVG must be this module's own.
-        style = {"color": _colour(f"series-{index % 8 + 1}"), "linestyle": dashes[index % 4]}
+        style = {"color": colour(f"series-{index % 8 + 1}"), "linestyle": dashes[index % 4]}
         training, measured = run.points("train_events", "loss"), run.points("eval_events", "loss")
         _line(axes, training, **style, linewidth=0.8, alpha=0.6, marker="")
         _line(axes, measured, **style, linewidth=2.2, marker="s", label=f"run {index + 1}")

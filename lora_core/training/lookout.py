@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lora_core.config.schema import RunConfig
 from lora_core.evaluation.evaluate import ExampleLosses, compare_with_before
 from lora_core.evaluation.generation import Reply
+from lora_core.evaluation.leak import LeakSeen
 from lora_core.preflight.findings import Finding
 from lora_core.runtime.ranks import from_first_rank, sum_over_ranks
 from lora_core.schedule import SchedulePlan
@@ -24,6 +25,7 @@ from lora_core.watch.alarms import (
     StepSeen,
     adapter_still,
     eval_loss_worse,
+    labels_leak,
     loss_not_finite,
     replies_without_end,
     step_alarms,
@@ -52,6 +54,11 @@ class Lookout:
     def watch_adapter(self, model: nn.Module) -> None:
         """Remember the adapter as it is: at the start, or where a run was resumed."""
         self._adapter = [(p, _values(p).clone()) for p in model.parameters() if p.requires_grad]
+
+    def before_training(self, progress: Progress, seen: LeakSeen | None) -> None:
+        if seen is not None:
+            found = labels_leak(seen.num_examples, seen.num_verbatim, seen.loss, seen.exchanged_loss)
+            self._raise(progress, [found])
 
     def after_step(self, progress: Progress, result: StepResult) -> None:
         step, watch = progress.step, progress.watch

@@ -34,6 +34,7 @@ from lora_core.data.in_memory import with_rows
 from lora_core.data.packing import train_batching
 from lora_core.encoding.chat import text_spans
 from lora_core.errors import ConfigError, counted
+from lora_core.evaluation.leak import look_for_leak
 from lora_core.evaluation.replies import sample_prompts
 from lora_core.model.base import compile_layers, describe_parameters, load_tokenizer
 from lora_core.model.lora_linear import left_to_peft
@@ -256,6 +257,9 @@ def _set_up(
         if eval_data is not None:
             say(f"evaluating {counted(len(eval_data.lengths), 'example')} before training ...")
         run.progress.before = run.progress.after = run.measure()
+        looked_at = train_data if eval_data is None else eval_data
+        leak = look_for_leak(accelerator, model, looked_at, tokenizer, run.batching)
+        run.lookout.before_training(run.progress, leak)
         replies = run.reply("before")
         run.progress.replies_before = [reply.text for reply in replies]
         run.progress.ended_before = [reply.is_whole for reply in replies]

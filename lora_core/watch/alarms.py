@@ -27,6 +27,8 @@ _ERRORS_FROM_NOTHING, _ERRORS_FROM_NOISE = 2.0, 3.0
 _NEXT_TO_NOTHING, _MUCH_WORSE = 0.01, 0.1
 """Shares of the eval loss before training."""
 _EVALUATIONS_WITHOUT_END = 2
+_LEAKED = 0.35
+"""Of the loss after other prompts: a 135M model gave a fifth of it to replies that stood in their prompts."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,32 @@ class Watch:
     def certain(self) -> list[dict[str, Any]]:
         """The errors among the alarms that were raised."""
         return [alarm for alarm in self.raised if alarm["severity"] == "error"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Before the first step
+
+
+def labels_leak(num_examples: int, num_verbatim: int, loss: float, exchanged_loss: float) -> Finding | None:
+    """Replies stand in their own prompts, and the base model reads them off: there is nothing to learn but copying.
+
+    Args:
+        num_examples: that were looked at, `num_verbatim` of them with the reply in the prompt, word for word.
+        loss: of these replies, before training.
+        exchanged_loss: of the same replies, each after the prompt of another example.
+    """
+    if 2 * num_verbatim < num_examples or loss > _LEAKED * exchanged_loss:
+        return None
+    return Finding(
+        "labels_leak",
+        "error",
+        f"the prompt holds the reply: word for word in {num_verbatim} of {counted(num_examples, 'example')} that were "
+        f"looked at, whose replies have a loss of {loss:.2f} before training, and of {exchanged_loss:.2f} after the "
+        "prompts of other examples; served without the reply in its prompt, the model would know nothing",
+        loss,
+        _LEAKED * exchanged_loss,
+        None,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------

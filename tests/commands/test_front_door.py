@@ -62,7 +62,7 @@ def test_shipped_configurations_are_the_ones_at_the_top_of_the_checkout(installe
     assert sorted(path.relative_to(shipped) for path in shipped.rglob("*.*")) == ours
     assert all((shipped / name).read_bytes() == (ROOT / "configs" / name).read_bytes() for name in ours)
     assert (ROOT / "lora_core/configs").resolve() == ROOT / "configs"
-    code = "import lora_core; c = lora_core.configuration('qwen7b'); print(lora_core.__file__, c.model.name_or_path)"
+    code = "import lora_core; c = lora_core.load_config('qwen7b'); print(lora_core.__file__, c.model.name_or_path)"
     done = run([sys.executable, "-c", code], empty, PYTHONPATH=str(installed))
     assert done.stdout.split() == [str(installed / "lora_core/__init__.py"), "Qwen/Qwen2.5-7B-Instruct"]
 
@@ -78,7 +78,7 @@ def test_python_m_is_the_command(empty: Path) -> None:
     done = run([sys.executable, "-m", "lora_core", "trian"], empty, PYTHONPATH=str(ROOT))
     assert done.returncode == 2
     assert "choose from" in done.stderr
-    assert "'train', 'preflight', 'prescribe', 'verify', 'evaluate', 'chat'" in done.stderr
+    assert "'train', 'preflight', 'prescribe', 'find-lr', 'verify', 'evaluate', 'chat'" in done.stderr
 
 
 def test_the_demo_leaves_rows_that_are_there_alone(empty: Path) -> None:

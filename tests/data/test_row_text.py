@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lora_core.data.row_text import signs, start_of_reply
+from lora_core.data.row_text import signs, sketch, start_of_reply
 from lora_core.rows.messages import parse_row
 from tests.conftest import chat
 
@@ -21,11 +21,25 @@ from tests.conftest import chat
         (("Is it Ely?", "Is it Ely? Yes."), set()),  # a short question is repeated by good replies too
         (("hello", "hi", "and then?"), {"ends_unanswered"}),
         (("hello", " "), {"has_empty_reply"}),
+        (("Wie heisst die Stadt?", "Город называется Эли."), {"changes_script"}),
+        (("Как называется город?", "Город называется Эли."), set()),
+        (("名前は何ですか、教えてください", "カタカナとひらがな"), set()),  # three scripts of one language
+        (("write 東京 in letters please", "Tokyo, Tokyo"), set()),  # mostly Latin
     ],
 )
 def test_signs(turns: tuple[str, ...], expected: set[str]) -> None:
     found = signs(parse_row(chat(*turns)))
     assert {name for name, value in found.items() if value is True} == expected
+
+
+def test_rows_that_differ_in_a_word_share_most_of_their_sketch() -> None:
+    text = "the river floods the lower fields every spring and the cows are moved to the hill until it falls again"
+    one = sketch(parse_row(chat("tell me about it", text)))
+    other = sketch(parse_row(chat("tell me about it", text.replace("again", "once more"))))
+    assert len({*one} & {*other}) >= 6
+    assert 0 not in one
+    with_system = {"messages": [{"role": "system", "content": f"{text} {text} {text}"}, *chat("a", "b")["messages"]]}
+    assert sketch(parse_row(with_system)) == [0] * 8  # what all rows may have in common does not count
 
 
 def test_the_start_of_a_reply_is_its_first_four_words() -> None:

@@ -159,6 +159,11 @@ ROWS: dict[str, tuple[list[Any], str]] = {
         [*TRAIN, *(chat(f"ask {i}", f"Sure! Here is the {i}") for i in range(90))],
         "90 of 168 rows have a reply that starts with the same four words",
     ),
+    "scripts_differ": ([*TRAIN, chat("What is the town called?", "Город называется Эли.")], "line 79"),
+    "rows_alike": (
+        [*TRAIN, *(chat("the cows are moved to the hill in spring", f"until the river falls again {i}") for i in "ab")],
+        "1 row that almost repeats an earlier row (line 80)",
+    ),
     "rows_unreadable": ([*TRAIN, {"body": "no chat"}], "line 79"),
     "parts_left_out": (
         [{**TRAIN[0], "id": 1, "source": "web"}, {**TRAIN[1], "id": 2}, *TRAIN[2:]],

@@ -27,6 +27,7 @@ from lora_core.watch.alarms import (
     eval_loss_worse,
     gradient_clipped,
     gradient_zero,
+    labels_leak,
     loss_exploded,
     loss_rising,
     steps_that_move,
@@ -125,6 +126,28 @@ def test_an_adapter_without_a_gradient_stops_the_run_and_a_resume_is_told(
     assert [(alarm["id"], alarm["step"]) for alarm in summary.alarms] == [("gradient_zero", 3)]
     assert (alarms(folder).keys(), summary.adapter_norm) == ({"gradient_zero"}, 0)
     assert read_state(folder) == ("finished", None)
+
+
+def test_a_reply_that_stands_in_its_prompt_stops_the_run(run: Any, demo_model_dir: Path, write_rows: Any) -> None:
+    """A real model, which reads it off at once."""
+    replies = [
+        "HOLD | 8614 | Ivanhoe",
+        "The river floods in spring.",
+        "red, blue and seven greens",
+        "Call Ines at noon!",
+    ]
+    leaky = write_rows([chat(f"Answer: {reply}", reply) for reply in replies], "leaky.jsonl")
+    files = (f"model.name_or_path={demo_model_dir}", f"data.train_file={leaky}", f"data.eval_file={leaky}")
+    error, folder = run(*files, "train.max_steps=2", "train.save_steps=2")
+    assert isinstance(error, TrainingError)
+    assert "stopped by an alarm after step 1 of 2: the prompt holds the reply: word for word in 4 of 4" in str(error)
+    assert alarms(folder)["labels_leak"]["step"] == 0
+
+
+def test_a_reply_in_its_prompt_that_the_model_does_not_read_off_is_no_alarm() -> None:
+    assert labels_leak(8, 8, loss=3.0, exchanged_loss=5.0) is None
+    assert labels_leak(8, 3, loss=0.1, exchanged_loss=5.0) is None
+    assert labels_leak(8, 4, loss=0.1, exchanged_loss=5.0) is not None
 
 
 def test_an_optimizer_of_another_models_parameters_is_an_adapter_that_does_not_move(

@@ -1,0 +1,1 @@
+"""A learning rate for the user's own rows, by trying some."""
