@@ -35,6 +35,11 @@ def asked_processes() -> int | None:
     return None
 
 
+def num_machines(num_processes: int) -> int:
+    """That the launcher spread the processes over evenly; one, where it does not say how many are on each."""
+    return max(1, num_processes // int(os.environ.get("LOCAL_WORLD_SIZE", num_processes)))
+
+
 def _command_of_accelerate_launch(process: psutil.Process) -> list[str] | None:
     """The command line of a process that is an `accelerate launch`; None of another."""
     try:

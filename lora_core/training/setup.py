@@ -57,7 +57,7 @@ from lora_core.preflight.preflight import (
 from lora_core.runtime.console import Console
 from lora_core.runtime.devices import build_accelerator, build_scaler, look_around, seed_everything, with_precision
 from lora_core.runtime.faults import naming_lost_ranks
-from lora_core.runtime.launcher import check_restarts, end_with_launcher
+from lora_core.runtime.launcher import check_restarts, end_with_launcher, num_machines
 from lora_core.runtime.ranks import first_on_each_machine, from_first_rank, meet
 from lora_core.runtime.run_folder import (
     MetricsFile,
@@ -162,7 +162,8 @@ def _set_up(
         for note in eval_data.places.notes if config.data.eval_file is not None else ():
             say(f"       {note}")
     # What the main process sees decides for all: free memory and disk differ from moment to moment.
-    environment = from_first_rank(lambda: look_around(config, accelerator.num_processes))
+    num_processes = accelerator.num_processes
+    environment = from_first_rank(lambda: look_around(config, num_processes, num_machines=num_machines(num_processes)))
     if resume is not None or is_auto:  # the run that is there is the one to resume, or to start once more
         environment = replace(environment, output_dir_problem=None)
     config, rate = with_learning_rate(config, len(train_data.lengths), accelerator.num_processes)

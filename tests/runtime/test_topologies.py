@@ -14,7 +14,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from lora_core.configuration import load_config
 from lora_core.errors import ConfigError
 from lora_core.runtime.devices import build_accelerator
-from lora_core.runtime.launcher import check_restarts
+from lora_core.runtime.launcher import check_restarts, num_machines
 from lora_core.runtime.sharding import fsdp_plugin, loads_on_first_rank
 from tests.conftest import ROOT
 
@@ -129,3 +129,14 @@ def test_restarts_that_torchrun_cannot_make_are_refused_at_the_first_start(
             check_restarts()
     else:
         check_restarts()
+
+
+@pytest.mark.parametrize(("num_processes", "on_each", "machines"), [(8, "4", 2), (8, "8", 1), (8, None, 1), (1, "1", 1)])
+def test_machines_are_counted_by_the_processes_on_each(
+    num_processes: int, on_each: str | None, machines: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU's memory is shared by the processes on its machine alone."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if on_each is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", on_each)
+    assert num_machines(num_processes) == machines
