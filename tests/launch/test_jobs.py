@@ -132,7 +132,7 @@ def test_dstack_starts_torchrun_on_all_machines(tmp_path: Path) -> None:
     assert (launched.nnodes, launched.nproc_per_node, launched.rdzv_endpoint) == ("2", "8", "10.0.0.1:29500")
 
 
-@pytest.mark.parametrize(("code", "is_requeued"), [(0, False), (1, False), (2, False), (75, True)])
+@pytest.mark.parametrize(("code", "is_requeued"), [(0, False), (1, False), (2, False), (75, True), (138, True)])
 def test_slurm_requeues_what_a_signal_stopped_and_nothing_else(tmp_path: Path, code: int, is_requeued: bool) -> None:
     """The script under bash: `srun` is one that starts one of 8 processes, and `python` one that ends with a code."""
     commands = {

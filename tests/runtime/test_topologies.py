@@ -131,7 +131,9 @@ def test_restarts_that_torchrun_cannot_make_are_refused_at_the_first_start(
         check_restarts()
 
 
-@pytest.mark.parametrize(("num_processes", "on_each", "machines"), [(8, "4", 2), (8, "8", 1), (8, None, 1), (1, "1", 1)])
+@pytest.mark.parametrize(
+    ("num_processes", "on_each", "machines"), [(8, "4", 2), (8, "8", 1), (8, None, 1), (1, "1", 1)]
+)
 def test_machines_are_counted_by_the_processes_on_each(
     num_processes: int, on_each: str | None, machines: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
