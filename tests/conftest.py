@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_core.commands.command_line import quiet_libraries
 from lora_core.configuration import load_config
-from lora_core.runtime.devices import reuse_freed_memory
+from lora_core.model.heap import keep_freed_memory
 from lora_core.training.setup import train
 from tests.tiny import CHATML, ROOT, chat, make_model, make_tokenizer, save_tiny_model, write_jsonl
 
@@ -19,7 +19,7 @@ __all__ = ["CHATML", "DEMO_MODEL", "ROOT", "chat", "make_model", "make_tokenizer
 DEMO_MODEL = Path("~/.cache/lora_core/models/SmolLM2-135M-Instruct").expanduser()
 
 quiet_libraries()
-reuse_freed_memory()
+keep_freed_memory()
 
 
 @pytest.fixture(scope="session")

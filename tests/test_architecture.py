@@ -44,6 +44,7 @@ ORDER: dict[str, list[str]] = {
     ],
     "data": ["counts", "packing", "split", "cache", "row_text", "encoded", "in_memory"],
     "model": [
+        "heap",
         "attention",
         "decoder",
         "lora_linear",

@@ -26,7 +26,7 @@ from lora_core.schedule import SchedulePlan
 
 Sharding = Literal["ddp", "fsdp"]
 # What the C library's heap holds beyond what is alive, once freed blocks are kept for the next tensor
-# (`devices.reuse_freed_memory`): holes between live tensors, in part of the live bytes. Over the demo's 50 steps it was
+# (`heap.keep_freed_memory`): holes between live tensors, in part of the live bytes. Over the demo's 50 steps it was
 # 0.4, with checkpointing 0.6, with NF4 0.8.
 _HEAP_HOLES = 0.5
 # The CUDA context and the workspaces of its libraries, which no allocator counts. An assumption: 0.5 to 0.8 GiB is

@@ -22,6 +22,7 @@ from lora_core.model.attention import (
     segment_attention,
 )
 from lora_core.model.decoder import attention_for, decoder_layers, prepare_packing
+from lora_core.model.heap import give_back_freed_memory, keep_freed_memory
 from lora_core.model.lora_linear import mask_for, use_lean_lora
 from lora_core.model.lora_settings import peft_settings, targets_of
 from lora_core.model.targets import add_dropout
@@ -165,10 +166,10 @@ def base_on_meta(config: ModelConfig, model_config: Any, attention: str) -> PreT
 
 @contextmanager
 def _one_tensor_at_a_time(device: torch.device) -> Iterator[None]:
-    """On a CPU, load weights in one thread, with the garbage collector off.
+    """On a CPU, load weights in one thread, with the garbage collector off; keep what is freed only after that.
 
-    What threads convert ahead of time, or what a collection moves about in between, leaves holes in the heap, which
-    keeps what is freed (`devices.reuse_freed_memory`): 150 to 260 MiB of the demo model, for the whole run.
+    What threads convert ahead of time, or what a collection moves about in between, leaves holes in the heap: 150 to
+    260 MiB of the demo model, for the whole run.
     """
     if device.type != "cpu":
         yield
@@ -177,9 +178,11 @@ def _one_tensor_at_a_time(device: torch.device) -> Iterator[None]:
     before, was_enabled = os.environ.get(name), gc.isenabled()
     os.environ[name] = "1"
     gc.disable()
+    give_back_freed_memory()
     try:
         yield
     finally:
+        keep_freed_memory()
         if was_enabled:
             gc.enable()
         if before is None:

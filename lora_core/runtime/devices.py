@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import shutil
@@ -70,8 +69,6 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     if not torch.accelerator.is_available():
         use_all_cores()
         bound_shape_caches()
-        if platform.system() == "Linux":
-            reuse_freed_memory()
     if torch.cuda.is_available():
         # It makes a plan for each new length, and packed examples are all of another: 0.1 s an example on an H100.
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -139,20 +136,6 @@ def use_all_cores() -> None:
     torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def reuse_freed_memory() -> None:
-    """Tell glibc to keep freed blocks for the next tensor; otherwise each step unmaps and faults them in again.
-
-    About a third of a step's time on a CPU. The same as MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1
-    MALLOC_TOP_PAD_=268435456 in the environment. Does nothing with another C library.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # from malloc.h
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, -1)
-        mallopt(m_top_pad, 256 * 2**20)
-
-
 def bound_shape_caches() -> None:
     """Keep oneDNN's compiled kernels for 128 shapes in place of 1,024. Holds for a process that has not multiplied yet.
 
@@ -176,7 +159,7 @@ class DeviceMemory:
     process_bytes: int = 0
     """On a CPU: what this process holds already (Python, the libraries), which counts against the limit."""
     keeps_freed_memory: bool = False
-    """`reuse_freed_memory` applies."""
+    """`heap.keep_freed_memory` applies."""
 
 
 @dataclass(frozen=True)
