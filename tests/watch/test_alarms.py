@@ -98,7 +98,7 @@ def setup_module() -> Any:
 
 
 def test_an_adapter_without_a_gradient_stops_the_run_and_a_resume_is_told(
-    run: Any, setup_module: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def with_both_zero(*arguments: Any) -> Any:
         adapted = add_adapter(*arguments)
@@ -107,7 +107,7 @@ def test_an_adapter_without_a_gradient_stops_the_run_and_a_resume_is_told(
                 torch.nn.init.zeros_(parameter)
         return adapted
 
-    monkeypatch.setattr(setup_module, "add_adapter", with_both_zero)
+    monkeypatch.setattr("lora_core.training.build.add_adapter", with_both_zero)
     error, folder = run()
     assert isinstance(error, TrainingError)
     assert "stopped by an alarm after step 3 of 30: the gradient is exactly 0 in 3 steps in a row" in str(error)
