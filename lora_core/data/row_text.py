@@ -6,9 +6,12 @@ import hashlib
 import itertools
 import re
 import unicodedata
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
+
+import numpy as np
 
 from lora_core.rows.json_values import strings
 from lora_core.rows.messages import Conversation
@@ -25,6 +28,8 @@ _WORDS_REPEATED = 6
 _LETTERS, _FEWEST_LETTERS, _MOST_OF_THEM = 400, 8, 0.7
 # Of a row's sequences of so many words, the sketch holds so many hashes.
 _WORDS_OF_A_SEQUENCE, SKETCH = 5, 8
+_ODD = np.uint64(0x9E3779B97F4A7C15)
+"""2^64 divided by the golden ratio, as in Fibonacci hashing (Knuth, The Art of Computer Programming 3, 6.4)."""
 
 
 def key(content: bytes) -> int:
@@ -96,7 +101,7 @@ def script_of(text: str) -> str:
 
     The first word of a letter's name in Unicode. Japanese is written in three of them, and counts as CJK.
     """
-    letters = [*itertools.islice(filter(str.isalpha, text), _LETTERS)]
+    letters = [*itertools.islice(filter(str.isalpha, text), _FEWEST_LETTERS if text.isascii() else _LETTERS)]
     counts = Counter(map(_script_of_letter, letters))
     script, number = counts.most_common(1)[0] if counts else ("", 0)
     return script if len(letters) >= _FEWEST_LETTERS and number >= _MOST_OF_THEM * len(letters) else ""
@@ -122,10 +127,17 @@ def sketch(conversation: Conversation) -> list[int]:
     documents".
     """
     texts = [message["content"] for message in conversation.messages if message["role"] != "system"]
-    spoken = [*_words_of("\n".join(texts))]
-    sequences = {" ".join(spoken[at : at + _WORDS_OF_A_SEQUENCE]) for at in range(len(spoken) - 4)}
-    smallest = sorted(key(sequence.encode()) for sequence in sequences)[:SKETCH]
-    return smallest + [0] * (SKETCH - len(smallest))
+    spoken = _WORD.findall("\n".join(texts).casefold())
+    words = np.array([zlib.crc32(word.encode()) for word in spoken], dtype=np.uint64)
+    if len(words) < _WORDS_OF_A_SEQUENCE:
+        return [0] * SKETCH
+    # A polynomial in the words of each sequence, modulo 2^64, and its bits spread by a last product.
+    hashes = np.zeros(len(words) - _WORDS_OF_A_SEQUENCE + 1, dtype=np.uint64)
+    for place in range(_WORDS_OF_A_SEQUENCE):
+        hashes = hashes * _ODD + words[place : place + len(hashes)]
+    hashes ^= hashes >> np.uint64(32)
+    smallest = np.unique((hashes * _ODD).view(np.int64))[:SKETCH]
+    return [*smallest.tolist(), *[0] * (SKETCH - len(smallest))]
 
 
 def _words_of(text: str) -> Iterator[str]:

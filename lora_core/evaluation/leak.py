@@ -79,13 +79,18 @@ def _last_reply(ids: Sequence[int], mask: Sequence[bool]) -> _Example:
 
 
 def _exchanged(examples: Sequence[_Example]) -> list[_Example]:
-    """Each reply after the prompt of the next example with another reply; empty where all replies are the same."""
+    """Each reply after the prompt of the next example with another reply; empty where all replies are the same.
+
+    Of a long prompt the end, so that none is longer than the longest example, which the model takes.
+    """
     pairs = []
+    longest = max((len(each.prompt) + len(each.reply) for each in examples), default=0)
     for index, example in enumerate(examples):
         others = [*examples[index + 1 :], *examples[:index]]
         other = next((each for each in others if each.reply != example.reply), None)
         if other is not None:
-            pairs.append(_Example(other.prompt, example.reply))
+            room = longest - len(example.reply)
+            pairs.append(_Example(other.prompt[max(0, len(other.prompt) - room) :], example.reply))
     return pairs
 
 

@@ -13,6 +13,7 @@ from lora_core.errors import ConfigError, DataError, counted
 from lora_core.evaluation.generation import Reply, encode_prompt, generate_replies, generate_reply, longest_context
 from lora_core.inference.opened import LoadedModel
 from lora_core.rows.messages import Conversation, Message
+from lora_core.runtime.faults import is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,26 @@ def prompt_of(loaded: LoadedModel, asked: Conversation, asking: Asking) -> Promp
 
 
 def answer_prompts(loaded: LoadedModel, prompts: Sequence[Prompt], asking: Asking) -> list[Reply]:
-    """Their replies, those that may be equally long at once. For a model that `takes_padding`, or a single prompt."""
+    """Their replies, those that may be equally long at once. For a model that `takes_padding`, or a single prompt.
+
+    Raises:
+        ConfigError: so many at once do not fit into the device's memory, or there is no adapter to leave out.
+    """
     replies: dict[int, Reply] = {}
     for limit in {prompt.max_new_tokens for prompt in prompts}:
         places = [place for place, prompt in enumerate(prompts) if prompt.max_new_tokens == limit]
         ids = [prompts[place].ids for place in places]
-        with _as_asked(loaded, asking):
-            given = generate_replies(loaded.model, loaded.tokenizer, ids, limit, asking.temperature)
+        try:
+            with _as_asked(loaded, asking):
+                given = generate_replies(loaded.model, loaded.tokenizer, ids, limit, asking.temperature)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            fix = f"train.per_device_eval_batch_size={len(ids) // 2}" if len(ids) > 1 else "model.quantization=nf4"
+            replies_at_once = f"{counted(len(ids), 'reply', 'replies')} at once of up to {counted(limit, 'token')} each"
+            raise ConfigError(
+                f"{loaded.accelerator.device} has no memory left for {replies_at_once}; fix: {fix}"
+            ) from error
         replies |= zip(places, given, strict=True)
     return [replies[place] for place in range(len(prompts))]
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from lora_core.errors import ChatTemplateError, ConfigError, DataError
-from lora_core.inference.chat import Asking, Chat, answer
+from lora_core.inference.chat import Asking, Chat, answer, answer_prompts, prompt_of
 from lora_core.inference.opened import LoadedModel, load_opened, open_base, open_model
 from lora_core.rows.messages import Conversation
 
@@ -85,3 +86,15 @@ def test_a_model_alone_has_no_adapter_to_leave_out(loaded: LoadedModel) -> None:
     alone = load_opened(open_base(loaded.opened.config))
     with pytest.raises(ConfigError, match="is a model without an adapter; fix: "):
         answer(alone, Conversation([{"role": "user", "content": "red"}]), replace(GREEDY, without_adapter=True))
+
+
+def test_so_many_replies_that_memory_runs_out_are_refused_with_fewer(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("lora_core.inference.chat.generate_replies", run_out)
+    prompts = [prompt_of(loaded, Conversation([{"role": "user", "content": "red"}]), GREEDY)] * 8
+    with pytest.raises(ConfigError, match=r"cpu has no memory left for 8 replies at once .*eval_batch_size=4"):
+        answer_prompts(loaded, prompts, GREEDY)
