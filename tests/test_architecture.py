@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -176,6 +177,11 @@ def test_no_folder_has_the_name_of_a_public_function() -> None:
 
 def run_python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_contributors_are_told_every_folder_in_order() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)/` \|", text, re.MULTILINE) == [room for room, modules in ORDER.items() if modules]
 
 
 def test_importing_the_package_and_its_light_modules_pulls_in_no_torch() -> None:
