@@ -76,7 +76,7 @@ TRIPS = {
     "attention_unknown": ("error", ["model.attn_implementation=flash"], "model.attn_implementation=sdpa"),
     "attention_missing": ("error", ["model.attn_implementation=flash_attention_3"], "model.attn_implementation=sdpa"),
     "alpha_unusual": ("warning", ["lora.alpha=80"], "lora.alpha=32"),
-    "learning_rate_unusual": ("warning", ["train.learning_rate=5e-3"], "train.learning_rate=0.0005"),
+    "learning_rate_unusual": ("warning", ["train.learning_rate=5e-3"], "train.learning_rate=0.00075"),
     "rows_truncated": ("warning", ["data.max_seq_length=24"], "data.max_seq_length=26"),
     "learning_rate_differs": ("note", ["train.learning_rate=5e-5"], None),
     "no_held_out_rows": ("note", ["data.eval_file=null"], "data.eval_fraction=0.1"),

@@ -71,7 +71,7 @@ def test_the_first_case_of_this_project_gets_its_remedy() -> None:
     for name in ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "warmup_ratio"):
         assert getattr(config.train, name) == getattr(shipped.train, name)
     assert config.data.max_seq_length == shipped.data.max_seq_length
-    assert (config.train.learning_rate, config.data.eval_fraction) == (5e-4, 0.1)  # where it differs
+    assert (config.train.learning_rate, config.data.eval_fraction) == (7.5e-4, 0.1)  # where it differs
 
 
 @pytest.mark.parametrize(
