@@ -47,6 +47,8 @@ ORDER: dict[str, list[str]] = {
     "model": [
         "heap",
         "attention",
+        "language_part",
+        "packing_check",
         "decoder",
         "lora_linear",
         "targets",

@@ -15,6 +15,7 @@ from lora_core.config.schema import RunConfig
 from lora_core.data.counts import RowCounts
 from lora_core.errors import ConfigError
 from lora_core.model.base import load_base_model
+from lora_core.model.language_part import towers_may_be_out
 from lora_core.model.lora_linear import use_lean_lora
 from lora_core.preflight.model_facts import with_packing
 from lora_core.runtime.devices import with_precision
@@ -51,7 +52,7 @@ def adapter_on(base: nn.Module, adapter_dir: str | Path, is_trainable: bool = Fa
     """
     import peft
 
-    with warnings.catch_warnings():
+    with towers_may_be_out():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
             model: PeftModel = peft.PeftModel.from_pretrained(base, str(adapter_dir), is_trainable=is_trainable)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_core.config.schema import RunConfig
 from lora_core.errors import ConfigError
-from lora_core.model.attention import segment_attention, takes_short_segments
+from lora_core.model.attention import segment_attention, takes_short_segments, use_attention
 from lora_core.model.base import (
     add_adapter,
     base_on_meta,
@@ -92,7 +92,7 @@ def model_without_storage(config: RunConfig, device_kind: str, packed: bool, num
         base.requires_grad_(False)
         if packed:
             AttentionInterface.register(_SIMULATED, _segments if device_kind == "cpu" else _fused_attention)
-            base.set_attn_implementation(_SIMULATED)
+            use_attention(base, _SIMULATED)
         # Whatever A and B begin with: there are no weights here to take it from.
         lora = config.lora.model_copy(update={"init_lora_weights": True})
         model: PeftModel = add_adapter(base, lora, config.train.seed, config.train.gradient_checkpointing)

@@ -19,10 +19,18 @@ from lora_core.encoding.named_templates import set_template
 from lora_core.errors import ConfigError, counted
 from lora_core.model.attention import (
     SEGMENT_ATTENTION,
+    attention_of_text,
     segment_attention,
 )
 from lora_core.model.decoder import attention_for, decoder_layers, prepare_packing
 from lora_core.model.heap import give_back_freed_memory, keep_freed_memory
+from lora_core.model.language_part import (
+    as_whole_class,
+    from_config,
+    model_class,
+    towers_may_be_out,
+    without_text,
+)
 from lora_core.model.lora_linear import mask_for, use_lean_lora
 from lora_core.model.lora_settings import peft_settings, targets_of
 from lora_core.model.targets import add_dropout
@@ -125,16 +133,15 @@ def load_base_model(config: ModelConfig, device: torch.device, packing: bool = F
 
 
 def _read_base_model(config: ModelConfig, device: torch.device, attention: str) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
     name = resolve_name(config)
+    model_config = load_model_config(config)
     try:
         with _one_tensor_at_a_time(device):
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model: PreTrainedModel = model_class(model_config).from_pretrained(
                 name,
                 revision=config.revision,
                 dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
-                attn_implementation=attention,
+                attn_implementation=attention_of_text(model_config, attention),
                 quantization_config=quantization_config(config),
                 device_map={"": device},
                 use_safetensors=True,
@@ -142,7 +149,7 @@ def _read_base_model(config: ModelConfig, device: torch.device, attention: str) 
             )
     except (OSError, ValueError, ImportError) as error:
         raise cannot_load("model", name, error) from error
-    return model
+    return as_whole_class(model)
 
 
 def base_on_meta(config: ModelConfig, model_config: Any, attention: str) -> PreTrainedModel:
@@ -151,17 +158,12 @@ def base_on_meta(config: ModelConfig, model_config: Any, attention: str) -> PreT
     Raises:
         ConfigError: transformers has no causal language model of this family, or it cannot be built.
     """
-    from transformers import AutoModelForCausalLM
-
     dtype = model_config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                copy.deepcopy(model_config), dtype=dtype, attn_implementation=attention
-            )
+            return from_config(copy.deepcopy(model_config), dtype, attention)
     except Exception as error:  # each family checks its config in its own way
         raise cannot_load("model", config.name_or_path, error) from error
-    return model
 
 
 @contextmanager
@@ -292,8 +294,10 @@ def add_adapter(
     targets = targets_of(base, config)
     torch.manual_seed(seed)
     tied = bool(getattr(base.config.get_text_config(), "tie_word_embeddings", False))
+    settings = peft_settings(config, tied, targets, without_text(base))
     try:
-        model: PeftModel = peft.get_peft_model(base, peft_settings(config, tied, targets), autocast_adapter_dtype=True)
+        with towers_may_be_out():
+            model: PeftModel = peft.get_peft_model(base, settings, autocast_adapter_dtype=True)
     except ValueError as error:  # PEFT finds that no module is left, or a combination that it does not have
         raise ConfigError(f"lora: {str(error).splitlines()[0]}; fix: see `lora` in docs/keys.md") from error
     for parameter in model.parameters():  # modules that are trained whole come in the base's type

@@ -19,10 +19,12 @@ from lora_core.errors import ConfigError
 from lora_core.model.attention import (
     SEGMENT_ATTENTION,
     causal_lm_of,
-    check_packing,
     decoder_of,
+    use_attention,
     use_segment_attention,
 )
+from lora_core.model.language_part import has_sdpa
+from lora_core.model.packing_check import check_packing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,11 +45,15 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     Raises:
         ConfigError: it has no list of layers.
     """
-    lists = [module for module in decoder_of(model).modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        name = type(causal_lm_of(model)).__name__
+    causal_lm = causal_lm_of(model)
+    named = [(name, part) for name, part in decoder_of(model).named_modules() if isinstance(part, nn.ModuleList)]
+    if not named:
+        name = type(causal_lm).__name__
         raise ConfigError(f"{name}: no list of decoder layers is found in it; fix: another model.name_or_path")
-    return max(lists, key=len)  # the first of the longest
+    number = getattr(causal_lm.config.get_text_config(), "num_hidden_layers", None)
+    # A tower inside the decoder, as Phi-4-multimodal's, may have more layers.
+    outer = sorted((name.count("."), at) for at, (name, part) in enumerate(named) if len(part) == number)
+    return named[outer[0][1]][1] if outer else max((part for _, part in named), key=len)
 
 
 def why_not_packed(model: nn.Module) -> str | None:
@@ -91,12 +97,12 @@ def why_not_segments(model: nn.Module) -> str | None:
     before, was_training = causal_lm.config._attn_implementation, model.training
     model.eval()
     try:
-        causal_lm.set_attn_implementation(_PROBE)
+        use_attention(causal_lm, _PROBE)
         _run(causal_lm)
     except _DoesNotRun as error:
         return f"its decoder does not run with it ({error})"
     finally:
-        causal_lm.set_attn_implementation(before)
+        use_attention(causal_lm, before)
         model.train(was_training)
     if len(calls) < len(decoder_layers(causal_lm)):
         return "not all of its layers take their attention from transformers' interface"
@@ -189,13 +195,7 @@ def _taking_notes(text_config: Any, kinds: list[str], calls: list[str | None]) -
 
 def attention_for(model_config: Any, asked: str) -> str:
     """The attention that a family runs with: what was asked for, but `eager` where it has no SDPA, as GPT-OSS."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model_class: Any = AutoModelForCausalLM._model_mapping[type(model_config)]
-    except KeyError:  # from_pretrained says which there are
-        return asked
-    return "eager" if asked == "sdpa" and not model_class._supports_sdpa else asked
+    return "eager" if asked == "sdpa" and not has_sdpa(model_config) else asked
 
 
 def prepare_packing(model: PreTrainedModel) -> None:
@@ -228,8 +228,8 @@ def padding_masked(model: Any) -> Iterator[None]:
     causal_lm = causal_lm_of(model)
     before = causal_lm.config._attn_implementation
     if before == SEGMENT_ATTENTION:
-        causal_lm.set_attn_implementation("sdpa")
+        use_attention(causal_lm, "sdpa")
     try:
         yield
     finally:
-        causal_lm.set_attn_implementation(before)
+        use_attention(causal_lm, before)

@@ -10,19 +10,23 @@ from torch import nn
 
 from lora_core.config.schema import LoraConfig
 from lora_core.errors import ConfigError
+from lora_core.model.language_part import without_text
 from lora_core.model.targets import Targets, find_targets
 
 if TYPE_CHECKING:
     import peft
 
 
-def peft_settings(lora: LoraConfig, model_is_tied: bool = False, targets: Targets | None = None) -> peft.LoraConfig:
+def peft_settings(
+    lora: LoraConfig, model_is_tied: bool = False, targets: Targets | None = None, without: str | None = None
+) -> peft.LoraConfig:
     """PEFT's own configuration of the adapter.
 
     Args:
         model_is_tied: output head and embedding are one matrix; what is trained of one is then trained of both.
         targets: what `lora.target_modules` comes to on the model; PEFT has no dropout for experts, so that the file of
             an adapter on experts says 0.
+        without: a regular expression over names of modules that get no adapter, beside `lora.exclude_modules`.
     """
     import peft
 
@@ -33,7 +37,7 @@ def peft_settings(lora: LoraConfig, model_is_tied: bool = False, targets: Target
         lora_dropout=0.0 if targets is not None and targets.parameters else lora.dropout,
         target_modules=lora.target_modules if targets is None else targets.modules,
         target_parameters=targets.parameters or None if targets is not None else None,
-        exclude_modules=lora.exclude_modules,
+        exclude_modules=_both(lora.exclude_modules, without),
         layers_to_transform=lora.layers_to_transform,
         modules_to_save=[*lora.modules_to_save] or None,  # PEFT puts the name of a tied embedding into this list
         trainable_token_indices=lora.trainable_token_indices,
@@ -47,12 +51,21 @@ def peft_settings(lora: LoraConfig, model_is_tied: bool = False, targets: Target
     )
 
 
+def _both(excluded: list[str] | str | None, without: str | None) -> list[str] | str | None:
+    if not excluded or without is None:
+        return excluded or without
+    names = "|".join(rf"(.*\.)?{re.escape(name)}" for name in excluded) if isinstance(excluded, list) else excluded
+    return f"{names}|{without}"
+
+
 def targeted_names(model: nn.Module, lora: LoraConfig) -> list[str]:
     """Dotted names of the modules that get an adapter, by PEFT's own rules."""
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 
     targets = find_targets(model) if lora.target_modules == "auto" else None
-    settings = _maybe_include_all_linear_layers(peft_settings(lora, targets=targets), model)
+    settings = _maybe_include_all_linear_layers(
+        peft_settings(lora, targets=targets, without=without_text(model)), model
+    )
     # A module that is excluded gives an object that counts as true.
     names = [name for name, _ in model.named_modules() if name]
     found = ((name, check_target_module_exists(settings, name)) for name in names)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lora_core.config.schema import TrainConfig
 from lora_core.errors import TrainingError
-from lora_core.model.attention import causal_lm_of, check_packing, decoder_of
+from lora_core.model.attention import causal_lm_of, decoder_of
+from lora_core.model.packing_check import check_packing
 
 
 def logits_per_chunk(device_kind: str) -> int:
@@ -252,7 +253,7 @@ def project(model: nn.Module, hidden: Tensor) -> Tensor:
     """Hidden states (N, H) -> logits (N, vocabulary), with the scaling that some families apply to logits."""
     causal_lm = causal_lm_of(model)
     logits: Tensor = causal_lm.get_output_embeddings()(hidden)
-    config = causal_lm.config
+    config = causal_lm.config.get_text_config()
     if scale := getattr(config, "logit_scale", None):  # Cohere multiplies
         logits = logits * scale
     if scaling := getattr(config, "logits_scaling", None):  # Granite divides

@@ -16,9 +16,10 @@ from lora_core.data.encoded import pad_id
 from lora_core.data.packing import Batching, RowIndices
 from lora_core.memory.micro_batch import MicroBatch
 from lora_core.memory.plan import predict_memory
-from lora_core.model.attention import check_packing, use_segment_attention
+from lora_core.model.attention import use_segment_attention
 from lora_core.model.base import add_adapter, load_base_model
 from lora_core.model.loss import CausalLMLoss
+from lora_core.model.packing_check import check_packing
 from lora_core.runtime.devices import build_accelerator, device_memory
 from lora_core.training.step import train_step
 from lora_core.verification.table import Check

@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+)
 
 MOST_PARAMETERS = 10**7
 WIDTH, HEADS, HEAD = 32, 4, 8
@@ -47,14 +50,20 @@ SIZES: dict[str, Any] = {
     "mamba_expand": 2,
     **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 16),
     "rotary_dim": 4,
+    # Of towers.
+    **dict.fromkeys(("out_hidden_size", "vision_output_dim", "projector_input_dim", "projector_output_dim"), WIDTH),
+    **dict.fromkeys(("depth", "num_global_layers"), 2),
+    "base_channels": 32,
     "vocab_size_per_layer_input": None,  # the vocabulary's
     "laurel_rank": 8,
     **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 1),
 }
 DROPOUTS = ("dropout", "dropout_p", "resid_pdrop", "embd_pdrop", "attn_pdrop", "activation_dropout", "emb_pdrop")
 LINEAR_AND_FULL = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 # What sizes alone do not make small, or what a family wants beside them.
 MORE: dict[str, dict[str, Any]] = {
+    "emu3": {"vocabulary_map": {"<image>": 2, "<|extra_200|>": 3}},
     "falcon": {"new_decoder_architecture": False},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
     "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]},
@@ -63,6 +72,7 @@ MORE: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     **{name: {"layer_types": ["linear_attention", "full_attention"]} for name in LINEAR_AND_FULL},
+    **{name: {"rope_parameters": MROPE} for name in ("qwen2_vl_text", "qwen2_5_vl_text")},
     "zamba": {"layer_types": ["mamba", "hybrid"]},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
@@ -95,9 +105,10 @@ def _small(config_class: Any, vocab_size: int, more: dict[str, Any]) -> Any:
         given["is_decoder"] = True
     if "kv_lora_rank" in named and "num_key_value_heads" in named:
         given["num_key_value_heads"] = HEADS  # all heads share what is compressed
-    for name, part in config_class.sub_configs.items():
-        if part is not AutoConfig:
-            given[name] = _small(part, vocab_size, {})
+    for name in config_class.sub_configs:
+        part = getattr(config_class(), name)  # as it is by default, where any family's would do
+        if part is not None:
+            given[name] = _small(type(part), vocab_size, MORE.get(part.model_type, {}))
     return config_class(**given | more)
 
 
@@ -108,10 +119,12 @@ def tiny_model(family: str, vocab_size: int, seed: int = 0) -> Any:
         ValueError: it did not get small; nothing was made.
     """
     config = tiny_config(family, vocab_size)
+    model_class = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(config), None)  # that sees or hears, with its towers
+    build = AutoModelForCausalLM.from_config if model_class is None else model_class._from_config
     with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        whole = build(copy.deepcopy(config))
     number = sum(parameter.numel() for parameter in whole.parameters())
     if number > MOST_PARAMETERS:
         raise ValueError("its parts do not get small by the names of sizes")
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return build(config, dtype=torch.float32)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from lora_core.checkpoints.adapter_folder import adapter_on
 from lora_core.config.schema import RunConfig
@@ -21,7 +21,7 @@ from lora_core.data.packing import collate, collate_packed
 from lora_core.errors import LoraCoreError
 from lora_core.memory.micro_batch import MicroBatch
 from lora_core.memory.plan import predict_memory
-from lora_core.model.attention import SEGMENT_ATTENTION
+from lora_core.model.attention import SEGMENT_ATTENTION, use_attention
 from lora_core.model.base import add_adapter, load_base_model, load_model_config
 from lora_core.model.decoder import attention_for
 from lora_core.model.loss import CausalLMLoss, check_head
@@ -85,7 +85,7 @@ def _train(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     batches = ({"packed": collate_packed(batch_rows)} if packs else {}) | {"padded": collate(batch_rows, 0)}
     for name, batch in batches.items():
         if name == "padded" and base.config._attn_implementation == SEGMENT_ATTENTION:
-            base.set_attn_implementation("sdpa")
+            use_attention(base, "sdpa")
         got = _ours(loss, batch)
         result[name] = _difference(got, wanted)
         result.setdefault("loss", wanted["loss"].item())
@@ -110,16 +110,24 @@ def _ours(loss: CausalLMLoss, batch: dict[str, Any]) -> dict[str, Tensor]:
 def _plain(folder: Path, adapter: Path, rows: list[list[int]], config: RunConfig) -> dict[str, Tensor]:
     """Summed loss and gradients of the rows, one at a time, by transformers and PEFT alone: the adapter reloaded."""
     attention = attention_for(load_model_config(config.model), "sdpa")
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
+    base = plain_class(folder).from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
     model = adapter_on(base, adapter, is_trainable=True).train()
+    # transformers 5.24: Llama 4's whole forward reads outputs that it only has with images.
+    inner = getattr(model.get_base_model(), "language_model", None)
+    forward = inner if hasattr(inner, "lm_head") else model
     total = torch.zeros(())
     for row in rows:
         ids = torch.tensor([row])
-        logits = model(input_ids=ids, use_cache=False).logits[0, 1:-1].float()
+        logits = forward(input_ids=ids, use_cache=False).logits[0, 1:-1].float()
         loss = torch.nn.functional.cross_entropy(logits, ids[0, 2:], reduction="sum")
         loss.backward()
         total += loss.detach()
     return {"loss": total} | _gradients(model)
+
+
+def plain_class(folder: Path) -> Any:
+    """The class that a user loads a checkpoint by: the one that it names."""
+    return getattr(transformers, AutoConfig.from_pretrained(folder).architectures[0])
 
 
 def _gradients(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -31,6 +31,9 @@ EXPECTED: dict[str, tuple[str, list[str], list[str]]] = {
     "qwen3_next": ("padded", [*SEVEN, "in_proj_qkvz", "in_proj_ba"], EXPERTS),
     "lfm2": ("padded", [*SEVEN[:3], "in_proj", "out_proj", "w1", "w2", "w3"], []),
     "stablelm": ("padded", SEVEN, []),
+    # With towers: audio that has no SDPA; layers that attend to images.
+    "gemma4": ("packed", [*SEVEN, "per_layer_input_gate", "per_layer_projection"], []),
+    "mllama": ("packed", SEVEN, []),
 }
 
 

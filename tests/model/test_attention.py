@@ -12,8 +12,9 @@ from transformers import AttentionInterface, Lfm2Config, Lfm2ForCausalLM
 from lora_core.data.packing import collate, collate_packed
 from lora_core.errors import ConfigError
 from lora_core.model import attention
-from lora_core.model.attention import check_packing, segment_attention, use_segment_attention
+from lora_core.model.attention import segment_attention, use_segment_attention
 from lora_core.model.loss import CausalLMLoss
+from lora_core.model.packing_check import check_packing
 from tests.conftest import make_model
 from tests.families.small import FAMILIES
 
