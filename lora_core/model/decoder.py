@@ -23,7 +23,7 @@ from lora_core.model.attention import (
     use_attention,
     use_segment_attention,
 )
-from lora_core.model.language_part import has_sdpa
+from lora_core.model.language_part import has_sdpa, layers_of_images
 from lora_core.model.packing_check import check_packing
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def why_not_segments(model: nn.Module) -> str | None:
     finally:
         use_attention(causal_lm, before)
         model.train(was_training)
-    if len(calls) < len(decoder_layers(causal_lm)):
+    if len(calls) < len(decoder_layers(causal_lm)) - len(layers_of_images(causal_lm)):
         return "not all of its layers take their attention from transformers' interface"
     return next((problem for problem in calls if problem is not None), None)
 

@@ -109,12 +109,18 @@ def left_out(model: Any) -> list[str]:
     return [*getattr(model, _LEFT_OUT, ())]
 
 
+def layers_of_images(model: Any) -> list[int]:
+    """Numbers of the decoder's layers that attend to images, and that text alone does not pass."""
+    text_config = model.config.get_text_config()
+    numbers = getattr(text_config, "cross_attention_layers", None) or ()
+    return [number for number in numbers if number < text_config.num_hidden_layers]
+
+
 def without_text(model: Any) -> str | None:
     """A regular expression over names of the modules that text does not pass: towers, and layers that attend to
     images. None where there are none. For PEFT's `exclude_modules`."""
     names = left_out(model)
-    layers = getattr(model.config.get_text_config(), "cross_attention_layers", None) or ()
-    if layers:
+    if layers := layers_of_images(model):
         decoder = decoder_of(model)
         prefix = next(name for name, module in model.named_modules() if module is decoder)
         names += [f"{prefix}.layers.{layer}" for layer in layers]

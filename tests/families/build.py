@@ -71,6 +71,7 @@ MORE: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
+    "mllama_text_model": {"cross_attention_layers": [1]},
     **{name: {"layer_types": ["linear_attention", "full_attention"]} for name in LINEAR_AND_FULL},
     **{name: {"rope_parameters": MROPE} for name in ("qwen2_vl_text", "qwen2_5_vl_text")},
     "zamba": {"layer_types": ["mamba", "hybrid"]},
@@ -106,9 +107,10 @@ def _small(config_class: Any, vocab_size: int, more: dict[str, Any]) -> Any:
     if "kv_lora_rank" in named and "num_key_value_heads" in named:
         given["num_key_value_heads"] = HEADS  # all heads share what is compressed
     for name in config_class.sub_configs:
-        part = getattr(config_class(), name)  # as it is by default, where any family's would do
-        if part is not None:
-            given[name] = _small(type(part), vocab_size, MORE.get(part.model_type, {}))
+        default = getattr(config_class(), name)  # where any family's would do
+        part = config_class.sub_configs[name] if default is None else type(default)
+        if part is not AutoConfig:
+            given[name] = _small(part, vocab_size, MORE.get(part.model_type, {}))
     return config_class(**given | more)
 
 

@@ -21,7 +21,7 @@ from lora_core.data.packing import collate, collate_packed
 from lora_core.errors import LoraCoreError
 from lora_core.memory.micro_batch import MicroBatch
 from lora_core.memory.plan import predict_memory
-from lora_core.model.attention import SEGMENT_ATTENTION, use_attention
+from lora_core.model.attention import SEGMENT_ATTENTION, attention_of_text, use_attention
 from lora_core.model.base import add_adapter, load_base_model, load_model_config
 from lora_core.model.decoder import attention_for
 from lora_core.model.loss import CausalLMLoss, check_head
@@ -109,7 +109,8 @@ def _ours(loss: CausalLMLoss, batch: dict[str, Any]) -> dict[str, Tensor]:
 
 def _plain(folder: Path, adapter: Path, rows: list[list[int]], config: RunConfig) -> dict[str, Tensor]:
     """Summed loss and gradients of the rows, one at a time, by transformers and PEFT alone: the adapter reloaded."""
-    attention = attention_for(load_model_config(config.model), "sdpa")
+    model_config = load_model_config(config.model)
+    attention = attention_of_text(model_config, attention_for(model_config, "sdpa"))
     base = plain_class(folder).from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
     model = adapter_on(base, adapter, is_trainable=True).train()
     # transformers 5.24: Llama 4's whole forward reads outputs that it only has with images.

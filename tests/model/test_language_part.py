@@ -83,6 +83,7 @@ def test_the_adapter_of_a_run_is_loaded_by_plain_peft_on_the_whole_checkpoint(
         "model.dtype=float32",
         "train.optim=adamw_torch",
         "train.max_steps=2",
+        "train.num_sample_replies=0",
         "lora.target_modules=[q_proj,v_proj,up_proj]",  # the tower has layers of the first two names
     ]
     trained = load_config("base", settings)
