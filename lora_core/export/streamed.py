@@ -194,6 +194,12 @@ def _without_weights(config: PretrainedConfig, vocabulary: int | None) -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
+    if config.get_text_config() is not config:
+        raise ConfigError(
+            f"{config.model_type} models hold more than their language part, and a layer at a time cannot be merged "
+            "into them; fix: with memory for the whole model, PEFT's AutoPeftModelForCausalLM.from_pretrained(ADAPTER)"
+            ".merge_and_unload().save_pretrained(FOLDER), or serve the adapter beside its base"
+        )
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
         if vocabulary is not None and vocabulary > config.get_text_config().vocab_size:

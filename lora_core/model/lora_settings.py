@@ -47,7 +47,8 @@ def peft_settings(
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         ensure_weight_tying=trains_whole_rows and model_is_tied,
-        task_type="CAUSAL_LM",
+        # Without it PEFT writes down the model's class, which its Auto classes then load.
+        task_type="CAUSAL_LM" if without is None else None,
     )
 
 

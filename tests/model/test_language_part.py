@@ -15,6 +15,10 @@ from transformers import PreTrainedTokenizerFast
 from lora_core.checkpoints.adapter_folder import load_adapter
 from lora_core.config.schema import LoraConfig, ModelConfig
 from lora_core.configuration import load_config
+from lora_core.errors import ConfigError
+from lora_core.export.as_adapter import as_adapter
+from lora_core.export.merge import merge
+from lora_core.inference.opened import open_model
 from lora_core.model.attention import decoder_of
 from lora_core.model.base import add_adapter, load_base_model
 from lora_core.model.language_part import left_out, model_class
@@ -90,13 +94,24 @@ def test_the_adapter_of_a_run_is_loaded_by_plain_peft_on_the_whole_checkpoint(
     train(trained)
     adapter = tmp_path / "run" / "adapter"
     assert "vision_tower" in json.loads((adapter / "adapter_config.json").read_text())["exclude_modules"]
-    whole = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    whole: Any = transformers.AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "model", dtype=torch.float32
+    ).eval()
     ids = torch.arange(5, 21)[None]
     before = whole(input_ids=ids).logits
     model = peft.PeftModel.from_pretrained(whole, str(adapter)).eval()
     assert not [name for name, _ in model.named_parameters() if "lora_" in name and "vision_tower" in name]
     after = model(input_ids=ids).logits
     assert not torch.equal(before, after)
+    merged = peft.AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32).merge_and_unload().eval()
+    assert type(merged) is type(whole)
+    torch.testing.assert_close(merged(input_ids=ids).logits, after, atol=1e-5, rtol=0)
+    with (
+        as_adapter(open_model(str(tmp_path / "run"))) as source,
+        pytest.raises(ConfigError, match="hold more than their language part") as refused,
+    ):
+        merge(source, tmp_path / "merged")
+    assert "AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload()" in str(refused.value)
     ours = load_adapter(trained, adapter, CPU).eval()
     hidden = decoder_of(ours)(input_ids=ids, segment_lengths=(16,), use_cache=False).last_hidden_state
     torch.testing.assert_close(ours.get_output_embeddings()(hidden), after, atol=1e-5, rtol=0)
