@@ -72,6 +72,7 @@ ORDER: dict[str, list[str]] = {
         "memory",
         "environment",
         "ranks",
+        "untrained",
         "catalogue",
         "preflight",
         "prescribe",

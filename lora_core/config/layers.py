@@ -156,7 +156,10 @@ def parse_overrides(overrides: Sequence[str], problems: list[str]) -> dict[str, 
         try:
             value = yaml.load(text, Loader=_YamlLoader)  # a SafeLoader: plain data only
         except _YAML_ERRORS:
-            problems.append(f"command line  {quoted(override)}: the value is not valid YAML; quote it")
+            # Python keeps bytes that the locale's encoding lacks as halves of surrogate pairs.
+            is_foreign = any("\udc80" <= character <= "\udcff" for character in text)
+            why = "in this locale it is not UTF-8; fix: PYTHONUTF8=1 before the command" if is_foreign else ""
+            problems.append(f"command line  {quoted(override)}: {why or 'the value is not valid YAML; quote it'}")
             continue
         if isinstance(value, dict) and key not in dict_keys():
             problems.append(f"command line  {quoted(override)}: set one key at a time, such as {key}.NAME=VALUE")

@@ -119,7 +119,8 @@ class ChatEncoder:
         """
         if not tokenizer.is_fast:
             raise ChatTemplateError(
-                f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed"
+                f"{type(tokenizer).__name__} gives no character offsets, of which the loss mask is made: only "
+                "fast tokenizers do; fix: another model.name_or_path"
             )
         self.tokenizer = tokenizer
         self.train_on, self.mask_reasoning = train_on, mask_reasoning

@@ -29,8 +29,20 @@ if TYPE_CHECKING:
 
 
 def num_hidden_layers(config: RunConfig) -> int:
-    """Decoder layers of the base model."""
-    return int(load_model_config(config.model).get_text_config().num_hidden_layers)
+    """Decoder layers of the base model.
+
+    Raises:
+        ConfigError: its config does not say; it is of another kind of model.
+    """
+    text_config = load_model_config(config.model).get_text_config()
+    number = getattr(text_config, "num_hidden_layers", None)
+    if number is None:
+        raise ConfigError(
+            f"model.name_or_path={config.model.name_or_path}: the config of a {text_config.model_type} model names no "
+            "decoder layers (num_hidden_layers); fix: a causal language model",
+            "model_unreadable",
+        )
+    return int(number)
 
 
 def base_without_storage(config: RunConfig, num_layers: int) -> Any:

@@ -44,7 +44,7 @@ def decoder_of(model: Any) -> Any:
     causal_lm = causal_lm_of(model)
     decoder = causal_lm.get_decoder()
     if decoder is not causal_lm and isinstance(decoder, PreTrainedModel):
-        return decoder_of(decoder) if hasattr(decoder, "lm_head") else decoder
+        return decoder if decoder.get_output_embeddings() is None else decoder_of(decoder)
     return next((part for part in causal_lm.children() if isinstance(part, PreTrainedModel)), causal_lm)
 
 

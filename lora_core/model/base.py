@@ -137,7 +137,7 @@ def _read_base_model(config: ModelConfig, device: torch.device, attention: str) 
     model_config = load_model_config(config)
     try:
         with _one_tensor_at_a_time(device):
-            model: PreTrainedModel = model_class(model_config).from_pretrained(
+            model, found = model_class(model_config).from_pretrained(
                 name,
                 revision=config.revision,
                 dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
@@ -146,9 +146,16 @@ def _read_base_model(config: ModelConfig, device: torch.device, attention: str) 
                 device_map={"": device},
                 use_safetensors=True,
                 trust_remote_code=False,
+                output_loading_info=True,
             )
     except (OSError, ValueError, ImportError) as error:
         raise cannot_load("model", name, error) from error
+    if missing := sorted(found["missing_keys"]):
+        raise ConfigError(
+            f"model.name_or_path={config.name_or_path}: its files lack {counted(len(missing), 'tensor')} of "
+            f"{type(model).__name__}, which would be random: {', '.join(missing[:3])}; fix: files of the whole model",
+            "model_unreadable",
+        )
     return as_whole_class(model)
 
 

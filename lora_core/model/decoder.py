@@ -70,6 +70,9 @@ def why_not_packed(model: nn.Module) -> str | None:
         return f"its layers{what} carry a state from each position to the next, over the border of examples"
     if "position_ids" not in inspect.signature(decoder_of(causal_lm).forward).parameters:
         return "it takes no position_ids, so that positions cannot start again with each example"
+    embeddings = [module for name, module in decoder_of(causal_lm).named_modules() if "position" in name]
+    if any(getattr(embedding, "padding_idx", None) is not None for embedding in embeddings):
+        return "its positions do not start at 0: it counts them by where padding is"
     return why_not_segments(model)
 
 
@@ -94,7 +97,7 @@ def why_not_segments(model: nn.Module) -> str | None:
         return "its attention is not causal"
     calls: list[str | None] = []
     AttentionInterface.register(_PROBE, _taking_notes(text_config, kinds, calls))
-    before, was_training = causal_lm.config._attn_implementation, model.training
+    before, was_training = causal_lm.config.get_text_config()._attn_implementation, model.training
     model.eval()
     try:
         use_attention(causal_lm, _PROBE)
@@ -209,7 +212,7 @@ def prepare_packing(model: PreTrainedModel) -> None:
         raise ConfigError(
             f"data.packing=true: {type(model).__name__} cannot be packed: {problem}; fix: data.packing=false"
         )
-    if model.config._attn_implementation == "sdpa":
+    if model.config.get_text_config()._attn_implementation == "sdpa":
         use_segment_attention(model)
     if model.device.type != "meta":
         check_packing(model)
@@ -218,7 +221,7 @@ def prepare_packing(model: PreTrainedModel) -> None:
 def takes_padding(model: Any) -> bool:
     """Whether a row that is padded on the left gives what it gives alone. Where examples can be packed, nothing but
     attention looks at other tokens, and attention has a mask; a recurrent layer would read the padding."""
-    return bool(causal_lm_of(model).config._attn_implementation == SEGMENT_ATTENTION)
+    return bool(causal_lm_of(model).config.get_text_config()._attn_implementation == SEGMENT_ATTENTION)
 
 
 @contextmanager
@@ -226,7 +229,7 @@ def padding_masked(model: Any) -> Iterator[None]:
     """For padded batches: attention over segments takes one row and no mask, so SDPA, which it stands in for, takes its
     place. Other attention knows masks."""
     causal_lm = causal_lm_of(model)
-    before = causal_lm.config._attn_implementation
+    before = causal_lm.config.get_text_config()._attn_implementation
     if before == SEGMENT_ATTENTION:
         use_attention(causal_lm, "sdpa")
     try:

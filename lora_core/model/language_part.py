@@ -53,8 +53,8 @@ def _without_towers(whole: Any) -> Any:
         setattr(self, _LEFT_OUT, names)
         # Where the language part is a causal LM of its own, text goes straight to it: in transformers 5.24, Llama 4's
         # whole forward reads outputs that it only has with images.
-        inner = next((part for part in self.modules() if part is not self and hasattr(part, "lm_head")), None)
-        if inner is not None:
+        inner = self.get_decoder()
+        if inner is not self and inner.get_output_embeddings() is not None:
             self.forward = inner.forward
         in_files = {rf"^{re.escape(name)}\." for name in names}
         self._keys_to_ignore_on_load_unexpected = {*(self._keys_to_ignore_on_load_unexpected or ()), *in_files}

@@ -253,9 +253,9 @@ def project(model: nn.Module, hidden: Tensor) -> Tensor:
     """Hidden states (N, H) -> logits (N, vocabulary), with the scaling that some families apply to logits."""
     causal_lm = causal_lm_of(model)
     logits: Tensor = causal_lm.get_output_embeddings()(hidden)
-    config = causal_lm.config.get_text_config()
-    if scale := getattr(config, "logit_scale", None):  # Cohere multiplies
+    if scale := getattr(causal_lm.config, "logit_scale", None):  # Cohere multiplies, but not in models that see
         logits = logits * scale
+    config = causal_lm.config.get_text_config()
     if scaling := getattr(config, "logits_scaling", None):  # Granite divides
         logits = logits / scaling
     # Gemma 2 and 3, RecurrentGemma, xLSTM
@@ -277,14 +277,29 @@ def check_head(model: nn.Module) -> None:
     model.eval()
     device = causal_lm.get_input_embeddings().weight.device
     input_ids = torch.arange(1, 9, device=device)[None]
-    own = causal_lm(input_ids=input_ids, use_cache=False).logits[0].float()
-    hidden = decoder_of(causal_lm)(input_ids=input_ids, use_cache=False).last_hidden_state
+    other_end = torch.cat([input_ids[:, :-1], input_ids[:, :1]], dim=1)
+    try:
+        own = causal_lm(input_ids=input_ids, use_cache=False).logits[0].float()
+        before_end = causal_lm(input_ids=other_end, use_cache=False).logits[0, :-1].float()
+        hidden = decoder_of(causal_lm)(input_ids=input_ids, use_cache=False).last_hidden_state
+    except (TypeError, ValueError, AttributeError) as error:  # each family has its own for what it lacks
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TrainingError(
+            f"{type(causal_lm).__name__} does not run on text alone: {reason}; fix: another model.name_or_path"
+        ) from error
     ours = project(model, hidden[0]).float()
     model.train(was_training)
     if not bool(own.isfinite().all()):
         raise TrainingError(
             f"{type(causal_lm).__name__} gives values that are not finite: its weights are damaged or do not suit the "
             "precision; fix: another model.name_or_path or model.dtype"
+        )
+    # Of a causal model no more than rounding, as of experts that get other tokens beside.
+    change = ((before_end - own[:-1]).norm() / own[:-1].norm()).item()
+    if not change <= 0.05:
+        raise TrainingError(
+            f"{type(causal_lm).__name__} is not causal: what it predicts changes with tokens that come later (by "
+            f"{change:.2g} of its size), so it would learn to copy them; fix: another model.name_or_path"
         )
     difference = (own - ours).abs().max().item()
     if not difference <= 1e-3 * max(1.0, own.abs().max().item()):

@@ -43,6 +43,7 @@ def check_packing(model: nn.Module) -> None:
         return states
 
     (first_alone,), (second_alone,) = hidden(first), hidden(second)
+    by_itself = decoder(input_ids=first, segment_lengths=(first.shape[1],), use_cache=False).last_hidden_state[0]
     try:
         first_packed, second_packed = hidden(first, second)
         _, second_after_another = hidden(other_first, second)
@@ -59,6 +60,11 @@ def check_packing(model: nn.Module) -> None:
             "precision; fix: another model.name_or_path or model.dtype"
         )
     change_limit = 0.05 + 3 * rounding
+    if not _difference(by_itself.float(), first_alone) < change_limit:
+        raise ConfigError(
+            f"data.packing=true: {type(causal_lm).__name__} does not count positions from 0, as packed examples do; "
+            "fix: data.packing=false"
+        )
     leak = _difference(second_after_another, second_packed)
     change = _difference(second_packed, second_alone)
     if not (leak < (change_limit if _rounds_by_other_tokens(causal_lm) else 1e-6) and change < change_limit):

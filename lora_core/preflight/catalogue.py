@@ -71,7 +71,8 @@ from lora_core.preflight.schedule import (
     check_warmup_long,
     check_warmup_past_end,
 )
-from lora_core.preflight.template import check_folded_system, check_template_end_token
+from lora_core.preflight.template import check_folded_system, check_template_end_token, check_vocabulary
+from lora_core.preflight.untrained import check_router_loss, check_towers
 
 Check = Callable[[Facts], Iterator[Finding]]
 
@@ -112,6 +113,7 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_template_date, {"template_uses_date": "note"}),
     (check_held_out, {"no_held_out_rows": "note"}),
     (check_overlap, {"eval_overlap": "warning"}),
+    (check_vocabulary, {"tokens_without_embedding": "error"}),
     (check_targets_exist, {"targets_missing": "error"}),
     (check_starting_adapter, {"adapter_differs": "error"}),
     (check_lora_names, {"lora_names_missing": "error"}),
@@ -124,6 +126,8 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_optimizer, {"optimizer_cannot_run": "error", "optimizer_not_paged": "note"}),
     (check_fsdp_quantization, {"fsdp_quant_storage": "error"}),
     (check_experts, {"experts_dora": "error", "experts_without_dropout": "note"}),
+    (check_towers, {"towers_left_out": "note"}),
+    (check_router_loss, {"router_loss_off": "note"}),
     (check_packing_off, {"packing_impossible": "error", "packing_off": "note"}),
     (check_memory, {"memory_too_small": "error", "micro_batches_smaller": "note", "memory_unknown": "note"}),
     (check_sharding, {"ddp_fits": "note", "fsdp_fits": "note"}),
@@ -142,6 +146,7 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
 ERROR_IDS = tuple(name for _, ids in CHECKS for name, severity in ids.items() if severity == "error")
 # Errors that would only fail later, with a less clear message, cannot be allowed.
 NEVER_ALLOWED = (
+    "tokens_without_embedding",
     "targets_missing",
     "experts_dora",
     "packing_impossible",

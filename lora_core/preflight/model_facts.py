@@ -11,6 +11,7 @@ from lora_core.errors import ConfigError
 from lora_core.memory.without_storage import base_without_storage, num_hidden_layers
 from lora_core.model.base import load_model_config, resolve_name
 from lora_core.model.decoder import why_not_packed
+from lora_core.model.language_part import left_out
 from lora_core.model.lora_settings import differs_by_layer, linear_names, names_without_match, targeted_names
 from lora_core.model.starting_adapter import differing_settings, find_starting_adapter
 from lora_core.model.targets import Targets, find_targets
@@ -36,6 +37,8 @@ class ModelFacts:
     """Why this model's examples cannot be packed; None if they can."""
     auto_targets: Targets
     """What `lora.target_modules: auto` stands for."""
+    vocab_size: int
+    """Rows of the embedding."""
     head_name: str | None
     embedding_name: str | None
     eos_token_ids: frozenset[int]
@@ -44,6 +47,10 @@ class ModelFacts:
     hidden_size: int
     max_positions: int | None
     """The longest input that the model was made for, in tokens; None where its config does not say."""
+    towers: tuple[str, ...]
+    """Dotted names of what encodes images and sound, and is not loaded."""
+    router_loss: float
+    """How much the config wants of the auxiliary loss of its experts' routers; 0 for none."""
 
 
 def model_facts(config: RunConfig) -> ModelFacts:
@@ -78,12 +85,15 @@ def model_facts(config: RunConfig) -> ModelFacts:
         dtype=str(base.dtype).removeprefix("torch."),
         packing_problem=why_not_packed(base),
         auto_targets=_auto_targets(base),
+        vocab_size=vocab_size,
         head_name=name_of.get(id(base.get_output_embeddings())),
         embedding_name=name_of.get(id(base.get_input_embeddings())),
         eos_token_ids=frozenset([stops] if isinstance(stops, int) else stops or ()),
         model_type=text_config.model_type,
         hidden_size=text_config.hidden_size,
         max_positions=getattr(text_config, "max_position_embeddings", None),
+        towers=tuple(left_out(base)),
+        router_loss=_router_loss(text_config),
     )
 
 
@@ -98,6 +108,12 @@ def base_of_each_kind(config: RunConfig) -> Any:
     spaced = [getattr(text_config, name, None) for name in ("first_k_dense_replace", "decoder_sparse_step")]
     more = max([step for step in spaced if isinstance(step, int)], default=0) + 1
     return base_without_storage(config, min(number, max(2, last_new + 1, more)))
+
+
+def _router_loss(text_config: Any) -> float:
+    if not getattr(text_config, "output_router_logits", False):
+        return 0.0
+    return float(getattr(text_config, "router_aux_loss_coef", None) or 0.0)
 
 
 def _auto_targets(base: Any) -> Targets:

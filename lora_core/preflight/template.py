@@ -50,3 +50,33 @@ def check_folded_system(facts: Facts) -> Iterator[Finding]:
             0,
             None,
         )
+
+
+def check_vocabulary(facts: Facts) -> Iterator[Finding]:
+    """Rows have tokens for which the model has no embedding.
+
+    The tokenizer got new tokens and the model did not, so the first of them would stop the run in the middle of its
+    mathematics.
+
+    Give the model rows for them, save it, and train these rows with `lora.trainable_token_indices`; or use the model's
+    own tokenizer.
+    """
+    number, rows = len(facts.tokenizer), facts.model.vocab_size
+    if number <= rows:
+        return
+    files = [file for file in (facts.train_data, facts.eval_data) if file is not None]
+    beyond = sorted({token for file in files for ids in file.dataset["input_ids"] for token in ids if token >= rows})
+    if beyond:
+        tokens = ", ".join(str(facts.tokenizer.convert_ids_to_tokens(token)) for token in beyond[:5])
+        indices = ",".join(map(str, beyond[:20])) + (",..." if len(beyond) > 20 else "")
+        yield Finding(
+            "tokens_without_embedding",
+            "error",
+            f"the model's embedding has {rows:,} rows and its tokenizer {number:,} tokens; the rows hold {tokens}: in "
+            f"Python, model.resize_token_embeddings({number}), model.save_pretrained(FOLDER) and "
+            "tokenizer.save_pretrained(FOLDER), then model.name_or_path=FOLDER "
+            f"lora.trainable_token_indices=[{indices}]",
+            max(beyond),
+            rows - 1,
+            None,
+        )

@@ -88,6 +88,11 @@ def test_command_line_wins_and_numbers_read_as_people_write_them() -> None:
     assert (config.train.num_train_epochs, config.train.learning_rate, config.data.eval_file) == (3, 2e-4, None)
 
 
+def test_a_value_that_the_locale_does_not_know_names_the_locale() -> None:
+    # As Python reads "ø" where the encoding is ASCII.
+    assert "in this locale it is not UTF-8; fix: PYTHONUTF8=1 before the command" in problems("output_dir=\udcc3\udcb8")
+
+
 def test_one_kind_of_warmup_replaces_the_other() -> None:
     train = load_config("qwen0.5b", ["train.warmup_steps=5"]).train
     assert (train.warmup_steps, train.warmup_ratio) == (5, None)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from lora_core.encoding.chat import ChatEncoder, EncodedChat, _mask_tokens, encode_chat, show_chat
 from lora_core.encoding.forms import Span
@@ -228,6 +228,15 @@ def test_no_template_and_bad_messages_are_said_so() -> None:
         encode_chat(make_tokenizer(chat_template=""), chat("q", "a")["messages"])
     with pytest.raises(RowError, match="no assistant turn"):
         encode_chat(make_tokenizer(), chat("q")["messages"])
+    with pytest.raises(ChatTemplateError, match=r"ByT5Tokenizer gives no character offsets.*fix: another model"):
+        encode_chat(ByT5Tokenizer(), chat("q", "a")["messages"])  # a slow one, in Python
+
+
+def test_the_side_on_which_a_tokenizer_pads_changes_nothing() -> None:
+    left, right = make_tokenizer(), make_tokenizer()
+    left.padding_side, right.padding_side = "left", "right"
+    messages = chat("q", "a")["messages"]
+    assert encode_chat(left, messages) == encode_chat(right, messages)
 
 
 def test_show_chat_colours_the_supervised_tokens_and_escapes_control_characters(

@@ -84,7 +84,7 @@ def _train(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     wanted = _plain(folder, adapter, rows, config)
     batches = ({"packed": collate_packed(batch_rows)} if packs else {}) | {"padded": collate(batch_rows, 0)}
     for name, batch in batches.items():
-        if name == "padded" and base.config._attn_implementation == SEGMENT_ATTENTION:
+        if name == "padded" and base.config.get_text_config()._attn_implementation == SEGMENT_ATTENTION:
             use_attention(base, "sdpa")
         got = _ours(loss, batch)
         result[name] = _difference(got, wanted)
@@ -113,9 +113,9 @@ def _plain(folder: Path, adapter: Path, rows: list[list[int]], config: RunConfig
     attention = attention_of_text(model_config, attention_for(model_config, "sdpa"))
     base = plain_class(folder).from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
     model = adapter_on(base, adapter, is_trainable=True).train()
-    # transformers 5.24: Llama 4's whole forward reads outputs that it only has with images.
-    inner = getattr(model.get_base_model(), "language_model", None)
-    forward = inner if hasattr(inner, "lm_head") else model
+    # In transformers 5.24, the whole forward of Llama 4 and Kosmos-2 wants images.
+    inner = base.get_decoder()
+    forward = model if inner.get_output_embeddings() is None else inner
     total = torch.zeros(())
     for row in rows:
         ids = torch.tensor([row])

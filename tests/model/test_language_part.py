@@ -15,14 +15,17 @@ from transformers import PreTrainedTokenizerFast
 from lora_core.checkpoints.adapter_folder import load_adapter
 from lora_core.config.schema import LoraConfig, ModelConfig
 from lora_core.configuration import load_config
-from lora_core.errors import ConfigError
+from lora_core.errors import ConfigError, TrainingError
 from lora_core.export.as_adapter import as_adapter
 from lora_core.export.merge import merge
 from lora_core.inference.opened import open_model
-from lora_core.model.attention import decoder_of
+from lora_core.model.attention import decoder_of, use_segment_attention
 from lora_core.model.base import add_adapter, load_base_model
+from lora_core.model.decoder import why_not_packed
 from lora_core.model.language_part import left_out, model_class
 from lora_core.model.lora_settings import targeted_names
+from lora_core.model.loss import check_head
+from lora_core.model.packing_check import check_packing
 from lora_core.training.setup import train
 from tests.conftest import chat
 from tests.families.build import tiny_config, tiny_model
@@ -115,3 +118,39 @@ def test_the_adapter_of_a_run_is_loaded_by_plain_peft_on_the_whole_checkpoint(
     ours = load_adapter(trained, adapter, CPU).eval()
     hidden = decoder_of(ours)(input_ids=ids, segment_lengths=(16,), use_cache=False).last_hidden_state
     torch.testing.assert_close(ours.get_output_embeddings()(hidden), after, atol=1e-5, rtol=0)
+
+
+def test_files_that_lack_weights_are_refused_and_not_filled_with_random_ones(tmp_path: Path) -> None:
+    whole = tiny_model("qwen3_vl", 128)
+    whole.model.language_model.save_pretrained(tmp_path)  # without its head
+    whole.config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"its files lack .* tensors of Qwen3VLFor") as refused:
+        load_base_model(ModelConfig(name_or_path=str(tmp_path), dtype="float32"), CPU)
+    assert "which would be random" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "sentence"),
+    [
+        (
+            "paligemma",
+            "PaliGemmaForConditionalGeneration is not causal: what it predicts changes with tokens that come",
+        ),
+        ("qwen2_audio", "Qwen2AudioForConditionalGeneration does not run on text alone"),
+    ],
+)
+def test_a_model_that_is_not_one_of_text_is_refused(family: str, sentence: str, tmp_path: Path) -> None:
+    tiny_model(family, 128).save_pretrained(tmp_path)
+    base = load_base_model(ModelConfig(name_or_path=str(tmp_path), dtype="float32"), CPU)
+    with pytest.raises(TrainingError, match=sentence):
+        check_head(base)
+
+
+def test_positions_that_do_not_start_at_0_are_not_packed(tmp_path: Path) -> None:
+    tiny_model("kosmos-2.5", 128).save_pretrained(tmp_path)
+    model = ModelConfig(name_or_path=str(tmp_path), dtype="float32")
+    base = load_base_model(model, CPU)
+    assert why_not_packed(base) == "its positions do not start at 0: it counts them by where padding is"
+    use_segment_attention(base)  # and by its numbers
+    with pytest.raises(ConfigError, match="does not count positions from 0"):
+        check_packing(base)

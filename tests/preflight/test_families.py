@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lora_core.configuration import load_config
 from lora_core.data.encoded import load_data
 from lora_core.errors import SimulationError
+from lora_core.model.base import load_tokenizer
 from lora_core.preflight.findings import Finding
 from lora_core.preflight.model_facts import with_packing
 from lora_core.preflight.preflight import gather_facts, run_checks
@@ -22,6 +24,7 @@ from lora_core.runtime.devices import look_around
 from lora_core.training.setup import train
 from tests.conftest import chat
 from tests.families.build import tiny_model
+from tests.tiny import write_jsonl
 
 
 @pytest.fixture
@@ -45,9 +48,10 @@ def config_of(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, write_rows: An
 
 
 @pytest.fixture
-def find(config_of: Any, tokenizer: PreTrainedTokenizerFast) -> Any:
+def find(config_of: Any) -> Any:
     def run(family: str, *overrides: str) -> dict[str, Finding]:
         config = with_packing(config_of(family, *overrides))
+        tokenizer = load_tokenizer(config.model, config.data)
         train_data, eval_data = load_data(config, tokenizer)
         environment = replace(look_around(config, 1), bf16="native", asked_processes=None)
         facts = gather_facts(config, environment, tokenizer, train_data, eval_data)
@@ -62,7 +66,7 @@ def test_experts_have_neither_dropout_nor_dora(find: Any) -> None:
     assert found["experts_dora"].fix == "lora.use_dora=false"
     found = find("mixtral", "lora.dropout=0.1")
     assert "lora.dropout=0.1 is not applied to experts (experts." in found["experts_without_dropout"].message
-    assert not {"experts_dora", "memory_unknown", "packing_off"} & set(found)
+    assert not {"experts_dora", "memory_unknown", "packing_off", "router_loss_off", "towers_left_out"} & set(found)
 
 
 def test_names_of_another_family_are_answered_with_all_of_this_one(find: Any) -> None:
@@ -77,6 +81,51 @@ def test_a_model_whose_layers_carry_a_state_is_padded_unless_packing_is_asked_fo
     assert "its layers (conv) carry a state" in found["packing_off"].message
     found = find("lfm2", "data.packing=true")
     assert (found["packing_impossible"].severity, found["packing_impossible"].fix) == ("error", "data.packing=false")
+
+
+def test_a_router_loss_that_the_config_asks_for_is_off_and_said(find: Any, config_of: Any, tmp_path: Path) -> None:
+    config_of("qwen2_moe")
+    path = tmp_path / "qwen2_moe" / "config.json"
+    asked = json.loads(path.read_text()) | {"output_router_logits": True, "router_aux_loss_coef": 0.02}
+    path.write_text(json.dumps(asked))
+    note = find("qwen2_moe")["router_loss_off"]
+    assert (note.severity, note.fix) == ("note", None)
+    assert "asks for 0.02 times its routers' auxiliary loss" in note.message
+
+
+def test_towers_that_are_not_loaded_are_named(find: Any) -> None:
+    note = find("mistral3", "lora.target_modules=[q_proj,v_proj]")["towers_left_out"]
+    assert note.severity == "note"
+    assert "model.vision_tower, model.multi_modal_projector: not loaded" in note.message
+
+
+def test_tokens_that_the_model_has_no_embedding_for_are_refused_and_trained_once_it_has(
+    tokenizer: PreTrainedTokenizerFast, find: Any, config_of: Any, tmp_path: Path
+) -> None:
+    rows, larger = len(tokenizer), copy.deepcopy(tokenizer)
+    config_of("llama")  # whose embedding has so many rows
+    larger.add_tokens(["<one>", "<two>"])
+    larger.save_pretrained(tmp_path / "llama")
+    file = write_jsonl(tmp_path / "new.jsonl", [chat(f"question {i} <one>", f"answer {i} <two>") for i in range(8)])
+    error = find("llama", f"data.train_file={file}")["tokens_without_embedding"]
+    assert (error.severity, error.value, error.limit) == ("error", rows + 1, rows - 1)
+    assert f"resize_token_embeddings({rows + 2})" in error.message
+    trained = f"lora.trainable_token_indices=[{rows},{rows + 1}]"
+    assert error.message.endswith(trained)
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+    model.resize_token_embeddings(rows + 2, mean_resizing=False)
+    model.save_pretrained(tmp_path / "resized")
+    larger.save_pretrained(tmp_path / "resized")
+    settings = [f"data.train_file={file}", trained, "train.max_steps=2", "train.num_sample_replies=0"]
+    train(config_of("resized", *settings))
+    adapter = tmp_path / "run" / "adapter"
+    assert len(AutoTokenizer.from_pretrained(adapter)) == rows + 2
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "resized", dtype=torch.float32)
+    before = base.get_input_embeddings().weight.clone()
+    after = peft.PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().get_input_embeddings().weight
+    changed = (before != after).any(dim=1).nonzero().flatten().tolist()
+    assert changed == [rows, rows + 1]
 
 
 def test_a_step_that_cannot_be_simulated_is_a_note(find: Any, monkeypatch: pytest.MonkeyPatch) -> None:
