@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
 MOST_PARAMETERS = 10**7
@@ -82,8 +83,8 @@ MORE: dict[str, dict[str, Any]] = {
 
 
 def families() -> list[str]:
-    """Every model type that transformers holds a causal language model for."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    """Every model type that transformers holds a causal language model for, or a model of text with images or sound."""
+    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES})
 
 
 def tiny_config(family: str, vocab_size: int) -> Any:
