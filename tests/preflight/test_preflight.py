@@ -362,6 +362,9 @@ def test_every_finding_that_a_check_may_yield_is_tripped_here() -> None:
         "experts_without_dropout",
         "packing_impossible",
         "packing_off",
+        "towers_left_out",
+        "router_loss_off",
+        "tokens_without_embedding",
     }
     assert {name for _, ids in CHECKS for name in ids} == {*TRIPS, *AROUND, *ROWS, *elsewhere}
 
