@@ -61,7 +61,14 @@ SIZES: dict[str, Any] = {
 }
 DROPOUTS = ("dropout", "dropout_p", "resid_pdrop", "embd_pdrop", "attn_pdrop", "activation_dropout", "emb_pdrop")
 LINEAR_AND_FULL = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
-MULTIMODAL_ROPE = ("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm4v_moe_text", "glm_ocr_text", "glm46v_text")
+MULTIMODAL_ROPE = (
+    "qwen2_vl_text",
+    "qwen2_5_vl_text",
+    "qwen2_5_omni_text",
+    "glm4v_text",
+    "glm_ocr_text",
+    "paddleocr_vl_text",
+)
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 # What sizes alone do not make small, or what a family wants beside them.
 MORE: dict[str, dict[str, Any]] = {
@@ -76,6 +83,7 @@ MORE: dict[str, dict[str, Any]] = {
     "mllama_text_model": {"cross_attention_layers": [1]},
     **{name: {"layer_types": ["linear_attention", "full_attention"]} for name in LINEAR_AND_FULL},
     **{name: {"rope_parameters": MROPE} for name in MULTIMODAL_ROPE},
+    "glm4v_moe_text": {"rope_parameters": MROPE | {"mrope_section": [1, 1, 0]}},  # of half a head
     "zamba": {"layer_types": ["mamba", "hybrid"]},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
