@@ -21,7 +21,8 @@ from tests.tiny import ROOT
 HEADER = """# Families
 
 Every causal language model that transformers `{transformers}` holds, and every model of text with images or sound,
-built with two small layers and random weights from the family's own config class, then planned, trained and saved as a run would, in float32 on a CPU (PEFT `{peft}`,
+built with two small layers and random weights from the family's own config class, then planned, trained and saved as a
+run would, in float32 on a CPU (PEFT `{peft}`,
 torch `{torch}`). A family trains if loss and adapter gradients, packed and padded, are those of plain transformers and
 PEFT on one row at a time, with the saved adapter loaded by PEFT, to one part in 100,000. No weights of any published
 model were used. Written by `make families`.
@@ -37,8 +38,8 @@ prints how many of each name have an adapter. PEFT has neither dropout nor DoRA 
 preflight says so where the model's config asks for it.
 
 Checkpoints that also see or hear (`...ForConditionalGeneration`) are built whole, with their towers, and loaded without
-them: text passes none. The adapter has the names of the whole checkpoint, its `exclude_modules` keep adapters out of the
-towers, and PEFT loads it on the whole checkpoint (`AutoPeftModelForCausalLM` too), where it gives the same logits on
+them: text passes none. The adapter has the names of the whole checkpoint, its `exclude_modules` keep adapters out of
+the towers, and PEFT loads it on the whole checkpoint (`AutoPeftModelForCausalLM` too), where it gives the same logits on
 text. `verify`, `chat` and `evaluate` work as with any run; `merge` does not, and says what does. A chat row with an
 image is refused.
 """
