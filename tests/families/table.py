@@ -39,8 +39,8 @@ preflight says so where the model's config asks for it.
 
 Checkpoints that also see or hear (`...ForConditionalGeneration`) are built whole, with their towers, and loaded without
 them: text passes none. The adapter has the names of the whole checkpoint, its `exclude_modules` keep adapters out of
-the towers, and PEFT loads it on the whole checkpoint (`AutoPeftModelForCausalLM` too), where it gives the same logits on
-text. `verify`, `chat` and `evaluate` work as with any run; `merge` does not, and says what does. A chat row with an
+the towers, and PEFT loads it on the whole checkpoint (`AutoPeftModelForCausalLM` too), where it gives the same logits
+on text. `verify`, `chat` and `evaluate` work as with any run; `merge` does not, and says what does. A chat row with an
 image is refused.
 """
 
