@@ -60,7 +60,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         why = str(row["why"]).translate({ord(mark): " " for mark in "|<>`\n"})
         why = f"`{why}`" if row["trains"].startswith("not") else why
         names = ", ".join(f"`{part}`" for part in parts)
-        lines.append(f"| {row['family']} | {row.get('class', '')} | {row['trains']} | {names} | {why} |")
+        family = f"`{row['family']}`" if "." in row["family"] else row["family"]  # a version is no figure
+        lines.append(f"| {family} | {row.get('class', '')} | {row['trains']} | {names} | {why} |")
     return "\n".join([*lines, ""])
 
 
