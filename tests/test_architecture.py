@@ -52,7 +52,7 @@ ORDER: dict[str, list[str]] = {
         "chat",
         "mask_reader",
     ],
-    "data": ["counts", "packing", "split", "cache", "row_text", "encoded", "in_memory"],
+    "data": ["counts", "packing", "alike", "split", "cache", "row_text", "encoded", "in_memory"],
     "model": [
         "heap",
         "attention",

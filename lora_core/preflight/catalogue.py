@@ -102,7 +102,7 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_placeholders, {"placeholders_in_replies": "note"}),
     (check_alike_starts, {"replies_start_alike": "note"}),
     (check_scripts, {"scripts_differ": "note"}),
-    (check_near_duplicates, {"rows_alike": "note"}),
+    (check_near_duplicates, {"rows_alike": "note", "eval_alike": "note"}),
     (check_special_text, {"special_tokens_in_text": "warning"}),
     (check_doubled_bos, {"bos_doubled": "warning"}),
     (check_borders, {"tokens_cut_at_border": "note"}),
