@@ -75,6 +75,7 @@ ORDER: dict[str, list[str]] = {
         "rows",
         "replies",
         "template",
+        "serving",
         "adapter",
         "memory",
         "environment",

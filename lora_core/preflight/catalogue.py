@@ -71,6 +71,7 @@ from lora_core.preflight.schedule import (
     check_warmup_long,
     check_warmup_past_end,
 )
+from lora_core.preflight.serving import check_serving_prompt
 from lora_core.preflight.template import check_folded_system, check_template_end_token
 
 Check = Callable[[Facts], Iterator[Finding]]
@@ -110,6 +111,7 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_template_end_token, {"template_end_token": "note"}),
     (check_folded_system, {"system_folded": "note"}),
     (check_template_date, {"template_uses_date": "note"}),
+    (check_serving_prompt, {"serving_prompt": "note"}),
     (check_held_out, {"no_held_out_rows": "note"}),
     (check_overlap, {"eval_overlap": "warning"}),
     (check_targets_exist, {"targets_missing": "error"}),
