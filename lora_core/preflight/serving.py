@@ -170,7 +170,7 @@ def _difference(tokenizer: PreTrainedTokenizerBase, reply: TrainedReply, prompt:
     """The ends of both, for a message."""
     if prompt is None:
         return "it refuses what is before the reply"
-    trained, served = (tokenizer.decode(ids)[-_SHOWN_CHARACTERS:] for ids in (reply.ids[: reply.start], prompt))
+    trained, served = (tokenizer.decode(list(ids))[-_SHOWN_CHARACTERS:] for ids in (reply.ids[: reply.start], prompt))
     return f"trained {trained!r}, served {served!r}"
 
 
