@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_core.config.data_schema import TURN_ROLES
 from lora_core.other_tools.translation import NotOffered, Values, short
+from lora_core.untrusted.text import quoted
 
 # Rows that are read here whatever Axolotl's prompt for them; of `alpaca:chat` too, which says how a prompt is worded.
 _READ_TYPES = (None, "alpaca", "chat_template", "sharegpt", "completion", "input_output")
@@ -82,11 +83,11 @@ def remarks(values: Values) -> Iterable[str]:
     given = values.get("datasets")
     for each in given if isinstance(given, list) else []:
         if isinstance(each, dict):
-            left = [f"{key}={short(value)}" for key, value in _names(each) if not _is_taken(key, value)]
+            left = [f"{short(key)}={short(value)}" for key, value in _names(each) if not _is_taken(key, value)]
             if left:
                 yield (
-                    f"datasets: of {each.get('path')} not taken over: {', '.join(left)}; lora-core rows shows what "
-                    "becomes of a row, and data.columns, data.roles and data.train_on say what is read and trained"
+                    f"datasets: of {quoted(each.get('path'))} not taken over: {', '.join(left)}; lora-core rows shows "
+                    "what becomes of a row, and data.columns, data.roles and data.train_on say what is read and trained"
                 )
 
 
@@ -130,7 +131,7 @@ def _paths(each: Mapping[str, Any]) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise NotOffered("data_files is a file, or a list of files: data.train_files=[PATH, ...]")
     if path not in _FORMATS and not Path(path).is_dir():
-        raise NotOffered(f"single files of {path} cannot be named here; data.train_file=PATH of a copy")
+        raise NotOffered(f"single files of {quoted(path)} cannot be named here; data.train_file=PATH of a copy")
     return [*names]
 
 

@@ -620,7 +620,7 @@ def test_a_file_of_a_dataset_on_the_hub_is_not_taken_for_one_here(tmp_path: Path
     rows = {"path": "timdettmers/openassistant-guanaco", "data_files": ["best.jsonl"], "type": "completion"}
     translation = read_translation(write(tmp_path, MIGRATED["llama-3/qlora"][0] | {"datasets": [rows]}))
     assert translation is not None
-    assert "single files of timdettmers/openassistant-guanaco cannot be named here" in str(translation)
+    assert "single files of 'timdettmers/openassistant-guanaco' cannot be named here" in str(translation)
 
 
 @pytest.mark.parametrize(
