@@ -50,6 +50,12 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return max(lists, key=len)  # the first of the longest
 
 
+def is_encoder(model: nn.Module) -> bool:
+    """Whether each token sees those after it, by what BERT and its kin note in their layers: `is_decoder` of the
+    config. `check_head` looks at what any model does."""
+    return any(getattr(module, "is_decoder", None) is False for module in decoder_layers(model).modules())
+
+
 def why_not_packed(model: nn.Module) -> str | None:
     """Why the examples of a packed row would see each other; None if they would not.
 
@@ -64,6 +70,8 @@ def why_not_packed(model: nn.Module) -> str | None:
         return f"its layers{what} carry a state from each position to the next, over the border of examples"
     if "position_ids" not in inspect.signature(decoder_of(causal_lm).forward).parameters:
         return "it takes no position_ids, so that positions cannot start again with each example"
+    if any(hasattr(module, "create_position_ids_from_input_ids") for module in decoder_of(causal_lm).modules()):
+        return "it counts positions from the id of padding on, and not from 0"
     return why_not_segments(model)
 
 
@@ -213,6 +221,30 @@ def prepare_packing(model: PreTrainedModel) -> None:
         use_segment_attention(model)
     if model.device.type != "meta":
         check_packing(model)
+        check_positions(model)
+
+
+@torch.no_grad()
+def check_positions(model: nn.Module) -> None:
+    """Check that the model counts an example's positions from 0, as a packed row gives them.
+
+    Raises:
+        ConfigError: without `position_ids` it gives other hidden states; in training it would be another model.
+    """
+    causal_lm = causal_lm_of(model)
+    decoder, was_training = decoder_of(causal_lm), model.training
+    model.eval()
+    ids = torch.arange(1, 8, device=causal_lm.get_input_embeddings().weight.device)[None]
+    positions = torch.arange(7, device=ids.device)[None]
+    own = decoder(input_ids=ids, use_cache=False).last_hidden_state.float()
+    ours = decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state.float()
+    model.train(was_training)
+    change = float((ours - own).norm() / own.norm())
+    if not change < 0.05:  # turned by another angle, queries and keys are rounded otherwise
+        raise ConfigError(
+            f"data.packing=true: {type(causal_lm).__name__} does not count positions from 0 (with positions from 0 its "
+            f"hidden states change by {change:.2g} of their size); fix: data.packing=false"
+        )
 
 
 def takes_padding(model: Any) -> bool:

@@ -176,6 +176,26 @@ def check_experts(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def check_causal(facts: Facts) -> Iterator[Finding]:
+    """The model is an encoder: each token sees those after it.
+
+    It would learn to copy the next token, which it sees, and a loss near 0 would say nothing of the replies that it
+    writes.
+
+    Another model. One of BERT's kind that was trained to write has `"is_decoder": true` in its config.json.
+    """
+    if facts.model.is_encoder:
+        yield Finding(
+            "not_causal",
+            "error",
+            f"model.name_or_path={facts.config.model.name_or_path}: a {facts.model.model_type} model whose config.json "
+            "does not say is_decoder=true; its tokens see those after them, which they should predict",
+            False,
+            True,
+            None,
+        )
+
+
 def check_packing_off(facts: Facts) -> Iterator[Finding]:
     """The model cannot keep packed examples apart, so they are padded.
 

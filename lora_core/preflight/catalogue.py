@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 from lora_core.preflight.adapter import (
     check_alpha,
+    check_causal,
     check_dora,
     check_experts,
     check_fsdp_quantization,
@@ -123,6 +124,7 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_learning_rate, {"learning_rate_unusual": "warning", "learning_rate_differs": "note"}),
     (check_optimizer, {"optimizer_cannot_run": "error", "optimizer_not_paged": "note"}),
     (check_fsdp_quantization, {"fsdp_quant_storage": "error"}),
+    (check_causal, {"not_causal": "error"}),
     (check_experts, {"experts_dora": "error", "experts_without_dropout": "note"}),
     (check_packing_off, {"packing_impossible": "error", "packing_off": "note"}),
     (check_memory, {"memory_too_small": "error", "micro_batches_smaller": "note", "memory_unknown": "note"}),
@@ -144,6 +146,7 @@ ERROR_IDS = tuple(name for _, ids in CHECKS for name, severity in ids.items() if
 NEVER_ALLOWED = (
     "targets_missing",
     "experts_dora",
+    "not_causal",
     "packing_impossible",
     "lora_names_missing",
     "adapter_differs",
