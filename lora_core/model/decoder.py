@@ -7,7 +7,7 @@ notes. Shapes are enough for that, so a model without storage gives the same ans
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -43,11 +43,22 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     Raises:
         ConfigError: it has no list of layers.
     """
-    lists = [module for module in decoder_of(model).modules() if isinstance(module, nn.ModuleList)]
+    decoder = decoder_of(model)
+    of_others = {id(part) for tower in [*decoder.modules()][1:] if _reads_no_tokens(tower) for part in tower.modules()}
+    lists = [
+        module for module in decoder.modules() if isinstance(module, nn.ModuleList) and id(module) not in of_others
+    ]
     if not lists:
         name = type(causal_lm_of(model)).__name__
         raise ConfigError(f"{name}: no list of decoder layers is found in it; fix: another model.name_or_path")
     return max(lists, key=len)  # the first of the longest
+
+
+def _reads_no_tokens(module: nn.Module) -> bool:
+    """A tower for images or sound inside the decoder, as GIT has one."""
+    from transformers import PreTrainedModel
+
+    return isinstance(module, PreTrainedModel) and module.main_input_name not in ("input_ids", "inputs_embeds")
 
 
 def is_encoder(model: nn.Module) -> bool:
@@ -143,7 +154,20 @@ class _ShapesAlone(TorchDispatchMode):
             return args[0].new_empty((0, args[0].dim()), dtype=torch.long)
         if func is torch.ops.aten._grouped_mm.default:
             return grouped_product(*args, **(kwargs or {}))
+        if func is torch.ops.aten.split_with_sizes.default:
+            return split_evenly_if_unknown(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def split_evenly_if_unknown(tensor: Tensor, sizes: Sequence[int], dim: int = 0) -> Sequence[Tensor]:
+    """`split` by sizes that were values, such as how many tokens each expert gets (JetMoE): where they do not add up,
+    there were none, and all parts are of one size."""
+    length = tensor.shape[dim]
+    if sum(sizes) != length:
+        each, left = divmod(length, len(sizes))
+        sizes = [each + (index < left) for index in range(len(sizes))]
+    parts: Sequence[Tensor] = torch.ops.aten.split_with_sizes.default(tensor, sizes, dim)
+    return parts
 
 
 def grouped_product(

@@ -35,7 +35,7 @@ from lora_core.preflight.environment import (
     check_world_size,
 )
 from lora_core.preflight.findings import Facts, Finding, Severity
-from lora_core.preflight.memory import check_memory, check_sharding
+from lora_core.preflight.memory import check_checkpointing, check_memory, check_sharding
 from lora_core.preflight.replies import (
     check_alike_starts,
     check_capacity,
@@ -128,6 +128,7 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_experts, {"experts_dora": "error", "experts_without_dropout": "note"}),
     (check_packing_off, {"packing_impossible": "error", "packing_off": "note"}),
     (check_memory, {"memory_too_small": "error", "micro_batches_smaller": "note", "memory_unknown": "note"}),
+    (check_checkpointing, {"checkpointing_missing": "error"}),
     (check_sharding, {"ddp_fits": "note", "fsdp_fits": "note"}),
     (check_world_size, {"world_size_differs": "error"}),
     (check_bf16, {"bf16_unsupported": "error", "bf16_slow": "warning"}),
@@ -147,6 +148,7 @@ NEVER_ALLOWED = (
     "targets_missing",
     "experts_dora",
     "not_causal",
+    "checkpointing_missing",
     "packing_impossible",
     "lora_names_missing",
     "adapter_differs",

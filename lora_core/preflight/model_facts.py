@@ -36,6 +36,8 @@ class ModelFacts:
     """Why this model's examples cannot be packed; None if they can."""
     is_encoder: bool
     """Each token sees those after it, as in BERT; nothing is left to predict."""
+    has_checkpointing: bool
+    """Its layers can be computed again in the backward (`train.gradient_checkpointing`)."""
     auto_targets: Targets
     """What `lora.target_modules: auto` stands for."""
     head_name: str | None
@@ -80,6 +82,7 @@ def model_facts(config: RunConfig) -> ModelFacts:
         dtype=str(base.dtype).removeprefix("torch."),
         packing_problem=why_not_packed(base),
         is_encoder=is_encoder(base),
+        has_checkpointing=bool(base.supports_gradient_checkpointing),
         auto_targets=_auto_targets(base),
         head_name=name_of.get(id(base.get_output_embeddings())),
         embedding_name=name_of.get(id(base.get_input_embeddings())),

@@ -17,7 +17,7 @@ from lora_core.data.packing import Batching, MicroBatchRows, to_device
 from lora_core.model.base import add_adapter, load_base_model
 from lora_core.model.head import check_head
 from lora_core.model.loss import CausalLMLoss
-from lora_core.model.starting_adapter import StartingAdapter, put_on
+from lora_core.model.starting_adapter import StartingAdapter, check_reload, put_on
 from lora_core.runtime.ranks import from_first_rank
 from lora_core.runtime.sharding import loads_on_first_rank, share_out
 
@@ -45,6 +45,7 @@ def build_model(
         model = _adapted(config, accelerator.device, accelerator.device, packing)
         if start is not None:
             put_on(start, model)
+        check_reload(model)
         _say_of_head(check_head(model), say)
         return model, None
 
@@ -55,6 +56,7 @@ def build_model(
         loaded = _adapted(config, torch.device("cpu"), accelerator.device, packing=False)  # it only gives weights
         if start is not None:
             put_on(start, loaded)
+        check_reload(loaded)
         return loaded.generation_config
 
     generation_config = from_first_rank(load)

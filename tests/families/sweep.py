@@ -26,6 +26,7 @@ from lora_core.model.base import add_adapter, load_base_model, load_model_config
 from lora_core.model.decoder import attention_for
 from lora_core.model.head import check_head
 from lora_core.model.loss import CausalLMLoss
+from lora_core.model.starting_adapter import check_reload
 from lora_core.preflight.model_facts import model_facts, with_packing
 from lora_core.runtime.devices import DeviceMemory
 from tests.families.build import tiny_model
@@ -82,6 +83,7 @@ def _train(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     base = load_base_model(config.model, CPU, packs)
     adapted = add_adapter(base, config.lora, seed=0)
     check_head(adapted)
+    check_reload(adapted)
     _away_from_zero(adapted)
     loss = CausalLMLoss(adapted).train()
     adapter = folder / "adapter"

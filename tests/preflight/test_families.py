@@ -98,6 +98,13 @@ def test_a_model_whose_head_has_layers_of_its_own_trains_and_says_so(
     assert summary.total_optimizer_steps == 2
 
 
+def test_checkpointing_that_a_family_has_not_is_an_error_and_never_advised(find: Any) -> None:
+    found = find("jetmoe", "train.gradient_checkpointing=true")
+    assert found["checkpointing_missing"].severity == "error"
+    assert found["checkpointing_missing"].fix == "train.gradient_checkpointing=false"
+    assert not {"checkpointing_missing", "memory_unknown"} & set(find("jetmoe"))
+
+
 def test_a_step_that_cannot_be_simulated_is_a_note(find: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def cannot(*_: Any, **__: Any) -> None:
         raise SimulationError("its memory cannot be predicted: ValueError: a value is needed")
