@@ -29,6 +29,7 @@ from lora_core.model.loss import CausalLMLoss
 from lora_core.model.starting_adapter import check_reload
 from lora_core.preflight.model_facts import model_facts, with_packing
 from lora_core.runtime.devices import DeviceMemory
+from lora_core.training.step import check_gradient
 from tests.families.build import tiny_model
 
 VOCABULARY = 128
@@ -88,14 +89,15 @@ def _train(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     loss = CausalLMLoss(adapted).train()
     adapter = folder / "adapter"
     adapted.save_pretrained(adapter)
-    wanted = _plain(folder, adapter, rows, config)
     batches = ({"packed": collate_packed(batch_rows)} if packs else {}) | {"padded": collate(batch_rows, 0)}
+    got = {}
     for name, batch in batches.items():
         if name == "padded" and base.config._attn_implementation == SEGMENT_ATTENTION:
             base.set_attn_implementation("sdpa")
-        got = _ours(loss, batch)
-        result[name] = _difference(got, wanted)
-        result.setdefault("loss", wanted["loss"].item())
+        got[name] = _ours(loss, batch)
+    wanted = _plain(folder, adapter, rows, config)
+    result["loss"] = wanted["loss"].item()
+    result |= {name: _difference(gradients, wanted) for name, gradients in got.items()}
     unused = [name for name, gradient in wanted.items() if "lora_B" in name and not gradient.abs().sum() > 0]
     result["without_gradient"] = unused
     worst = max((result[name] for name in batches), default=1.0)
@@ -110,6 +112,7 @@ def _train(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
 def _ours(loss: CausalLMLoss, batch: dict[str, Any]) -> dict[str, Tensor]:
     loss.zero_grad()
     sums = loss(**batch)
+    check_gradient(sums.loss_sum)
     sums.loss_sum.backward()
     return {"loss": sums.loss_sum.detach()} | _gradients(loss.model)
 
