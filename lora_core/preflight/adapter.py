@@ -196,6 +196,28 @@ def check_causal(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def check_idle_adapters(facts: Facts) -> Iterator[Finding]:
+    """No gradient reaches some of the adapter: text does not pass these layers, or only through a choice.
+
+    They would be saved as they began, and make the file larger: layers of an image tower, or of what chooses which
+    tokens or experts are looked at.
+
+    Leave them out: `lora.target_modules=auto`, or names without these.
+    """
+    idle = facts.memory.idle_adapters if facts.memory is not None else ()
+    if idle:
+        # The last part that is no number: `proj.0` is a layer of a list.
+        names = sorted({next(part for part in reversed(name.split(".")) if not part.isdigit()) for name in idle})
+        yield Finding(
+            "adapter_idle",
+            "warning",
+            f"no gradient reaches the adapter on {', '.join(names)} (such as {idle[0]}), so it does not train there",
+            list(idle),
+            [],
+            None if facts.config.lora.target_modules == "auto" else "lora.target_modules=auto",
+        )
+
+
 def check_packing_off(facts: Facts) -> Iterator[Finding]:
     """The model cannot keep packed examples apart, so they are padded.
 

@@ -74,7 +74,8 @@ def _train(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     result |= {"packs": packs, "targets": facts.auto_targets}
     memory_problem = ""
     try:
-        predict_memory(config, MicroBatch(LENGTHS, 20, packs), DeviceMemory("cpu", 10**12))
+        memory = predict_memory(config, MicroBatch(LENGTHS, 20, packs), DeviceMemory("cpu", 10**12))
+        result["idle"] = memory.idle_adapters
     except SimulationError as error:  # a run says so, and goes on
         memory_problem = f"; {error}"
     torch.manual_seed(1)
