@@ -44,7 +44,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
         ConfigError: it has no list of layers.
     """
     decoder = decoder_of(model)
-    of_others = {id(part) for tower in [*decoder.modules()][1:] if _reads_no_tokens(tower) for part in tower.modules()}
+    of_others = {id(part) for tower in _towers(decoder) for part in tower.modules()}
     lists = [
         module for module in decoder.modules() if isinstance(module, nn.ModuleList) and id(module) not in of_others
     ]
@@ -54,11 +54,13 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return max(lists, key=len)  # the first of the longest
 
 
-def _reads_no_tokens(module: nn.Module) -> bool:
-    """A tower for images or sound inside the decoder, as GIT has one."""
+def _towers(decoder: Any) -> Iterator[nn.Module]:
+    """Models inside the decoder for images or sound (GIT, Phi-4-multimodal): their config is of another kind."""
     from transformers import PreTrainedModel
 
-    return isinstance(module, PreTrainedModel) and module.main_input_name not in ("input_ids", "inputs_embeds")
+    of_text = (type(decoder.config), type(decoder.config.get_text_config()))
+    models = (module for module in decoder.modules() if isinstance(module, PreTrainedModel))
+    yield from (module for module in models if type(module.config) not in of_text)
 
 
 def is_encoder(model: nn.Module) -> bool:

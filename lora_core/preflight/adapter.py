@@ -206,8 +206,7 @@ def check_idle_adapters(facts: Facts) -> Iterator[Finding]:
     """
     idle = facts.memory.idle_adapters if facts.memory is not None else ()
     if idle:
-        # The last part that is no number: `proj.0` is a layer of a list.
-        names = sorted({next(part for part in reversed(name.split(".")) if not part.isdigit()) for name in idle})
+        names = sorted({".".join([part for part in name.split(".") if not part.isdigit()][-2:]) for name in idle})
         yield Finding(
             "adapter_idle",
             "warning",

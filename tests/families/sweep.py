@@ -56,6 +56,7 @@ def outcome(family: str, folder: Path) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001  # what this is here to find
         result["why"] = f"{type(error).__name__}: {str(error)[:300]}"
         result["traceback"] = "".join(traceback.format_exception(error)[-6:])
+    result["why"] = str(result["why"]).replace(str(folder), "FOLDER")
     return result
 
 
@@ -72,12 +73,15 @@ def _train(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     packs = bool(config.data.packing)
     facts = model_facts(config)
     result |= {"packs": packs, "targets": facts.auto_targets}
-    memory_problem = ""
+    note = ""
     try:
         memory = predict_memory(config, MicroBatch(LENGTHS, 20, packs), DeviceMemory("cpu", 10**12))
         result["idle"] = memory.idle_adapters
+        if memory.idle_adapters:
+            names = {".".join(name.split(".")[-2:]) for name in memory.idle_adapters}
+            note = f"; preflight warns that no gradient reaches {', '.join(sorted(names))}"
     except SimulationError as error:  # a run says so, and goes on
-        memory_problem = f"; {error}"
+        note = f"; {error}"
     torch.manual_seed(1)
     rows = [torch.randint(2, VOCABULARY, (length,)).tolist() for length in LENGTHS]
     batch_rows = [{"input_ids": row, "loss_mask": [False, False, *[True] * (len(row) - 2)]} for row in rows]
@@ -104,7 +108,7 @@ def _train(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     worst = max((result[name] for name in batches), default=1.0)
     if worst <= LIMIT:
         result["trains"] = "packed" if packs else "padded"
-        result["why"] = ("" if packs else str(facts.packing_problem)) + memory_problem
+        result["why"] = (("" if packs else str(facts.packing_problem)) + note).removeprefix("; ")
     else:
         result["why"] = f"differs from plain transformers and PEFT by {worst:.1e}"
     return result

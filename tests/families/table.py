@@ -26,7 +26,7 @@ Every causal language model that transformers `{transformers}` holds, built with
 from the family's own config class, then planned, trained and saved as a run would, in float32 on a CPU (PEFT `{peft}`,
 torch `{torch}`). A family trains if loss and adapter gradients, packed and padded, are those of plain transformers and
 PEFT on one row at a time, with the saved adapter loaded by PEFT, to one part in 100,000. No weights of any published
-model were used. Written by `make families`.
+model were used. Written by `make families`, or in part by `python -m tests.families.table --replace NAME`.
 
 - **packed**: examples are packed, and padded when asked for.
 - **padded**: its examples cannot be packed; `data.packing: auto` pads them, and preflight says why.
@@ -54,7 +54,8 @@ def page(header: str, lines: Iterable[str]) -> str:
     counts = Counter(line.split(" | ")[2] for line in lines)
     return "\n".join(
         [
-            header,
+            header.rstrip(),
+            "",
             "In all: " + ", ".join(f"{counts[kind]} {kind}" for kind in ("packed", "padded", "not", "not built")) + ".",
             "",
             "| family | class | trains | adapter on | why |",

@@ -15,8 +15,10 @@ from lora_core.model.targets import find_targets
 from tests.families.build import tiny_model
 
 
-def test_the_layers_of_a_tower_for_images_are_not_the_decoders() -> None:
+def test_the_layers_of_towers_for_images_and_sound_are_not_the_decoders() -> None:
     assert find_targets(tiny_model("git", 64)).modules == ["query", "key", "value", "dense"]
+    names = find_targets(tiny_model("phi4_multimodal", 64)).modules
+    assert all(name == "qkv_proj" or name.startswith("model.layers.") for name in names)
 
 
 def test_a_layer_whose_matrix_is_blocks_has_no_adapter() -> None:
