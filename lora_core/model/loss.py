@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_core.config.schema import TrainConfig
 from lora_core.model.attention import causal_lm_of, check_packing, decoder_of
-from lora_core.model.decoder import check_positions
+from lora_core.model.decoder import check_positions, decoder_layers
 from lora_core.model.head import Head, check_head, head_of, parameters_of
 
 
@@ -72,7 +72,8 @@ class CausalLMLoss(nn.Module):
     def _no_split_modules(self) -> list[str]:
         """Class names of the decoder layers: Accelerate's FSDP reads this, and gathers one layer at a time."""
         named = causal_lm_of(self.model)._no_split_modules or ()
-        return sorted({type(module).__name__ for module in self.model.modules()} & set(named))
+        # Not BERT's embeddings, which it names too: they may be tied to the head, which is gathered with the whole.
+        return sorted({type(layer).__name__ for layer in decoder_layers(self.model)} & set(named))
 
     @property
     def generation_config(self) -> Any:
