@@ -61,6 +61,7 @@ ORDER: dict[str, list[str]] = {
         "targets",
         "lora_settings",
         "base",
+        "head",
         "loss",
         "optimizer",
         "starting_adapter",

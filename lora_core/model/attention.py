@@ -377,7 +377,7 @@ def check_packing(model: nn.Module) -> None:
     change_limit = 0.05 + 3 * rounding
     leak = _difference(second_after_another, second_packed)
     change = _difference(second_packed, second_alone)
-    if not (leak < (change_limit if _rounds_by_other_tokens(causal_lm) else 1e-6) and change < change_limit):
+    if not (leak < (change_limit if rounds_by_other_tokens(causal_lm) else 1e-6) and change < change_limit):
         raise ConfigError(
             f"data.packing=true: {type(causal_lm).__name__} lets packed examples see each other (their hidden "
             f"states change by {max(leak, change):.2g} of their size); fix: data.packing=false"
@@ -388,7 +388,7 @@ def _difference(states: Tensor, wanted: Tensor) -> float:
     return float((states - wanted).norm() / wanted.norm())
 
 
-def _rounds_by_other_tokens(causal_lm: Any) -> bool:
+def rounds_by_other_tokens(causal_lm: Any) -> bool:
     """Whether a token's rounding depends on the others in a row of the same length.
 
     int8 layers compute a column in 16 bits if any token is an outlier in it; experts multiply as many tokens at a time

@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator
 
 from lora_core.preflight.adapter import (
     check_alpha,
+    check_causal,
     check_dora,
     check_experts,
     check_fsdp_quantization,
+    check_idle_adapters,
     check_learning_rate,
     check_lora_names,
     check_optimizer,
@@ -34,7 +36,7 @@ from lora_core.preflight.environment import (
     check_world_size,
 )
 from lora_core.preflight.findings import Facts, Finding, Severity
-from lora_core.preflight.memory import check_memory, check_sharding
+from lora_core.preflight.memory import check_checkpointing, check_memory, check_sharding
 from lora_core.preflight.replies import (
     check_alike_starts,
     check_capacity,
@@ -125,9 +127,12 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_learning_rate, {"learning_rate_unusual": "warning", "learning_rate_differs": "note"}),
     (check_optimizer, {"optimizer_cannot_run": "error", "optimizer_not_paged": "note"}),
     (check_fsdp_quantization, {"fsdp_quant_storage": "error"}),
+    (check_idle_adapters, {"adapter_idle": "warning"}),
+    (check_causal, {"not_causal": "error"}),
     (check_experts, {"experts_dora": "error", "experts_without_dropout": "note"}),
     (check_packing_off, {"packing_impossible": "error", "packing_off": "note"}),
     (check_memory, {"memory_too_small": "error", "micro_batches_smaller": "note", "memory_unknown": "note"}),
+    (check_checkpointing, {"checkpointing_missing": "error"}),
     (check_sharding, {"ddp_fits": "note", "fsdp_fits": "note"}),
     (check_world_size, {"world_size_differs": "error"}),
     (check_bf16, {"bf16_unsupported": "error", "bf16_slow": "warning"}),
@@ -146,6 +151,8 @@ ERROR_IDS = tuple(name for _, ids in CHECKS for name, severity in ids.items() if
 NEVER_ALLOWED = (
     "targets_missing",
     "experts_dora",
+    "not_causal",
+    "checkpointing_missing",
     "packing_impossible",
     "lora_names_missing",
     "adapter_differs",

@@ -47,7 +47,8 @@ SIZES: dict[str, Any] = {
     "mamba_expand": 2,
     **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 16),
     "rotary_dim": 4,
-    "vocab_size_per_layer_input": None,  # the vocabulary's
+    **dict.fromkeys(("vocab_size_per_layer_input", "unpadded_vocab_size"), None),  # the vocabulary's
+    **dict.fromkeys(("pronunciation_vocab_size", "shape_vocab_size"), None),
     "laurel_rank": 8,
     **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 1),
 }
@@ -55,6 +56,11 @@ DROPOUTS = ("dropout", "dropout_p", "resid_pdrop", "embd_pdrop", "attn_pdrop", "
 LINEAR_AND_FULL = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 # What sizes alone do not make small, or what a family wants beside them.
 MORE: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": WIDTH, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "falcon": {"new_decoder_architecture": False},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
     "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]},
@@ -63,7 +69,14 @@ MORE: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     **{name: {"layer_types": ["linear_attention", "full_attention"]} for name in LINEAR_AND_FULL},
-    "zamba": {"layer_types": ["mamba", "hybrid"]},
+    "reformer": {"attn_layers": ["local", "local"], "axial_pos_embds": False},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "num_hidden_layers": 3,
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "attention_hidden_size": 2 * WIDTH,
+        "attention_head_dim": 2 * HEAD,
+    },
     "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -83,8 +96,7 @@ def _small(config_class: Any, vocab_size: int, more: dict[str, Any]) -> Any:
     named = {n for base in config_class.__mro__ for n in getattr(base, "__annotations__", {})}
     named |= set(inspect.signature(config_class.__init__).parameters) | set(config_class.attribute_map)
     given = {name: value for name, value in (SIZES | {"vocab_size": vocab_size}).items() if name in named}
-    if "vocab_size_per_layer_input" in given:
-        given["vocab_size_per_layer_input"] = vocab_size
+    given |= {name: vocab_size for name, value in given.items() if value is None}
     for name in named:
         is_off = getattr(config_class, name, None) == 0  # by default; then perhaps as an int
         if not is_off and (name in DROPOUTS or name.endswith(("_dropout", "_dropout_prob", "layerdrop"))):
@@ -114,4 +126,8 @@ def tiny_model(family: str, vocab_size: int, seed: int = 0) -> Any:
     if number > MOST_PARAMETERS:
         raise ValueError("its parts do not get small by the names of sizes")
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():  # a zero, as a mask's or a bias's, hides what is multiplied with it
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model

@@ -377,6 +377,9 @@ def test_every_finding_that_a_check_may_yield_is_tripped_here() -> None:
         "memory_unknown",
         "experts_dora",
         "experts_without_dropout",
+        "not_causal",
+        "adapter_idle",
+        "checkpointing_missing",
         "packing_impossible",
         "packing_off",
     }
