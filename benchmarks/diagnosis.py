@@ -1,13 +1,15 @@
 """Claim: 78 rows in 10 steps with 100 of warmup learn nothing; the shipped settings on the same rows do.
 
-    HF_HUB_OFFLINE=1 python benchmarks/diagnosis.py [--work DIR]
+    HF_HUB_OFFLINE=1 python benchmarks/diagnosis.py [--work DIR] [--rates RATE ...] [--spread RATE ...] [--trial]
 
 Run it in the repository root, after `make demo`; it needs matplotlib (the extra `report`). It trains the demo's model
-on the 78 rows of `diagnosis_train.jsonl` ten times, one run after another, about 20 minutes on two CPU cores with
-nothing else to do: the failure this project was born from, the remedy, and a sweep over learning rate and target
-modules. A run that is already finished in the work folder is not run again.
+on the 78 rows of `diagnosis_train.jsonl`, one run after another: the failure this project was born from, the remedy,
+and a sweep over learning rate and target modules, 14 runs. Each rate of `--spread` is trained with two more seeds, four
+more runs. A run that is already finished in the work folder is not run again. `--trial` takes two steps of each on
+two rows, to see that all of it works.
 
-Prints two tables, and writes `benchmarks/diagnosis.json` and `docs/diagnosis_{light,dark}.svg`.
+Prints two tables; with all rates, and without `--trial`, it writes `benchmarks/diagnosis.json` and
+`docs/diagnosis_{light,dark}.svg` too.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +38,16 @@ from lora_core.configuration import load_config
 from lora_core.data.encoded import load_data
 from lora_core.data.packing import micro_batches, step_rows
 from lora_core.model.base import load_tokenizer
+from lora_core.preflight.model_facts import with_packing
 from lora_core.preflight.plan import plan_for
 from lora_core.report.read import Run, read_run
+from lora_core.runtime.devices import with_precision
 from lora_core.runtime.run_folder import write_json
 
 TARGETS = {"q, v": ["q_proj", "v_proj"], "all seven": ALL_SEVEN_PROJECTIONS}
-LEARNING_RATES = ["5e-5", "1e-4", "2e-4", "5e-4"]
+LEARNING_RATES = ["5e-5", "1e-4", "2e-4", "5e-4", "1e-3", "2e-3"]
+SEEDS = [42, 43, 44]
+"""All but the first only for the rates of `--spread`."""
 
 Settings = Mapping[str, Any]
 
@@ -51,6 +58,7 @@ DEMO = {
     "data.train_file": "benchmarks/diagnosis_train.jsonl",
     "data.eval_file": "benchmarks/diagnosis_eval.jsonl",
     "train.num_sample_replies": "0",
+    "train.on_alarm": "warn",  # a rate that is too high runs to its end as well
     "overwrite_output_dir": "true",
 }
 # As it was. Preflight refuses it, unless the error is allowed by name.
@@ -93,8 +101,12 @@ def change(run: Run) -> str:
     return f"{after(run) / eval_losses(run)[0][1] - 1:+.1%}"
 
 
-Sweep = Mapping[tuple[str, str], Run]
-"""(learning rate, key of `TARGETS`) -> its run."""
+Sweep = Mapping[tuple[str, str], Sequence[Run]]
+"""(learning rate, key of `TARGETS`) -> its runs, one for each seed."""
+
+
+def mean_after(runs: Sequence[Run]) -> float:
+    return statistics.mean(map(after, runs))
 
 
 def run(work: Path, name: str, settings: Settings) -> Run:
@@ -102,7 +114,8 @@ def run(work: Path, name: str, settings: Settings) -> Run:
     folder = work / name
     values = {**DEMO, **settings, "output_dir": folder}
     overrides = [f"{key}={json.dumps(value) if isinstance(value, list) else value}" for key, value in values.items()]
-    config = load_config(SHIPPED, overrides)
+    # A run's config.yaml has what `auto` became.
+    config = with_packing(with_precision(load_config(SHIPPED, overrides))[0])
     summary, written = folder / "summary.json", folder / "config.yaml"  # a run writes its summary once all is done
     if summary.is_file() and written.read_text(encoding="utf-8") == config.to_yaml():
         print(f"{name}: already finished in {folder}, not run again", flush=True)
@@ -115,15 +128,30 @@ def run(work: Path, name: str, settings: Settings) -> Run:
     return read_run(folder)
 
 
-def run_sweep(work: Path, remedy: Run) -> Sweep:
-    """The remedy is one of them."""
+def run_sweep(work: Path, remedy: Run, rates: Sequence[str], spread: Sequence[str], trial: Settings) -> Sweep:
+    """The remedy is one of them, with the first seed."""
     sweep = {}
     for targets, modules in TARGETS.items():
-        for rate in LEARNING_RATES:
+        for rate in rates:
             settings = {"train.learning_rate": rate, "lora.target_modules": modules}
             name = f"sweep-{rate}-{targets.replace(', ', '-').replace(' ', '-')}"
-            sweep[rate, targets] = remedy if settings == REMEDY else run(work, name, settings)
+            first = remedy if settings == REMEDY else run(work, name, {**settings, **trial})
+            others = SEEDS[1:] if rate in spread else []
+            sweep[rate, targets] = [
+                first,
+                *(run(work, f"{name}-seed-{seed}", {**settings, **trial, "train.seed": seed}) for seed in others),
+            ]
     return sweep
+
+
+def trial_settings(work: Path) -> Settings:
+    """Two steps on two of the rows, in what this machine computes in fast."""
+    work.mkdir(parents=True, exist_ok=True)
+    for key, number in (("data.train_file", 2), ("data.eval_file", 1)):
+        rows = Path(DEMO[key]).read_text(encoding="utf-8").splitlines(keepends=True)[:number]
+        (work / f"{key}.jsonl").write_text("".join(rows), encoding="utf-8")
+    files = {key: str(work / f"{key}.jsonl") for key in ("data.train_file", "data.eval_file")}
+    return {**files, "train.max_steps": "2", "train.bf16": "auto"}
 
 
 def padding_share(run: Run) -> float:
@@ -181,33 +209,41 @@ def sweep_table(sweep: Sweep) -> str:
     """Final eval loss by learning rate and target modules, the lowest in bold."""
 
     def cell(rate: str, targets: str) -> str:
-        text = f"{after(sweep[rate, targets]):.4f} ({change(sweep[rate, targets])})"
+        runs = sweep[rate, targets]
+        text = f"{mean_after(runs):.4f}"
+        if len(runs) > 1:
+            losses = [after(each) for each in runs]
+            text += f" ± {statistics.stdev(losses):.4f} ({min(losses):.4f} to {max(losses):.4f}, {len(runs)} seeds)"
+        else:
+            text += f" ({change(runs[0])})"
         return f"**{text}**" if (rate, targets) == lowest(sweep) else text
 
-    rows = [[rate, *(cell(rate, targets) for targets in TARGETS)] for rate in LEARNING_RATES]
+    rates = dict.fromkeys(rate for rate, _ in sweep)
+    rows = [[rate, *(cell(rate, targets) for targets in TARGETS)] for rate in rates]
     return markdown(["learning rate", *TARGETS], rows)
 
 
 def sweep_notes(sweep: Sweep) -> str:
     """What the table does not show: where eval loss rose again, and whether the best rate was within the sweep."""
     notes = []
-    for (rate, targets), run in sweep.items():
-        after_epochs = [loss for _, loss in eval_losses(run)[1:]]
+    for (rate, targets), runs in sweep.items():
+        after_epochs = [loss for _, loss in eval_losses(runs[0])[1:]]
         notes += [
             f"Over-fitting at {rate} on {targets}: eval loss rose from {old:.4f} after epoch {epoch} to {new:.4f} an "
-            f"epoch later, and is {after(run):.4f} at the end."
+            f"epoch later, and is {after(runs[0]):.4f} at the end."
             for epoch, (old, new) in enumerate(pairwise(after_epochs), start=1)
             if new > old
         ]
     notes = notes or ["Eval loss fell in every epoch of every run."]
     rate, _ = lowest(sweep)
-    if rate in (LEARNING_RATES[0], LEARNING_RATES[-1]):
+    rates = [rate for rate, _ in sweep]
+    if rate in (rates[0], rates[-1]):
         notes.append(f"The lowest is at the edge of the sweep, {rate}: the best rate may lie beyond.")
     return "\n".join(notes)
 
 
 def lowest(sweep: Sweep) -> tuple[str, str]:
-    return min(sweep, key=lambda cell: after(sweep[cell]))
+    return min(sweep, key=lambda cell: mean_after(sweep[cell]))
 
 
 SWEPT = ("learning_rate", "target_modules")
@@ -234,6 +270,21 @@ def describe(run: Run, padding: float | None = None) -> dict[str, Any]:
         described |= {"padding_share": padding, "learning_rate_by_step": dict(learning_rates(run))}
         described |= {"train_time_s": run.summary["train_time_s"]}
     return described
+
+
+def describe_spread(rate: str, targets: str, runs: Sequence[Run]) -> dict[str, Any]:
+    """One rate with several seeds."""
+    losses = [after(run) for run in runs]
+    return {
+        "learning_rate": rate,
+        "target_modules": TARGETS[targets],
+        "seeds": [run.config["train"]["seed"] for run in runs],
+        "eval_loss_after": losses,
+        "mean": statistics.mean(losses),
+        "standard_deviation": statistics.stdev(losses),
+        "min": min(losses),
+        "max": max(losses),
+    }
 
 
 @dataclass(frozen=True)
@@ -289,13 +340,13 @@ def draw(theme: Theme, failure: Run, remedy: Run, sweep: Sweep) -> Figure:
     middle.set(title="eval loss", xlabel="optimizer step", xlim=(-2, 53))
 
     right.axhline(eval_losses(remedy)[0][1], color=theme.faint, linestyle="--", linewidth=1)
-    label(right, "untrained", (5e-4, eval_losses(remedy)[0][1]), (0, -13), theme.faint, ha="right")
+    label(right, "untrained", (2e-3, eval_losses(remedy)[0][1]), (0, -13), theme.faint, ha="right")
     rates = [float(rate) for rate in LEARNING_RATES]
     for targets, color, marker in (("q, v", theme.q_v, "s"), ("all seven", theme.remedy, "o")):
-        losses = [after(sweep[rate, targets]) for rate in LEARNING_RATES]
+        losses = [mean_after(sweep[rate, targets]) for rate in LEARNING_RATES]
         right.plot(rates, losses, marker=marker, color=color, linewidth=2)
         label(right, targets, (rates[1], losses[1]), (6, 3), color)
-    right.set(xscale="log", xlim=(4.2e-5, 6e-4))
+    right.set(xscale="log", xlim=(4.2e-5, 2.4e-3))
     right.set_xticks(rates, LEARNING_RATES)
     right.minorticks_off()
     right.set(title="eval loss at the end", xlabel="learning rate")
@@ -312,17 +363,26 @@ def label(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("outputs/diagnosis"), metavar="DIR", help="the run folders")
-    work: Path = parser.parse_args().work
+    of_rates: dict[str, Any] = {"nargs": "+", "choices": LEARNING_RATES, "metavar": "RATE"}
+    parser.add_argument("--rates", **of_rates, default=LEARNING_RATES, help="of the sweep; all by default")
+    parser.add_argument("--spread", **of_rates, default=[], help="rates that are trained with three seeds")
+    parser.add_argument("--trial", action="store_true", help="two steps on two rows, and nothing written")
+    arguments = parser.parse_args()
+    work: Path = arguments.work
+    trial = trial_settings(work) if arguments.trial else {}
 
-    failure = run(work, "failure", FAILURE)
+    failure = run(work, "failure", {**FAILURE, **trial})
     # The same run with every step logged, for the plot: as it was, its log holds a single line.
-    failure_logged = run(work, "failure-logged", {**FAILURE, "train.logging_steps": "1"})
-    remedy = run(work, "remedy", REMEDY)
-    sweep = run_sweep(work, remedy)
+    failure_logged = run(work, "failure-logged", {**FAILURE, **trial, "train.logging_steps": "1"})
+    remedy = run(work, "remedy", {**REMEDY, **trial})
+    sweep = run_sweep(work, remedy, arguments.rates, arguments.spread, trial)
     padding = [padding_share(failure), padding_share(remedy)]
     print(f"\n{diagnosis_table(failure, remedy, padding)}\n\n{sweep_table(sweep)}\n\n{sweep_notes(sweep)}")
+    if arguments.trial or set(arguments.rates) != set(LEARNING_RATES):
+        print("\nnothing is written: --trial, or not all rates")
+        return
 
-    runs = [failure, failure_logged, remedy, *sweep.values()]
+    runs = [failure, failure_logged, remedy, *chain.from_iterable(sweep.values())]
     finished = max((run.folder / "summary.json").stat().st_mtime for run in runs)
     result = {
         "date": time.strftime("%Y-%m-%d", time.gmtime(finished)),
@@ -334,7 +394,8 @@ def main() -> None:
         "failure": describe(failure, padding[0]),
         "failure_logged": describe(failure_logged, padding[0]),
         "remedy": describe(remedy, padding[1]),
-        "sweep": [describe(run) for run in sweep.values()],
+        "sweep": [describe(of_cell[0]) for of_cell in sweep.values()],
+        "spread": [describe_spread(*cell, of_cell) for cell, of_cell in sweep.items() if len(of_cell) > 1],
     }
     write_json(Path("benchmarks/diagnosis.json"), result)
     Path("docs").mkdir(exist_ok=True)

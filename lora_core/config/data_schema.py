@@ -51,7 +51,7 @@ class DataConfig(Section):
     )
     eval_fraction: Fraction = Field(
         default=0.0,
-        description="share of the rows of train_file that becomes the eval set, duplicates kept together; 0 is none",
+        description="share of the rows of train_file that becomes the eval set, with near-copies together; 0 is none",
     )
     max_seq_length: PositiveInt = Field(
         default=1024, description="a longer row is truncated to so many tokens, and counted"

@@ -1,11 +1,15 @@
 """A file's examples in two: those trained on, and a seeded share that becomes the eval set.
 
-Duplicates stay together. Rows whose tokens or words are the same form a group, and a group goes to one side as a
-whole, so that nothing in the eval set has been trained on.
+Duplicates stay together, and near-copies too. Rows whose tokens or words are the same form a group, and so do rows that
+share most of their sketch; a group goes to one side as a whole, so that nothing in the eval set has been trained on.
 
-    rows     a  b  a' c  d        a' has the tokens or the words of a
+    rows     a  b  a' c  d        a' has the tokens or the words of a, or almost its words
     groups   0  1  0  2  3
     eval           -> {b} or {c} or {d} for one row, {a, a'} or two of the others for two
+
+A group of more rows than the eval set is to have is trained on. Where such near-copies are more than half of all rows,
+they are rows of one form, such as one long prompt with another name in each: an eval set without them would not measure
+what is learned. They are then on both sides, as duplicates alone decide, and preflight says so (`eval_alike`).
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lora_core.data.alike import joined, near_pairs
 from lora_core.data.counts import EncodedFile, RowFacts
 from lora_core.errors import DataError
 
@@ -42,6 +47,8 @@ def hold_out(encoded: EncodedFile, fraction: float, seed: int) -> tuple[EncodedF
             "are duplicates of each other: the same tokens, or the same words; fix: data.eval_fraction=0, or "
             "data.eval_file=FILE"
         )
+    near = near_pairs(encoded.rows.sketch[encoded.indices])
+    groups = with_near_copies(groups, near, _num_wanted(num_examples, fraction))
     chosen = choose_groups(np.bincount(groups), fraction, seed)[groups]
     held_out, trained = np.flatnonzero(chosen), np.flatnonzero(~chosen)
     counts = replace(
@@ -82,6 +89,29 @@ def duplicate_groups(rows: RowFacts, indices: npt.NDArray[np.int64]) -> npt.NDAr
             return np.unique(first, return_inverse=True)[1]
 
 
+def with_near_copies(groups: npt.NDArray[np.int64], pairs: npt.NDArray[np.int64], most: int) -> npt.NDArray[np.int64]:
+    """(num_examples,) the groups, with those made one that near-copies join.
+
+    Where joined groups of more than `most` examples hold more than half of all, they stay apart.
+
+    Args:
+        groups: as `duplicate_groups` numbers them.
+        pairs: (num_pairs, 2) examples that are near-copies.
+        most: examples that the eval set is to have.
+    """
+    by_group = joined(int(groups.max()) + 1, groups[pairs])
+    is_joined, together = (np.bincount(by_group) > 1)[by_group][groups], by_group[groups]
+    is_large = is_joined & (np.bincount(together)[together] > most)
+    if 2 * int(is_large.sum()) > len(groups):
+        together = np.where(is_large, groups, together)
+    return np.unique(together, return_inverse=True)[1]
+
+
+def _num_wanted(num_rows: int, fraction: float) -> int:
+    """Rows of the eval set: at least one, and not all."""
+    return min(num_rows - 1, max(1, round(num_rows * fraction)))
+
+
 def choose_groups(sizes: npt.NDArray[np.int64], fraction: float, seed: int) -> npt.NDArray[np.bool_]:
     """(num_groups,) which groups become the eval set.
 
@@ -89,7 +119,7 @@ def choose_groups(sizes: npt.NDArray[np.int64], fraction: float, seed: int) -> n
     few large groups, the nearest number that any choice of groups can give is worked out and taken instead.
     """
     num_rows = int(sizes.sum())
-    wanted = min(num_rows - 1, max(1, round(num_rows * fraction)))
+    wanted = _num_wanted(num_rows, fraction)
     order = np.random.default_rng([seed, 0xE7A1]).permutation(len(sizes))
     chosen = np.zeros(len(sizes), dtype=np.bool_)
     left = wanted

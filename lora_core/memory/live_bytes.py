@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from lora_core.model.decoder import grouped_product
+from lora_core.model.decoder import grouped_product, split_evenly_if_unknown
 
 
 class LiveBytes(TorchDispatchMode):
@@ -53,10 +53,12 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.nonzero.default:
             # The one operation whose size depends on values: how many loss tokens there are.
-            result = torch.empty((self.num_loss_tokens, args[0].dim()), dtype=torch.long)
+            result: Any = torch.empty((self.num_loss_tokens, args[0].dim()), dtype=torch.long)
         elif func is torch.ops.aten._grouped_mm.default:
             # torch's rule for tensors without storage allows bfloat16 alone; its kernels on CPUs take float32 too.
             result = grouped_product(*args, **(kwargs or {}))
+        elif func is torch.ops.aten.split_with_sizes.default:
+            result = split_evenly_if_unknown(*args, **(kwargs or {}))
         elif func is torch.ops.aten._local_scalar_dense.default:
             # A look at a value that there is not, such as the longest position, by which some rotary embeddings grow.
             try:

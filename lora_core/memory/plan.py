@@ -47,6 +47,8 @@ class MemoryPlan:
     """weights, adapter, gradients, optimizer, activations, logits, loading, allocator, process: bytes."""
     limit_bytes: int
     """What the device has for this process."""
+    idle_adapters: tuple[str, ...] = ()
+    """Dotted names of modules, of the first decoder layers, whose adapter no gradient reaches."""
 
     @property
     def adapter_file_bytes(self) -> int:
@@ -114,7 +116,7 @@ def predict_memory(
         SimulationError: the family's code cannot run without values.
     """
     try:
-        live, frozen = live_at_peak(config, micro_batch, eval_micro_batch, device.kind)
+        live, frozen, idle = live_at_peak(config, micro_batch, eval_micro_batch, device.kind)
     except ConfigError:
         raise
     except Exception as error:  # the code of one of two hundred families met tensors without values
@@ -134,7 +136,7 @@ def predict_memory(
     components["loading"] = max(0, while_loading - sum(components.values())) if shards else 0
     components["allocator"] = round(_HEAP_HOLES * sum(components.values())) if device.keeps_freed_memory else 0
     components["process"] = device.process_bytes if device.kind == "cpu" else _CUDA_CONTEXT_BYTES
-    return MemoryPlan(device.kind, num_processes, sharding, micro_batch, components, device.limit_bytes)
+    return MemoryPlan(device.kind, num_processes, sharding, micro_batch, components, device.limit_bytes, idle)
 
 
 def plan_memory(

@@ -39,12 +39,22 @@ class FrozenBytes(NamedTuple):
     """Of what is in no layer: embedding, head, last norm."""
 
 
+class Simulated(NamedTuple):
+    """What running the step told."""
+
+    peaks: list[dict[str, int]]
+    """Bytes by component at the peaks of a micro-batch, an optimizer step and an evaluation batch."""
+    frozen: FrozenBytes
+    idle: tuple[str, ...]
+    """Dotted names of the modules whose adapter got no gradient from the micro-batch."""
+
+
 def live_at_peak(
     config: RunConfig, micro_batch: MicroBatch, eval_micro_batch: MicroBatch | None, device_kind: str
-) -> tuple[dict[str, int], FrozenBytes]:
-    """(bytes by component at the peak, frozen weights of the parts that FSDP gathers)."""
+) -> tuple[dict[str, int], FrozenBytes, tuple[str, ...]]:
+    """(bytes by component at the peak, frozen weights of the parts that FSDP gathers, `Simulated.idle`)."""
 
-    def simulate(num_layers: int) -> tuple[list[dict[str, int]], FrozenBytes]:
+    def simulate(num_layers: int) -> Simulated:
         model = model_without_storage(config, device_kind, micro_batch.packed, num_layers)
         return _simulate(model, config, micro_batch, eval_micro_batch, device_kind)
 
@@ -56,15 +66,15 @@ def live_at_peak(
         first, middle, whole = (num_parameters(config, n) for n in (few, more, num_layers))
         layers_are_equal = (whole - first) * (more - few) == (middle - first) * (num_layers - few)
     if num_layers <= more or differs_by_layer(config.lora) or not layers_are_equal:
-        peaks, frozen = simulate(num_layers)
+        peaks, frozen, idle = simulate(num_layers)
     else:
-        (peaks_at_few, frozen), (peaks_at_more, _) = simulate(few), simulate(more)
+        (peaks_at_few, frozen, _), (peaks_at_more, _, idle) = simulate(few), simulate(more)
         layers_more = (num_layers - few) / (more - few)
         peaks = [
             {name: round(at_few.get(name, 0) + (at_more[name] - at_few.get(name, 0)) * layers_more) for name in at_more}
             for at_few, at_more in zip(peaks_at_few, peaks_at_more, strict=True)
         ]
-    return max(peaks, key=lambda at_peak: sum(at_peak.values())), frozen
+    return max(peaks, key=lambda at_peak: sum(at_peak.values())), frozen, idle
 
 
 def _simulate(
@@ -73,8 +83,7 @@ def _simulate(
     micro_batch: MicroBatch,
     eval_micro_batch: MicroBatch | None,
     device_kind: str,
-) -> tuple[list[dict[str, int]], FrozenBytes]:
-    """(bytes by component at the peaks of a micro-batch, an optimizer step and an evaluation batch; of the parts)."""
+) -> Simulated:
     bnb.functional.quantize_blockwise(torch.zeros(256))  # its tables are made at first use, and must be real ones
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
@@ -94,6 +103,7 @@ def _simulate(
             for value in state.values():
                 if isinstance(value, Tensor):
                     live.count(value, "optimizer")
+        idle = _without_gradient(model)
         loss = CausalLMLoss(model, device_kind, config.train).train()
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.train.bf16 is not False)
         with live:
@@ -114,7 +124,19 @@ def _simulate(
     layers = decoder_layers(model)
     layer_bytes = [sum(tensor.untyped_storage().nbytes() for tensor in frozen_tensors(layer)) for layer in layers]
     all_bytes = sum(tensor.untyped_storage().nbytes() for tensor in frozen_tensors(model))
-    return peaks, FrozenBytes(layer=layer_bytes[0], root=all_bytes - sum(layer_bytes))
+    frozen = FrozenBytes(layer=layer_bytes[0], root=all_bytes - sum(layer_bytes))
+    return Simulated(peaks, frozen, tuple(idle))
+
+
+def _without_gradient(model: nn.Module) -> dict[str, None]:
+    """Names of the modules with an adapter; each is taken away when a backward reaches its B."""
+    idle: dict[str, None] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ".lora_B." in name:
+            module = name.partition(".lora_B.")[0].removeprefix("base_model.model.")
+            idle[module] = None
+            parameter.register_post_accumulate_grad_hook(lambda _, module=module: idle.pop(module, None))
+    return idle
 
 
 def _fake_batch(micro_batch: MicroBatch, device_kind: str) -> dict[str, Any]:

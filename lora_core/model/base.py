@@ -294,7 +294,8 @@ def add_adapter(
         device_kind: where it is going to compute, if not where the base model is.
 
     Raises:
-        ConfigError: a target module matches nothing (lists the linear layers), or PEFT cannot make the adapter.
+        ConfigError: a target module matches nothing (lists the linear layers), PEFT cannot make the adapter, or the
+            model has no gradient checkpointing.
     """
     import peft
 
@@ -314,6 +315,11 @@ def add_adapter(
         add_dropout(model, config.dropout)
     use_lean_lora(model, mask_for(device_kind or model.device.type))
     if gradient_checkpointing:
+        if not base.supports_gradient_checkpointing:
+            raise ConfigError(
+                f"train.gradient_checkpointing=true: transformers has none for {type(base).__name__}; fix: "
+                "train.gradient_checkpointing=false"
+            )
         # Non-reentrant: the reentrant kind needs gradients on its inputs, which a frozen embedding does not give.
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model

@@ -7,7 +7,7 @@ notes. Shapes are enough for that, so a model without storage gives the same ans
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -45,15 +45,30 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     Raises:
         ConfigError: it has no list of layers.
     """
-    causal_lm = causal_lm_of(model)
-    named = [(name, part) for name, part in decoder_of(model).named_modules() if isinstance(part, nn.ModuleList)]
-    if not named:
-        name = type(causal_lm).__name__
+    decoder = decoder_of(model)
+    of_others = {id(part) for tower in _towers(decoder) for part in tower.modules()}
+    lists = [
+        module for module in decoder.modules() if isinstance(module, nn.ModuleList) and id(module) not in of_others
+    ]
+    if not lists:
+        name = type(causal_lm_of(model)).__name__
         raise ConfigError(f"{name}: no list of decoder layers is found in it; fix: another model.name_or_path")
-    number = getattr(causal_lm.config.get_text_config(), "num_hidden_layers", None)
-    # A tower inside the decoder, as Phi-4-multimodal's, may have more layers.
-    outer = sorted((name.count("."), at) for at, (name, part) in enumerate(named) if len(part) == number)
-    return named[outer[0][1]][1] if outer else max((part for _, part in named), key=len)
+    return max(lists, key=len)  # the first of the longest
+
+
+def _towers(decoder: Any) -> Iterator[nn.Module]:
+    """Models inside the decoder for images or sound (GIT, Phi-4-multimodal): their config is of another kind."""
+    from transformers import PreTrainedModel
+
+    of_text = (type(decoder.config), type(decoder.config.get_text_config()))
+    models = (module for module in decoder.modules() if isinstance(module, PreTrainedModel))
+    yield from (module for module in models if type(module.config) not in of_text)
+
+
+def is_encoder(model: nn.Module) -> bool:
+    """Whether each token sees those after it, by what BERT and its kin note in their layers: `is_decoder` of the
+    config. `check_head` looks at what any model does."""
+    return any(getattr(module, "is_decoder", None) is False for module in decoder_layers(model).modules())
 
 
 def why_not_packed(model: nn.Module) -> str | None:
@@ -70,9 +85,8 @@ def why_not_packed(model: nn.Module) -> str | None:
         return f"its layers{what} carry a state from each position to the next, over the border of examples"
     if "position_ids" not in inspect.signature(decoder_of(causal_lm).forward).parameters:
         return "it takes no position_ids, so that positions cannot start again with each example"
-    embeddings = [module for name, module in decoder_of(causal_lm).named_modules() if "position" in name]
-    if any(getattr(embedding, "padding_idx", None) is not None for embedding in embeddings):
-        return "its positions do not start at 0: it counts them by where padding is"
+    if any(hasattr(module, "create_position_ids_from_input_ids") for module in decoder_of(causal_lm).modules()):
+        return "it counts positions from the id of padding on, and not from 0"
     return why_not_segments(model)
 
 
@@ -144,7 +158,20 @@ class _ShapesAlone(TorchDispatchMode):
             return args[0].new_empty((0, args[0].dim()), dtype=torch.long)
         if func is torch.ops.aten._grouped_mm.default:
             return grouped_product(*args, **(kwargs or {}))
+        if func is torch.ops.aten.split_with_sizes.default:
+            return split_evenly_if_unknown(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def split_evenly_if_unknown(tensor: Tensor, sizes: Sequence[int], dim: int = 0) -> Sequence[Tensor]:
+    """`split` by sizes that were values, such as how many tokens each expert gets (JetMoE): where they do not add up,
+    there were none, and all parts are of one size."""
+    length = tensor.shape[dim]
+    if sum(sizes) != length:
+        each, left = divmod(length, len(sizes))
+        sizes = [each + (index < left) for index in range(len(sizes))]
+    parts: Sequence[Tensor] = torch.ops.aten.split_with_sizes.default(tensor, sizes, dim)
+    return parts
 
 
 def grouped_product(
@@ -216,6 +243,30 @@ def prepare_packing(model: PreTrainedModel) -> None:
         use_segment_attention(model)
     if model.device.type != "meta":
         check_packing(model)
+        check_positions(model)
+
+
+@torch.no_grad()
+def check_positions(model: nn.Module) -> None:
+    """Check that the model counts an example's positions from 0, as a packed row gives them.
+
+    Raises:
+        ConfigError: without `position_ids` it gives other hidden states; in training it would be another model.
+    """
+    causal_lm = causal_lm_of(model)
+    decoder, was_training = decoder_of(causal_lm), model.training
+    model.eval()
+    ids = torch.arange(1, 8, device=causal_lm.get_input_embeddings().weight.device)[None]
+    positions = torch.arange(7, device=ids.device)[None]
+    own = decoder(input_ids=ids, use_cache=False).last_hidden_state.float()
+    ours = decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state.float()
+    model.train(was_training)
+    change = float((ours - own).norm() / own.norm())
+    if not change < 0.05:  # turned by another angle, queries and keys are rounded otherwise
+        raise ConfigError(
+            f"data.packing=true: {type(causal_lm).__name__} does not count positions from 0 (with positions from 0 its "
+            f"hidden states change by {change:.2g} of their size); fix: data.packing=false"
+        )
 
 
 def takes_padding(model: Any) -> bool:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.config.schema import TrainConfig
-from lora_core.errors import TrainingError
 from lora_core.model.attention import causal_lm_of, decoder_of
+from lora_core.model.decoder import check_positions, decoder_layers
+from lora_core.model.head import Head, check_head, head_of, parameters_of
 from lora_core.model.packing_check import check_packing
 
 
@@ -55,6 +56,7 @@ class CausalLMLoss(nn.Module):
         """
         super().__init__()
         self.model = model
+        self._head: Head | None = None
         self._logits_per_chunk = logits_per_chunk(device_kind or next(model.parameters()).device.type)
         self._smoothing = 0.0 if config is None else config.label_smoothing_factor
         self._fp16 = config is not None and config.fp16
@@ -71,7 +73,8 @@ class CausalLMLoss(nn.Module):
     def _no_split_modules(self) -> list[str]:
         """Class names of the decoder layers: Accelerate's FSDP reads this, and gathers one layer at a time."""
         named = causal_lm_of(self.model)._no_split_modules or ()
-        return sorted({type(module).__name__ for module in self.model.modules()} & set(named))
+        # Not BERT's embeddings, which it names too: they may be tied to the head, which is gathered with the whole.
+        return sorted({type(layer).__name__ for layer in decoder_layers(self.model)} & set(named))
 
     @property
     def generation_config(self) -> Any:
@@ -84,15 +87,16 @@ class CausalLMLoss(nn.Module):
         ids: Tensor = model.generate(**inputs)
         return ids
 
-    def check_weights(self, packing: bool) -> None:
-        """Check the model inside, as it is checked where it is loaded whole.
+    def check_weights(self, packing: bool) -> str | None:
+        """Check the model inside, as it is checked where it is loaded whole; returns what `check_head` does.
 
         Raises:
             ConfigError, TrainingError: as `check_packing` and `check_head`.
         """
         if packing:
             check_packing(self.model)
-        check_head(self.model)
+            check_positions(self.model)
+        return check_head(self.model)
 
     def forward(
         self, input_ids: Tensor, loss_mask: Tensor, loss_weights: Tensor | None = None, **inputs: Any
@@ -116,7 +120,10 @@ class CausalLMLoss(nn.Module):
             inputs: for the decoder: attention_mask for padded rows; position_ids and segment_lengths for packed ones.
         """
         decoder = decoder_of(self.model)
-        hidden = decoder(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
+        output = decoder(input_ids=input_ids, use_cache=False, **inputs)
+        hidden = output.last_hidden_state
+        if self._head is None:
+            self._head = head_of(self.model, output)
         # One look at the mask: on a GPU each costs a wait for the device.
         row, position = loss_mask[:, 1:].nonzero(as_tuple=True)  # (N,) each
         targets = input_ids[row, position + 1]  # (N,)
@@ -126,10 +133,9 @@ class CausalLMLoss(nn.Module):
             return LossSums(hidden.float().sum() * 0.0, zero, zero, torch.zeros(0, device=targets.device))
         weights = None if loss_weights is None else loss_weights[row, position + 1]  # (N,)
         states = hidden[row, position]  # (N, H)
-        head = causal_lm_of(self.model).get_output_embeddings()
-        if any(parameter.requires_grad for parameter in head.parameters()):
+        if any(parameter.requires_grad for parameter in parameters_of(self._head, self.model)):
             # A head that trains needs its own gradient, so all logits are kept.
-            logits = project(self.model, states).float()
+            logits = self._head(states).float()
             losses = nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=self._smoothing)
             loss_sum, token_losses = (losses if weights is None else losses * weights).sum(), losses.detach()
             if self._smoothing:
@@ -137,8 +143,10 @@ class CausalLMLoss(nn.Module):
             num_correct = (logits.detach().argmax(dim=-1) == targets).sum()
         else:
             apply: Any = _HeadLoss.apply
+            vocab_size = causal_lm_of(self.model).config.get_text_config().vocab_size
+            positions = max(1, self._logits_per_chunk // vocab_size)
             loss_sum, num_correct, token_losses = apply(
-                states, targets, weights, self._smoothing, self.model, self._logits_per_chunk
+                states, targets, weights, self._smoothing, self._head, positions
             )
         num_tokens = torch.tensor(targets.numel(), device=targets.device)
         return LossSums(loss_sum, num_tokens, num_correct, token_losses)
@@ -159,8 +167,8 @@ class _HeadLoss(torch.autograd.Function):
         targets: Tensor,
         weights: Tensor | None,
         smoothing: float,
-        model: nn.Module,
-        logits_per_chunk: int,
+        head: Head,
+        positions_per_chunk: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(N, H) hidden states, (N,) targets, weights -> (summed loss, number of right first guesses, (N,) losses).
 
@@ -172,12 +180,11 @@ class _HeadLoss(torch.autograd.Function):
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
         num_correct = torch.zeros((), dtype=torch.long, device=hidden.device)
         token_losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        size = max(1, logits_per_chunk // causal_lm_of(model).config.get_text_config().vocab_size)
-        for start in range(0, len(hidden), size):
-            part = slice(start, start + size)
+        for start in range(0, len(hidden), positions_per_chunk):
+            part = slice(start, start + positions_per_chunk)
             with torch.set_grad_enabled(needs_gradient):
                 chunk = hidden[part].detach().requires_grad_(needs_gradient)
-                logits = project(model, chunk)
+                logits = head(chunk)
             target = targets[part, None]  # (P, 1)
             values = logits.detach()
             probabilities = values.softmax(dim=-1, dtype=torch.float32)  # (P, V)
@@ -247,64 +254,3 @@ class EmbeddingNoise:
             return embedded
         size = self._alpha / (self._lengths * embedded.shape[-1]).float().sqrt()
         return embedded + torch.empty_like(embedded).uniform_(-1, 1) * size[..., None].to(embedded.dtype)
-
-
-def project(model: nn.Module, hidden: Tensor) -> Tensor:
-    """Hidden states (N, H) -> logits (N, vocabulary), with the scaling that some families apply to logits."""
-    causal_lm = causal_lm_of(model)
-    logits: Tensor = causal_lm.get_output_embeddings()(hidden)
-    if scale := getattr(causal_lm.config, "logit_scale", None):  # Cohere multiplies, but not in models that see
-        logits = logits * scale
-    config = causal_lm.config.get_text_config()
-    if scaling := getattr(config, "logits_scaling", None):  # Granite divides
-        logits = logits / scaling
-    # Gemma 2 and 3, RecurrentGemma, xLSTM
-    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
-        if cap := getattr(config, name, None):
-            logits = torch.tanh(logits / cap) * cap
-    return logits
-
-
-@torch.no_grad()
-def check_head(model: nn.Module) -> None:
-    """Check that `project` gives the model's own logits, on eight tokens. Some families do more after the decoder.
-
-    Raises:
-        TrainingError: it does not; training would minimise the loss of another model.
-    """
-    causal_lm = causal_lm_of(model)
-    was_training = model.training
-    model.eval()
-    device = causal_lm.get_input_embeddings().weight.device
-    input_ids = torch.arange(1, 9, device=device)[None]
-    other_end = torch.cat([input_ids[:, :-1], input_ids[:, :1]], dim=1)
-    try:
-        own = causal_lm(input_ids=input_ids, use_cache=False).logits[0].float()
-        before_end = causal_lm(input_ids=other_end, use_cache=False).logits[0, :-1].float()
-        hidden = decoder_of(causal_lm)(input_ids=input_ids, use_cache=False).last_hidden_state
-    except (TypeError, ValueError, AttributeError) as error:  # each family has its own for what it lacks
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise TrainingError(
-            f"{type(causal_lm).__name__} does not run on text alone: {reason}; fix: another model.name_or_path"
-        ) from error
-    ours = project(model, hidden[0]).float()
-    model.train(was_training)
-    if not bool(own.isfinite().all()):
-        raise TrainingError(
-            f"{type(causal_lm).__name__} gives values that are not finite: its weights are damaged or do not suit the "
-            "precision; fix: another model.name_or_path or model.dtype"
-        )
-    # Of a causal model no more than rounding, as of experts that get other tokens beside.
-    change = ((before_end - own[:-1]).norm() / own[:-1].norm()).item()
-    if not change <= 0.05:
-        raise TrainingError(
-            f"{type(causal_lm).__name__} is not causal: what it predicts changes with tokens that come later (by "
-            f"{change:.2g} of its size), so it would learn to copy them; fix: another model.name_or_path"
-        )
-    difference = (own - ours).abs().max().item()
-    if not difference <= 1e-3 * max(1.0, own.abs().max().item()):
-        raise TrainingError(
-            f"{type(causal_lm).__name__} computes its logits in a way that lora_core does not support: they differ by "
-            f"{difference:.3g} from its output embedding's. Training would minimise another loss, so it stops "
-            "here; fix: another model.name_or_path, and please report this model"
-        )

@@ -177,6 +177,29 @@ def put_on(start: StartingAdapter, model: PeftModel) -> None:
         set_peft_model_state_dict(model, tensors)
 
 
+@torch.no_grad()
+def check_reload(model: PeftModel) -> None:
+    """Check that PEFT finds all of the adapter again once it is saved, by giving the model its own.
+
+    PEFT looks for some layers by the names of another version of the model's family, and only warns, after the run.
+
+    Raises:
+        ConfigError: it does not; the rest of the adapter would be another model.
+    """
+    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+
+    result = set_peft_model_state_dict(model, get_peft_model_state_dict(model, save_embedding_layers=False))
+    missing = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in result.missing_keys if ".lora_A." in name}
+    if not missing:
+        return
+    targets = model.peft_config["default"].target_modules
+    kept = [name for name in targets if name.rsplit(".", 1)[-1] not in missing] if not isinstance(targets, str) else []
+    raise ConfigError(
+        "lora.target_modules: PEFT would not load all of the saved adapter: it does not find "
+        f"{', '.join(sorted(missing))} again; fix: lora.target_modules=[{','.join(sorted(kept)) or 'OTHER NAMES'}]"
+    )
+
+
 def _check_same_tensors(start: StartingAdapter, theirs: dict[str, Tensor], ours: dict[str, Any]) -> None:
     problems = [
         *(f"{name}: only in the adapter" for name in sorted(theirs.keys() - ours.keys())),

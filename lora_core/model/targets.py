@@ -50,7 +50,10 @@ def find_targets(base: nn.Module) -> Targets:
     chosen = [
         name
         for name, module in named.items()
-        if _is_linear(module) and id(module) not in skipped and _out_features(module) not in sizes
+        if _is_linear(module)
+        and id(module) not in skipped
+        and not _is_in_groups(module)
+        and _out_features(module) not in sizes
     ]
     experts = [
         f"{name}.{parameter_name}"
@@ -79,6 +82,11 @@ def _is_linear(module: nn.Module) -> bool:
 
     # Falcon's and bitsandbytes' layers are kinds of nn.Linear; that of torch's own attention is not called.
     return isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def _is_in_groups(module: Any) -> bool:
+    """Groups of inputs have a block of the matrix each (DeepSeek-V4): PEFT would add a product with all of it."""
+    return isinstance(module, nn.Linear) and hasattr(module, "n_groups")
 
 
 def _out_features(module: Any) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from lora_core.other_tools.not_offered import NOT_OFFERED
+from lora_core.other_tools.axolotl_rows import eval_rows, remarks, rows
+from lora_core.other_tools.not_offered import AXOLOTL_NOT_OFFERED
 from lora_core.other_tools.trainer_keys import (
     SCHEDULE_KEYS,
     attention,
@@ -18,10 +19,9 @@ from lora_core.other_tools.trainer_keys import (
     schedule,
     start,
     targets,
+    warmup,
 )
-from lora_core.other_tools.translation import NotOffered, Rule, Tool, Values, renamed, several, whole
-
-_READ_TYPES = (None, "alpaca", "chat_template", "sharegpt", "completion", "input_output", "alpaca:phi")
+from lora_core.other_tools.translation import NotOffered, Rule, Tool, Values, renamed, whole
 
 
 def _quantization(values: Values) -> dict[str, Any]:
@@ -46,10 +46,10 @@ def _targets(values: Values) -> dict[str, Any]:
 
 
 def _warmup(values: Values) -> dict[str, Any]:
-    if values["warmup_steps"] is not None:
-        return {"train.warmup_steps": whole("train.warmup_steps", values["warmup_steps"])}
-    ratio = 0.03 if values["warmup_ratio"] is None else values["warmup_ratio"]
-    return {"train.warmup_ratio": float(ratio)}
+    steps, ratio = values["warmup_steps"], values["warmup_ratio"]
+    if steps is None:
+        return {"train.warmup_ratio": 0.03 if ratio is None else float(ratio)}
+    return warmup({"warmup_steps": steps, "warmup_ratio": None})
 
 
 def _optimizer(values: Values) -> dict[str, Any]:
@@ -58,6 +58,16 @@ def _optimizer(values: Values) -> dict[str, Any]:
 
 def _schedule(values: Values) -> dict[str, Any]:
     return schedule({**values, "lr_scheduler_type": values["lr_scheduler"]})
+
+
+def _lowest_rate(values: Values) -> dict[str, Any]:
+    """A cosine that ends at a share of its peak is transformers' `cosine_with_min_lr`."""
+    share = values["cosine_min_lr_ratio"]
+    if not share:
+        return {}
+    if values["lr_scheduler"] != "cosine" or values.get("cosine_constant_lr_ratio"):
+        raise NotOffered("a lowest rate here is of a cosine that ends with it: lr_scheduler_type=cosine_with_min_lr")
+    return {"train.lr_scheduler_type": "cosine_with_min_lr", "train.lr_scheduler_kwargs": {"min_lr_rate": share}}
 
 
 def _batch(values: Values) -> dict[str, Any]:
@@ -99,61 +109,6 @@ def _share(values: Values) -> dict[str, Any]:
     return {"data.eval_fraction": float(share)}
 
 
-def _eval_rows(values: Values) -> dict[str, Any]:
-    given = values["test_datasets"]
-    if not given:
-        return {}
-    if len(given) > 1 or not isinstance(given[0], dict) or given[0].get("split", "train") != "train":
-        raise NotOffered("one file is the eval set here: data.eval_file=PATH")
-    return {"data.eval_file": _path(given[0])}
-
-
-def _rows(values: Values) -> dict[str, Any]:
-    given = values["datasets"]
-    if not isinstance(given, list) or not given or not all(isinstance(each, dict) for each in given):
-        raise NotOffered("no rows are named; data.train_file=PATH")
-    kinds = {each.get("type") for each in given if isinstance(each.get("type"), (str, type(None)))}
-    unread = [each for each in given if not isinstance(each.get("type"), (str, type(None)))]
-    if unread or not kinds <= set(_READ_TYPES):
-        named = "a format of its own" if unread else ", ".join(sorted(map(str, kinds - set(_READ_TYPES))))
-        raise NotOffered(
-            f"rows of type {named} are not made here; data.train_file=PATH, with data.columns and data.roles"
-        )
-    files = [_train_file(each) for each in given]
-    made: dict[str, Any] = {"data.train_file": files[0]} if files == [str(files[0])] else {"data.train_files": files}
-    columns = {each["field_messages"] for each in given if each.get("field_messages")}
-    if columns and columns != {"messages"}:
-        if len(columns) > 1:
-            raise NotOffered("one name for the column of messages: data.columns={messages: NAME}")
-        made["data.columns"] = {"messages": columns.pop()}
-    if kinds == {"completion"}:
-        fields = {each.get("field") or "text" for each in given}
-        made |= {"data.train_on": "everything"} | (
-            {"data.columns": {"text": fields.pop()}} if fields != {"text"} else {}
-        )
-    return made
-
-
-def _path(each: dict[str, Any]) -> str:
-    files = each.get("data_files")
-    name = files if isinstance(files, str) else each.get("path")
-    if not isinstance(name, str) or each.get("name") or isinstance(files, list):
-        raise NotOffered("each of data.train_files is a path, with split and weight")
-    return name
-
-
-def _train_file(each: dict[str, Any]) -> str | dict[str, Any]:
-    split = each.get("split") or "train"
-    revision = each.get("revision")
-    if split == "train" and revision is None:
-        return _path(each)
-    return {
-        "path": _path(each),
-        **({"split": split} if split != "train" else {}),
-        **({"revision": revision} if revision else {}),
-    }
-
-
 def _loss_on(values: Values) -> dict[str, Any]:
     return {"data.train_on": "everything" if values["train_on_inputs"] else "all_assistant"}
 
@@ -175,8 +130,16 @@ def _attention(values: Values) -> dict[str, Any]:
     return attention(values)
 
 
+_CHECKPOINTING = (
+    "gradient_checkpointing",
+    "fsdp_config.activation_checkpointing",
+    "fsdp_config.fsdp_activation_checkpointing",
+)
+
+
 def _checkpointing(values: Values) -> dict[str, Any]:
-    return {"train.gradient_checkpointing": bool(values["gradient_checkpointing"])}
+    """FSDP's own kind does the same."""
+    return {"train.gradient_checkpointing": any(values[key] for key in _CHECKPOINTING)}
 
 
 # Axolotl's name -> the shipped template of the same turns.
@@ -190,6 +153,26 @@ def _template(values: Values) -> dict[str, Any]:
     if name in _SHIPPED_TEMPLATES:
         return {"data.chat_template": _SHIPPED_TEMPLATES[name]}
     raise NotOffered("the tokenizer's own chat template is used; data.chat_template names another")
+
+
+# Tracker here -> Axolotl's switch for it, and the project that turns it on as well.
+_TRACKERS = {
+    "wandb": ("use_wandb", "wandb_project"),
+    "mlflow": ("use_mlflow", "mlflow_experiment_name"),
+    "tensorboard": ("use_tensorboard", None),
+    "comet_ml": ("use_comet", "comet_project_name"),
+    "trackio": ("use_trackio", "trackio_project_name"),
+    "swanlab": ("use_swanlab", "swanlab_project"),
+}
+_TRACKER_KEYS = tuple(key for keys in _TRACKERS.values() for key in keys if key)
+
+
+def _trackers(values: Values) -> dict[str, Any]:
+    names = [name for name, keys in _TRACKERS.items() if any(key and values[key] for key in keys)]
+    if not names:
+        return {}
+    projects = [str(values[key]) for _, key in _TRACKERS.values() if key and values[key]]
+    return {"train.report_to": names} | ({"train.tracker_project": projects[0]} if projects else {})
 
 
 def _compiled(values: Values) -> dict[str, Any]:
@@ -225,6 +208,7 @@ _RULES = [
         adam_epsilon="train.adam_epsilon",
         loraplus_lr_ratio="lora.loraplus_lr_ratio",
         peft_layers_to_transform="lora.layers_to_transform",
+        peft_trainable_token_indices="lora.trainable_token_indices",
         lora_model_dir="model.adapter",
         lora_rank_pattern="lora.rank_pattern",
         lora_alpha_pattern="lora.alpha_pattern",
@@ -236,6 +220,7 @@ _RULES = [
     Rule(("warmup_steps", "warmup_ratio"), _warmup),
     Rule(("optimizer",), _optimizer),
     Rule(("lr_scheduler", *SCHEDULE_KEYS.values()), _schedule),
+    Rule(("cosine_min_lr_ratio",), _lowest_rate),
     Rule(("noisy_embedding_alpha",), lambda values: {"train.neftune_noise_alpha": values["noisy_embedding_alpha"]}),
     Rule(("lora_modules_to_save",), lambda values: saved_modules({**values, "modules_to_save": None})),
     Rule(("peft_init_lora_weights",), lambda values: start({"init_lora_weights": values["peft_init_lora_weights"]})),
@@ -245,8 +230,8 @@ _RULES = [
     Rule(("save_steps", "saves_per_epoch", "save_strategy"), _saving),
     Rule(("eval_steps", "evals_per_epoch", "eval_strategy", "evaluation_strategy"), _evaluation),
     Rule(("val_set_size",), _share),
-    Rule(("test_datasets",), _eval_rows),
-    Rule(("datasets",), _rows),
+    Rule(("test_datasets",), eval_rows),
+    Rule(("datasets",), rows),
     Rule(("train_on_inputs",), _loss_on),
     Rule(("sample_packing",), packing),
     Rule(("excess_length_strategy",), _truncation),
@@ -261,7 +246,8 @@ _RULES = [
         ),
         _attention,
     ),
-    Rule(("gradient_checkpointing",), _checkpointing),
+    Rule(_CHECKPOINTING, _checkpointing),
+    Rule(_TRACKER_KEYS, _trackers),
     Rule(("chat_template",), _template),
     Rule(("torch_compile",), _compiled),
     Rule(("load_best_model_at_end", "metric_for_best_model"), best),
@@ -288,66 +274,6 @@ _DEFAULTS = {
     "seed": 42,
 }
 
-_PLACE = "changes where, how fast or with what log it runs, and not what is learned"
-_METHOD = "changes how the model is trained, and has no counterpart here"
-_DECIDES = "is decided by this, and the rest of the file is read for it"
-_NOT_OFFERED = NOT_OFFERED | several(
-    {
-        "adapter rl pretraining_dataset reward_model process_reward_model num_labels trl ebft vllm "
-        "model_quantization_config model_quantization_config_kwargs": _DECIDES,
-        "wandb_project wandb_entity wandb_watch wandb_name wandb_log_model wandb_mode wandb_run_id use_wandb "
-        "mlflow_tracking_uri mlflow_experiment_name mlflow_run_name use_mlflow hf_mlflow_log_artifacts use_tensorboard "
-        "use_comet comet_project_name use_trackio trackio_project_name profiler_steps strict debug gc_steps "
-        "sample_packing_eff_est eval_table_size eval_max_new_tokens include_tkps loss_watchdog_threshold "
-        "loss_watchdog_patience wandb_run_name logging_first_step": "metrics.jsonl and report.html in the run folder "
-        "hold what is logged",
-        "tf32 flash_attn_rms_norm flash_attn_cross_entropy flash_attn_fuse_qkv flash_attn_fuse_mlp sdp_attention "
-        "pad_to_sequence_len eval_sample_packing lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_on_cpu "
-        "lora_embedding_kernel "
-        "liger_rope liger_rms_norm liger_glu_activation liger_fused_linear_cross_entropy liger_layer_norm "
-        "liger_swiglu liger_cross_entropy liger_rms_norm_gated "
-        "device world_size low_cpu_mem_usage special_tokens_map tokenizer_legacy batch_flattening "
-        "activation_offloading "
-        "xformers_attention dataloader_prefetch_factor cut_cross_entropy chunked_cross_entropy layer_offloading "
-        "sequence_parallel_degree context_parallel_size tiled_mlp gptq_disable_exllama use_kernels "
-        "skip_prepare_dataset dp_shard_size tensor_parallel_size scaling_softmax max_memory gpu_memory_limit "
-        "experts_implementation quantize_moe_experts fsdp_version fsdp_final_state_dict_type use_scattermoe "
-        "use_sonicmoe "
-        "llama4_linearized_experts experimental_skip_move_to_device flex_attn_compile_kwargs expert_parallel_size "
-        "dp_replicate_size flash_optimum gemma4_hybrid_attn_impl use_ray use_swanlab swanlab_project deepcompile "
-        "gradient_checkpointing_kwargs use_otel_metrics trackio_run_name swanlab_mode swanlab_description "
-        "torch_compile_backend group_by_length offload_optimizer sample_packing_bin_size "
-        "sample_packing_group_size sample_packing_sequentially fused_attn_kernel": _PLACE,
-        "dataset_prepared_path push_dataset_to_hub hf_use_auth_token dataset_exact_deduplication "
-        "dataset_keep_in_memory shuffle_merged_datasets max_packed_sequence_len dataset_shard_num dataset_shard_idx "
-        "preprocess_iterable is_preprocess": "encoded rows are kept in data.cache_dir",
-        "loraplus_lr_embedding relora_steps relora "
-        "relora_warmup_steps relora_anneal_steps relora_cpu_offload cosine_min_lr_ratio cosine_constant_lr_ratio "
-        "lr_quadratic_warmup lora_fan_in_fan_out lora_target_parameters peft embedding_lr "
-        "embedding_lr_scale unfrozen_parameters adam_beta3 lisa_n_layers lisa_step_interval lisa_layers_attribute "
-        "eot_tokens fix_untrained_tokens resize_token_embeddings_to_32x rope_scaling overrides_of_model_config "
-        "min_sample_len curriculum_sampling optim_target_modules optim_args s2_attention torchdistx_path use_eaft "
-        "use_dynamic_finetuning dft peft_ensure_weight_tying moe_aux_loss_coef router_aux_loss_coef use_pose "
-        "train_on_eos eta_min train_on_eot lr_groups "
-        "shrink_embeddings mean_resizing_embeddings qat gptq gptq_bits "
-        "gptq_groupsize gptq_model_v1": _METHOD,
-        "special_tokens tokens added_tokens_overrides chat_template_jinja default_system_message tokenizer_config "
-        "tokenizer_type "
-        "tokenizer_use_fast bos_token eos_token": "the model's own tokenizer and its chat template are used",
-        "model_type base_model_config base_model_ignore_patterns is_llama_derived_model is_mistral_derived_model "
-        "is_falcon_derived_model is_qwen_derived_model model_config processor_type processor_kwargs cls_model_config "
-        "type_of_model tokenizer_use_mistral_common trust_remote_code "
-        "freeze_mm_modules image_size image_resize_algorithm": "the model's config says what it is, and code "
-        "from its repository is never run",
-        "plugins": "there are no plugins",
-        "resume_from_checkpoint auto_resume_from_checkpoints local_rank": "lora-core train --resume continues from the "
-        "newest checkpoint",
-        "save_first_step save_only_model save_safetensors generate_samples": "checkpoints hold all that a run needs to "
-        "be resumed, as safetensors",
-        "bnb_config_kwargs": "NF4 here has double quantization, and computes in bfloat16",
-    }
-)
-
 
 def _refusals(values: Values) -> Iterable[str]:
     if values.get("rl"):
@@ -364,4 +290,4 @@ def _refusals(values: Values) -> Iterable[str]:
         yield "model_quantization_config: a model is quantized here as NF4 or int8: model.quantization"
 
 
-AXOLOTL = Tool("Axolotl 0.19", _RULES, _DEFAULTS, _NOT_OFFERED, _refusals)
+AXOLOTL = Tool("Axolotl 0.19", _RULES, _DEFAULTS, AXOLOTL_NOT_OFFERED, _refusals, remarks)

@@ -13,6 +13,7 @@ from lora_core.other_tools.trainer_keys import (
     saved_modules,
     start,
     targets,
+    trackers,
 )
 from lora_core.other_tools.translation import NotOffered, Rule, Tool, Values, renamed, several
 
@@ -34,8 +35,24 @@ def _quantization(values: Values) -> dict[str, Any]:
     return {"model.quantization": "nf4" if bits == 4 else "int8"}
 
 
+def _double_quantization(values: Values) -> dict[str, Any]:
+    if values["double_quantization"] is False:
+        raise NotOffered("NF4 here has double quantization")
+    return {}
+
+
 def _checkpointing(values: Values) -> dict[str, Any]:
-    return {"train.gradient_checkpointing": not values["disable_gradient_checkpointing"]}
+    """LLaMA-Factory turns it on by itself; transformers' key turns it on where LLaMA-Factory's own does not."""
+    is_on = not values["disable_gradient_checkpointing"] or bool(values["gradient_checkpointing"])
+    return {"train.gradient_checkpointing": is_on}
+
+
+def _swanlab(values: Values) -> dict[str, Any]:
+    if not values["use_swanlab"]:
+        return {}
+    others = trackers({"report_to": values.get("report_to")})["train.report_to"]
+    project = values["swanlab_project"] or "llamafactory"
+    return {"train.report_to": [*others, "swanlab"], "train.tracker_project": project}
 
 
 def _attention(values: Values) -> dict[str, Any]:
@@ -89,7 +106,7 @@ def _revision(values: Values) -> dict[str, Any]:
 
 
 _RULES = [
-    *TRAINING_ARGUMENTS,
+    *(rule for rule in TRAINING_ARGUMENTS if rule.keys != ("gradient_checkpointing",)),
     *renamed(
         model_name_or_path="model.name_or_path",
         lora_dropout="lora.dropout",
@@ -108,7 +125,9 @@ _RULES = [
     Rule(("lora_rank",), lambda values: {"lora.rank": values["lora_rank"]}),
     Rule(("lora_target",), _targets),
     Rule(("quantization_bit", "quantization_method", "quantization_type"), _quantization),
-    Rule(("disable_gradient_checkpointing",), _checkpointing),
+    Rule(("double_quantization",), _double_quantization),
+    Rule(("disable_gradient_checkpointing", "gradient_checkpointing"), _checkpointing),
+    Rule(("use_swanlab", "swanlab_project"), _swanlab),
     Rule(("flash_attn",), _attention),
     Rule(("dataset", "dataset_dir"), _rows),
     Rule(("eval_dataset",), _eval_rows),
@@ -135,7 +154,9 @@ _DEFAULTS = TRANSFORMERS_DEFAULTS | {
 }
 del _DEFAULTS["gradient_checkpointing"]  # it has a switch of its own, and is on
 
+_GENERATES = "is of generation, evaluation or export, and not of training"
 _FIXED = "is decided by this, and the rest of the file is read for it"
+_LOGGED = "changes where, how fast or with what log it runs, and not what is learned"
 _METHOD = "changes how the model is trained, and has no counterpart here"
 _NOT_OFFERED = NOT_OFFERED | several(
     {
@@ -156,15 +177,32 @@ _NOT_OFFERED = NOT_OFFERED | several(
         "apollo_target apollo_rank apollo_scale apollo_update_interval": _METHOD,
         "mix_strategy interleave_probs": "weight of one of data.train_files says how often its rows are taken",
         "use_unsloth use_unsloth_gc enable_liger_kernel use_reentrant_gc upcast_layernorm upcast_lmhead_output "
-        "infer_backend infer_dtype offload_folder use_kv_cache use_v1_kernels double_quantization "
+        "infer_backend infer_dtype offload_folder use_kv_cache use_v1_kernels "
         "split_special_tokens "
         "compute_accuracy eval_on_each_dataset ray_run_name ray_storage_path ray_num_workers placement_strategy "
-        "resources_per_worker ray_init_kwargs master_addr master_port print_param_status use_swanlab swanlab_project "
+        "resources_per_worker ray_init_kwargs master_addr master_port print_param_status "
         "swanlab_run_name use_kt kt_optimize_rule cpu_infer chunk_size kt_maxlen mode predict_with_generate "
         "ignore_pad_token_for_loss low_cpu_mem_usage use_fast_tokenizer eval_num_beams ray_storage_filesystem "
         "export_quantization_bit export_quantization_dataset export_quantization_method export_dir export_size "
-        "export_device export_legacy_format use_hyper_parallel": "changes where, how fast or with what "
-        "log it runs, and not what is learned",
+        "export_device export_legacy_format use_hyper_parallel "
+        "use_habana use_lazy_mode gaudi_config_name throughput_warmup_steps use_hpu_graphs_for_training "
+        "use_hpu_graphs_for_inference": "changes where, how fast or with what log it runs, and not what is learned",
+        "vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank vllm_config sglang_maxlen "
+        "sglang_mem_fraction sglang_tp_size sglang_config sglang_lora_backend do_sample temperature top_p top_k "
+        "num_beams max_length max_new_tokens repetition_penalty length_penalty skip_special_tokens task task_dir "
+        "batch_size lang n_shot save_dir download_mode export_quantization_nsamples export_quantization_maxlen "
+        "export_hub_model_id": _GENERATES,
+        "swanlab_workspace swanlab_mode swanlab_api_key swanlab_logdir swanlab_lark_webhook_url swanlab_lark_secret "
+        "enable_torch_profiler profiler_output_dir profiler_wait_steps profiler_warmup_steps profiler_active_steps "
+        "profiler_repeat profiler_record_shapes profiler_profile_memory profiler_with_stack profile_modules "
+        "kt_weight_path kt_expert_checkpoint_path": _LOGGED,
+        "adapter_folder compute_dtype model_max_length block_diag_attn kt_use_lora_experts kt_lora_expert_num "
+        "kt_lora_expert_intermediate_size freeze_extra_modules module_dropout oft_rank oft_block_size oft_target "
+        "pref_bco_weight kto_rejected_weight simpo_gamma ppo_buffer_size ppo_epochs ppo_score_norm ppo_target "
+        "ppo_whiten_rewards ref_model ref_model_adapters ref_model_quantization_bit reward_model_adapters "
+        "reward_model_quantization_bit reward_model_type ld_alpha galore_proj_type galore_layerwise apollo_proj "
+        "apollo_proj_type apollo_scale_type apollo_layerwise apollo_scale_front badam_start_block badam_mask_mode "
+        "badam_verbose hyper_parallel_args fp8_backend fp8_enable_fsdp_float8_all_gather": _METHOD,
         "hf_hub_token ms_hub_token om_hub_token": "tokens are read from the environment, and from no file",
         "image_max_pixels image_min_pixels video_max_pixels video_min_pixels video_fps video_maxlen "
         "freeze_vision_tower freeze_multi_modal_projector freeze_language_model audio_sampling_rate "

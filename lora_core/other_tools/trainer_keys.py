@@ -85,12 +85,11 @@ SCHEDULE_KEYS = {name: f"lr_scheduler_kwargs.{name}" for name in ("min_lr_rate",
 def schedule(values: Values) -> dict[str, Any]:
     name = str(values["lr_scheduler_type"]).removeprefix("SchedulerType.").lower()
     settings = {name: values[key] for name, key in SCHEDULE_KEYS.items() if values.get(key) is not None}
-    has_warmup = values.get("warmup_steps") or values.get("warmup_ratio")
     problem = schedule_problem(name, settings)
-    if problem is None and name == "constant" and has_warmup:
-        problem = "lr_scheduler_type=constant has no warmup here"
     if problem is not None:
         raise NotOffered(f"kept at linear, to zero; {problem}")
+    if name == "constant":  # transformers' own passes over any warmup that is asked for
+        return {"train.lr_scheduler_type": name, "train.warmup_steps": 0, "train.warmup_ratio": None}
     return {"train.lr_scheduler_type": name} | ({"train.lr_scheduler_kwargs": settings} if settings else {})
 
 

@@ -176,6 +176,47 @@ def check_experts(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def check_causal(facts: Facts) -> Iterator[Finding]:
+    """The model is an encoder: each token sees those after it.
+
+    It would learn to copy the next token, which it sees, and a loss near 0 would say nothing of the replies that it
+    writes.
+
+    Another model. One of BERT's kind that was trained to write has `"is_decoder": true` in its config.json.
+    """
+    if facts.model.is_encoder:
+        yield Finding(
+            "not_causal",
+            "error",
+            f"model.name_or_path={facts.config.model.name_or_path}: a {facts.model.model_type} model whose config.json "
+            "does not say is_decoder=true; its tokens see those after them, which they should predict",
+            False,
+            True,
+            None,
+        )
+
+
+def check_idle_adapters(facts: Facts) -> Iterator[Finding]:
+    """No gradient reaches some of the adapter: text does not pass these layers, or only through a choice.
+
+    They would be saved as they began, and make the file larger: layers of an image tower, or of what chooses which
+    tokens or experts are looked at.
+
+    Leave them out: `lora.target_modules=auto`, or names without these.
+    """
+    idle = facts.memory.idle_adapters if facts.memory is not None else ()
+    if idle:
+        names = sorted({".".join([part for part in name.split(".") if not part.isdigit()][-2:]) for name in idle})
+        yield Finding(
+            "adapter_idle",
+            "warning",
+            f"no gradient reaches the adapter on {', '.join(names)} (such as {idle[0]}), so it does not train there",
+            list(idle),
+            [],
+            None if facts.config.lora.target_modules == "auto" else "lora.target_modules=auto",
+        )
+
+
 def check_packing_off(facts: Facts) -> Iterator[Finding]:
     """The model cannot keep packed examples apart, so they are padded.
 

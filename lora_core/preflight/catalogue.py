@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator
 
 from lora_core.preflight.adapter import (
     check_alpha,
+    check_causal,
     check_dora,
     check_experts,
     check_fsdp_quantization,
+    check_idle_adapters,
     check_learning_rate,
     check_lora_names,
     check_optimizer,
@@ -34,7 +36,7 @@ from lora_core.preflight.environment import (
     check_world_size,
 )
 from lora_core.preflight.findings import Facts, Finding, Severity
-from lora_core.preflight.memory import check_memory, check_sharding
+from lora_core.preflight.memory import check_checkpointing, check_memory, check_sharding
 from lora_core.preflight.replies import (
     check_alike_starts,
     check_capacity,
@@ -71,6 +73,7 @@ from lora_core.preflight.schedule import (
     check_warmup_long,
     check_warmup_past_end,
 )
+from lora_core.preflight.serving import check_serving_prompt
 from lora_core.preflight.template import check_folded_system, check_template_end_token, check_vocabulary
 from lora_core.preflight.untrained import check_router_loss, check_towers
 
@@ -103,7 +106,7 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_placeholders, {"placeholders_in_replies": "note"}),
     (check_alike_starts, {"replies_start_alike": "note"}),
     (check_scripts, {"scripts_differ": "note"}),
-    (check_near_duplicates, {"rows_alike": "note"}),
+    (check_near_duplicates, {"rows_alike": "note", "eval_alike": "note"}),
     (check_special_text, {"special_tokens_in_text": "warning"}),
     (check_doubled_bos, {"bos_doubled": "warning"}),
     (check_borders, {"tokens_cut_at_border": "note"}),
@@ -111,6 +114,7 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_template_end_token, {"template_end_token": "note"}),
     (check_folded_system, {"system_folded": "note"}),
     (check_template_date, {"template_uses_date": "note"}),
+    (check_serving_prompt, {"serving_prompt": "note"}),
     (check_held_out, {"no_held_out_rows": "note"}),
     (check_overlap, {"eval_overlap": "warning"}),
     (check_vocabulary, {"tokens_without_embedding": "error"}),
@@ -125,11 +129,14 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_learning_rate, {"learning_rate_unusual": "warning", "learning_rate_differs": "note"}),
     (check_optimizer, {"optimizer_cannot_run": "error", "optimizer_not_paged": "note"}),
     (check_fsdp_quantization, {"fsdp_quant_storage": "error"}),
+    (check_idle_adapters, {"adapter_idle": "warning"}),
+    (check_causal, {"not_causal": "error"}),
     (check_experts, {"experts_dora": "error", "experts_without_dropout": "note"}),
     (check_towers, {"towers_left_out": "note"}),
     (check_router_loss, {"router_loss_off": "note"}),
     (check_packing_off, {"packing_impossible": "error", "packing_off": "note"}),
     (check_memory, {"memory_too_small": "error", "micro_batches_smaller": "note", "memory_unknown": "note"}),
+    (check_checkpointing, {"checkpointing_missing": "error"}),
     (check_sharding, {"ddp_fits": "note", "fsdp_fits": "note"}),
     (check_world_size, {"world_size_differs": "error"}),
     (check_bf16, {"bf16_unsupported": "error", "bf16_slow": "warning"}),
@@ -149,6 +156,8 @@ NEVER_ALLOWED = (
     "tokens_without_embedding",
     "targets_missing",
     "experts_dora",
+    "not_causal",
+    "checkpointing_missing",
     "packing_impossible",
     "lora_names_missing",
     "adapter_differs",

@@ -66,6 +66,24 @@ def check_memory(facts: Facts) -> Iterator[Finding]:
     )
 
 
+def check_checkpointing(facts: Facts) -> Iterator[Finding]:
+    """`train.gradient_checkpointing` is on, and transformers has none for this model.
+
+    transformers refuses it when the model is loaded.
+
+    Leave it off; smaller micro-batches take less memory too, with the same gradient.
+    """
+    if facts.config.train.gradient_checkpointing and not facts.model.has_checkpointing:
+        yield Finding(
+            "checkpointing_missing",
+            "error",
+            f"train.gradient_checkpointing=true: transformers has none for a {facts.model.model_type} model",
+            True,
+            False,
+            "train.gradient_checkpointing=false",
+        )
+
+
 def check_sharding(facts: Facts) -> Iterator[Finding]:
     """Another way to use several GPUs suits this run better: DDP, a whole copy of the model on each, or FSDP, a share.
 
@@ -135,7 +153,7 @@ def cheapest_change(facts: Facts) -> tuple[str | None, MemoryPlan | None]:
     config, longest, memory = facts.config, int(facts.train_data.lengths.max()), facts.memory
     assert memory is not None
     changes: list[list[str]] = []
-    if not config.train.gradient_checkpointing:
+    if not config.train.gradient_checkpointing and facts.model.has_checkpointing:
         changes.append(["train.gradient_checkpointing=true"])
     if config.data.packing and memory.micro_batch.num_tokens > longest:
         changes.append([f"train.max_tokens_per_device_batch={longest}"])

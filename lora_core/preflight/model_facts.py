@@ -10,7 +10,7 @@ from lora_core.configuration import with_overrides
 from lora_core.errors import ConfigError
 from lora_core.memory.without_storage import base_without_storage, num_hidden_layers
 from lora_core.model.base import load_model_config, resolve_name
-from lora_core.model.decoder import why_not_packed
+from lora_core.model.decoder import is_encoder, why_not_packed
 from lora_core.model.language_part import left_out
 from lora_core.model.lora_settings import differs_by_layer, linear_names, names_without_match, targeted_names
 from lora_core.model.starting_adapter import differing_settings, find_starting_adapter
@@ -35,6 +35,10 @@ class ModelFacts:
     """Of the frozen weights, such as bfloat16."""
     packing_problem: str | None
     """Why this model's examples cannot be packed; None if they can."""
+    is_encoder: bool
+    """Each token sees those after it, as in BERT; nothing is left to predict."""
+    has_checkpointing: bool
+    """Its layers can be computed again in the backward (`train.gradient_checkpointing`)."""
     auto_targets: Targets
     """What `lora.target_modules: auto` stands for."""
     vocab_size: int
@@ -84,6 +88,8 @@ def model_facts(config: RunConfig) -> ModelFacts:
         adapter_differences=tuple(differing_settings(start, config.lora)) if start is not None else (),
         dtype=str(base.dtype).removeprefix("torch."),
         packing_problem=why_not_packed(base),
+        is_encoder=is_encoder(base),
+        has_checkpointing=bool(base.supports_gradient_checkpointing),
         auto_targets=_auto_targets(base),
         vocab_size=vocab_size,
         head_name=name_of.get(id(base.get_output_embeddings())),

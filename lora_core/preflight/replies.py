@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 
+from lora_core.data.alike import near_copies, near_pairs
 from lora_core.errors import counted
 from lora_core.preflight.findings import Facts, Finding
 
 _FEWEST_ROWS = 20
 _ALIKE = 0.5
-_SHARED = 6
-"""Of the eight hashes of a sketch."""
 
 
 def check_unanswered(facts: Facts) -> Iterator[Finding]:
@@ -130,46 +128,54 @@ def check_scripts(facts: Facts) -> Iterator[Finding]:
 
 
 def check_near_duplicates(facts: Facts) -> Iterator[Finding]:
-    """Rows say almost what an earlier row says: they share most of their sequences of five words.
+    """Rows say almost what an earlier row says, or eval rows what a training row says: most of their sequences of five
+    words are the same.
 
     They are trained on as if they were more than they are, and where one is in the eval set, eval loss looks better
-    than it is. Told by a sketch of eight hashes a row, six of them shared; rows of fewer than ten words have too few.
+    than it is. `data.eval_fraction` keeps them on one side, unless more than half of the rows are of one form. Told by
+    a sketch of eight hashes a row, six of them shared; rows of fewer than ten words have too few.
 
     Remove them, unless rows of one form are what you want.
     """
-    rows = facts.train_data.rows
+    rows, eval_lines = facts.train_data.rows, _eval_lines_alike(facts)
     lines = rows.lines(near_copies(rows.sketch, rows.text_key) & ~rows.is_bad)
+    is_kept_apart = facts.config.data.eval_fraction > 0 and not eval_lines
     if lines:
         yield Finding(
             "rows_alike",
             "note",
             f"{counted(len(lines), 'row')} that almost {'repeats' if len(lines) == 1 else 'repeat'} an earlier row "
-            f"({facts.train_data.places.listed(lines)})",
+            f"({facts.train_data.places.listed(lines)})"
+            + ("; data.eval_fraction keeps near-copies on one side" if is_kept_apart else ""),
             len(lines),
+            0,
+            None,
+        )
+    if facts.eval_data is not None and eval_lines:
+        why = "; more than half of all rows are of such forms" if facts.config.data.eval_fraction > 0 else ""
+        yield Finding(
+            "eval_alike",
+            "note",
+            f"{len(eval_lines):,} of {counted(len(facts.eval_data.indices), 'eval row')} almost "
+            f"{'repeats' if len(eval_lines) == 1 else 'repeat'} a training row "
+            f"({facts.eval_data.places.listed(eval_lines)}){why}; eval loss will look better than on other rows",
+            len(eval_lines),
             0,
             None,
         )
 
 
-def near_copies(sketches: npt.NDArray[np.int64], text_keys: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """(N,) whether a row shares most of its sketch with an earlier row, and is no copy of it.
-
-    Args:
-        sketches: (N, 8) hashes, 0 for none.
-        text_keys: (N,) hashes of the rows' words: copies are told otherwise.
-    """
-    number, size = sketches.shape
-    row_of = np.repeat(np.arange(number), size)
-    hashes, inverse = np.unique(sketches.ravel(), return_inverse=True)
-    earliest = np.full(len(hashes), number)
-    np.minimum.at(earliest, inverse, row_of)
-    leader = earliest[inverse]
-    is_pair = (sketches.ravel() != 0) & (leader < row_of)
-    is_pair &= text_keys[np.minimum(leader, number - 1)] != text_keys[row_of]
-    pairs, shared = np.unique(leader[is_pair] * number + row_of[is_pair], return_counts=True)
-    alike = np.zeros(number, dtype=np.bool_)
-    alike[pairs[shared >= _SHARED] % number] = True
-    return alike
+def _eval_lines_alike(facts: Facts) -> list[int]:
+    """Lines of the eval rows that are near-copies of a training row, and no copies of it."""
+    if facts.eval_data is None:
+        return []
+    sides = [(data.rows, data.indices) for data in (facts.train_data, facts.eval_data)]
+    earlier, later = near_pairs(np.concatenate([rows.sketch[indices] for rows, indices in sides])).T
+    text_key = np.concatenate([rows.text_key[indices] for rows, indices in sides])
+    num_trained = len(facts.train_data.indices)
+    is_across = (earlier < num_trained) & (later >= num_trained) & (text_key[earlier] != text_key[later])
+    chosen = facts.eval_data.indices[np.unique(later[is_across]) - num_trained]
+    return sorted({int(line) for line in facts.eval_data.rows.line[chosen]})
 
 
 def check_capacity(facts: Facts) -> Iterator[Finding]:

@@ -21,7 +21,8 @@ from lora_core.data.encoded import pad_id
 from lora_core.data.packing import Batching, RowIndices, eval_batching, step_rows, train_batching
 from lora_core.evaluation.evaluate import EvalResult, ExampleLosses, evaluate_examples
 from lora_core.model.base import add_adapter, load_base_model
-from lora_core.model.loss import CausalLMLoss, check_head
+from lora_core.model.head import check_head
+from lora_core.model.loss import CausalLMLoss
 from lora_core.model.optimizer import build_optimizer
 from lora_core.model.starting_adapter import find_starting_adapter, put_on
 from lora_core.preflight.memory import micro_batch_limit_that_fits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from lora_core.config.schema import RunConfig
 from lora_core.data.counts import EncodedFile
 from lora_core.data.packing import Batching, MicroBatchRows, to_device
 from lora_core.model.base import add_adapter, load_base_model
-from lora_core.model.loss import CausalLMLoss, check_head
-from lora_core.model.starting_adapter import StartingAdapter, put_on
+from lora_core.model.head import check_head
+from lora_core.model.loss import CausalLMLoss
+from lora_core.model.starting_adapter import StartingAdapter, check_reload, put_on
 from lora_core.runtime.ranks import from_first_rank
 from lora_core.runtime.sharding import loads_on_first_rank, share_out
 
@@ -24,9 +26,12 @@ if TYPE_CHECKING:
 
 
 def build_model(
-    config: RunConfig, accelerator: Accelerator, start: StartingAdapter | None
+    config: RunConfig, accelerator: Accelerator, start: StartingAdapter | None, say: Callable[[str], None]
 ) -> tuple[PeftModel, PeftModel | None]:
     """Base model and adapter; call it in every rank.
+
+    Args:
+        say: takes a line on a head of another kind, where there is one.
 
     Returns:
         (the model that is to be prepared, None). Where the first rank alone loads: a model whose frozen weights have
@@ -40,7 +45,8 @@ def build_model(
         model = _adapted(config, accelerator.device, accelerator.device, packing)
         if start is not None:
             put_on(start, model)
-        check_head(model)
+        check_reload(model)
+        _say_of_head(check_head(model), say)
         return model, None
 
     loaded: PeftModel | None = None
@@ -50,6 +56,7 @@ def build_model(
         loaded = _adapted(config, torch.device("cpu"), accelerator.device, packing=False)  # it only gives weights
         if start is not None:
             put_on(start, loaded)
+        check_reload(loaded)
         return loaded.generation_config
 
     generation_config = from_first_rank(load)
@@ -57,6 +64,11 @@ def build_model(
     model.base_model.model.generation_config = generation_config  # read with the weights
     _give_storage_to_what_trains(model, accelerator.device)
     return model, loaded
+
+
+def _say_of_head(note: str | None, say: Callable[[str], None]) -> None:
+    if note is not None:
+        say(f"model: {note}")
 
 
 def _adapted(config: RunConfig, device: torch.device, computes_on: torch.device, packing: bool) -> PeftModel:
@@ -75,7 +87,9 @@ def _give_storage_to_what_trains(model: nn.Module, device: torch.device) -> None
                 setattr(module, name, made[parameter])
 
 
-def fill(config: RunConfig, accelerator: Accelerator, model: nn.Module, loaded: PeftModel | None) -> None:
+def fill(
+    config: RunConfig, accelerator: Accelerator, model: nn.Module, loaded: PeftModel | None, say: Callable[[str], None]
+) -> None:
     """Give a prepared model the weights of `build_model`'s second one, and check them; call it in every rank.
 
     Without a first rank that loads alone, this does nothing: the weights are there, and checked.
@@ -86,7 +100,7 @@ def fill(config: RunConfig, accelerator: Accelerator, model: nn.Module, loaded: 
     if not loads_on_first_rank():
         return
     share_out(model, None if loaded is None else CausalLMLoss(loaded), accelerator.device)
-    accelerator.unwrap_model(model).check_weights(bool(config.data.packing))
+    _say_of_head(accelerator.unwrap_model(model).check_weights(bool(config.data.packing)), say)
 
 
 def settle_exchange(model: nn.Module, optimizer: torch.optim.Optimizer, batching: Batching, data: EncodedFile) -> None:

@@ -195,7 +195,7 @@ def _set_up(
     start = find_starting_adapter(config.model) if checkpoint is None else None
     if start is not None and start.is_checkpoint:
         read_checkpoint(start.weights.parent)  # whole, or said so
-    adapted, loaded = build_model(config, accelerator, start)
+    adapted, loaded = build_model(config, accelerator, start, say)
     if start is not None:
         say(f"adapter: starts as {start.weights.parent}, trained on {start.base_model}")
     if config.train.torch_compile:
@@ -207,7 +207,7 @@ def _set_up(
     model, optimizer = accelerator.prepare(loss, optimizer)
     for method in ("generate", "check_weights"):  # they gather embedding and head; without FSDP this does nothing
         register_fsdp_forward_method(model, method)
-    fill(config, accelerator, model, loaded)
+    fill(config, accelerator, model, loaded, say)
     batching = train_batching(config, pad_id(tokenizer))
     settle_exchange(model, optimizer, batching, train_data)
     if accelerator.is_main_process:  # only now: if the model cannot be loaded, an earlier run stays

@@ -79,7 +79,7 @@ def train_step(
 
     Raises:
         StepDropped: `should_stop` said so; parameters and optimizer are as they were.
-        TrainingError: there is no loss token.
+        TrainingError: there is no loss token, or the loss does not depend on what trains.
     """
     local = torch.tensor([_tokens_and_weight(batch) for batch in batches], dtype=torch.float64).sum(dim=0)
     num_tokens, total_weight = sum_over_ranks(local).tolist()
@@ -97,6 +97,7 @@ def train_step(
         last = index == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
             micro_loss_sum = model(**to_device(batch, accelerator.device)).loss_sum
+            check_gradient(micro_loss_sum)
             # DDP and FSDP average gradients over ranks; times their number, the average is the sum.
             share = micro_loss_sum * (accelerator.num_processes / total_weight)
             accelerator.backward(share if scaler is None else scaler.scale(share))
@@ -117,6 +118,19 @@ def train_step(
     scheduler.step()
     optimizer.zero_grad()
     return result
+
+
+def check_gradient(loss_sum: torch.Tensor) -> None:
+    """Check that a micro-batch's loss hangs on what trains.
+
+    Raises:
+        TrainingError: it does not: such as reversible layers, which want a gradient on what goes in (Reformer).
+    """
+    if not loss_sum.requires_grad:
+        raise TrainingError(
+            "no gradient reaches the adapter: this model's layers compute none where its embedding is frozen; fix: "
+            "another model.name_or_path"
+        )
 
 
 def _tokens_and_weight(batch: dict[str, Any]) -> tuple[float, float]:

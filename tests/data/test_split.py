@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from lora_core.configuration import load_config
+from lora_core.data.alike import SHARED, joined, near_pairs
 from lora_core.data.counts import EncodedFile, account
 from lora_core.data.encoded import encode_file, load_data
 from lora_core.data.split import choose_groups, duplicate_groups, hold_out
@@ -130,6 +131,101 @@ def test_groups_of_a_hundred_thousand_rows_take_a_moment() -> None:
     assert not duplicate_groups(rows, chain).any()
     sizes = np.arange(1, 400, dtype=np.int64)
     assert sizes[choose_groups(sizes, 0.31, 0)].sum() == round(0.31 * sizes.sum())
+
+
+# Sketches of four families of rows, the hashes of each replaced from the left: 0, 1 or 2 of them are near-copies of the
+# family's first, 3 are not.
+SKETCHES = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=24)
+
+
+def sketches_of(rows: list[tuple[int, int]]) -> np.ndarray[Any, Any]:
+    family = [[100 * number + place for place in range(1, 9)] for number, _ in rows]
+    own = [[100_000 + 10 * row + place for place in range(8)] for row in range(len(rows))]
+    return np.array([[*own[row][:new], *family[row][new:]] for row, (_, new) in enumerate(rows)])
+
+
+def file_with(sketches: np.ndarray[Any, Any]) -> EncodedFile:
+    file = file_of([("kept", number, number) for number in range(len(sketches))])
+    object.__setattr__(file.rows, "sketch", sketches)
+    return file
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=SKETCHES, fraction=st.floats(0.001, 0.999), seed=st.integers(0, 5))
+def test_near_copies_stay_on_one_side(rows: list[tuple[int, int]], fraction: float, seed: int) -> None:
+    sketches = sketches_of(rows)
+    pairs = near_pairs(sketches)
+    together = joined(len(rows), pairs)
+    wanted = min(len(rows) - 1, max(1, round(len(rows) * fraction)))
+    sizes = Counter(together.tolist())
+    in_large = sum(size for size in sizes.values() if size > max(1, wanted))
+    whole = file_with(sketches)
+    trained, held_out = hold_out(whole, fraction, seed)
+    assert sorted([*trained.indices, *held_out.indices]) == [*range(len(rows))]
+    assert hold_out(whole, fraction, seed)[1].indices.tolist() == held_out.indices.tolist()
+    is_eval = np.isin(np.arange(len(rows)), held_out.indices)
+    torn = {together[a] for a, b in pairs if is_eval[a] != is_eval[b]}
+    if 2 * in_large <= len(rows):
+        assert not torn
+    else:  # rows of a form that most rows are of; smaller groups are still on one side
+        assert all(sizes[int(group)] > wanted for group in torn)
+        assert 0 < len(held_out.indices) < len(rows)
+
+
+@settings(max_examples=200, deadline=None)
+@given(rows=st.lists(st.lists(st.integers(0, 12), min_size=8, max_size=8, unique=True), max_size=6))
+def test_pairs_of_near_copies_are_those_that_share_six_hashes(rows: list[list[int]]) -> None:
+    sketches = np.array(rows, dtype=np.int64).reshape(-1, 8)
+    expected = [
+        [a, b] for a, b in itertools.combinations(range(len(rows)), 2) if len({*rows[a]} & {*rows[b]} - {0}) >= SHARED
+    ]
+    assert near_pairs(sketches).tolist() == expected
+
+
+@given(pairs=st.lists(st.tuples(st.integers(0, 19), st.integers(0, 19)), max_size=30))
+def test_groups_are_what_chains_of_pairs_reach(pairs: list[tuple[int, int]]) -> None:
+    groups = [{number} for number in range(20)]
+    for a, b in pairs:
+        of_both = next(group for group in groups if a in group) | next(group for group in groups if b in group)
+        groups = [group for group in groups if not group & of_both] + [of_both]
+    lowest = joined(20, np.array(pairs, dtype=np.int64).reshape(-1, 2))
+    assert {tuple(np.flatnonzero(lowest == number)) for number in lowest} == {tuple(sorted(group)) for group in groups}
+
+
+def test_a_large_group_of_near_copies_is_trained_on_and_the_share_is_kept() -> None:
+    rows = [(0, 0)] * 40 + [(1, 0)] * 5 + [(2, 3)] * 55  # 40 and 5 near-copies, and rows that are alike in five hashes
+    sketches = sketches_of(rows)
+    trained, held_out = hold_out(file_with(sketches), 0.2, 0)
+    assert len(held_out.indices) == 20
+    assert held_out.indices.min() >= 40
+    assert len({*held_out.indices.tolist()} & {*range(40, 45)}) in (0, 5)
+    # The other way about: of a form that most rows are of, both sides have some.
+    trained, held_out = hold_out(file_with(sketches[:60]), 0.2, 0)
+    assert len(held_out.indices) == 12
+    assert held_out.indices.min() < 40 <= trained.indices.max()
+
+
+def test_near_copies_of_a_hundred_thousand_rows_take_a_moment() -> None:
+    random = np.random.default_rng(0)
+    sketches = random.integers(1, 2**62, (100_000, 8))
+    sketches[:, 0] = 7  # a sequence of words that all rows have
+    sketches[1::1000] = sketches[::1000]
+    pairs = near_pairs(sketches)
+    assert sorted(pairs.tolist()) == [[row, row + 1] for row in range(0, 100_000, 1000)]
+    chain = np.stack([np.arange(99_999), np.arange(1, 100_000)], axis=1)
+    assert not joined(100_000, chain).any()
+
+
+def test_near_copies_in_a_file_stay_on_one_side(write_rows: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    story = "the cows are moved to the hill in spring until the river falls again and the"
+    rows = [chat(f"{story} gate of field {number // 3} is mended", f"by {number}") for number in range(60)]
+    other = [chat(f"question {number}", f"answer {number}") for number in range(60)]
+    encoded = encode(write_rows([*other, *rows[::3], *rows[1:4:2]]), tokenizer)
+    held_out = hold_out(encoded, 0.25, 3)[1]
+    near = near_pairs(encoded.rows.sketch)
+    assert len(near)
+    assert not any((a in held_out.indices) != (b in held_out.indices) for a, b in near)
+    assert len(held_out.indices) == round(0.25 * len(encoded.lengths))
 
 
 def test_rows_of_one_group_cannot_be_split(write_rows: Any, tokenizer: PreTrainedTokenizerFast) -> None:

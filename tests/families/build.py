@@ -55,7 +55,8 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("out_hidden_size", "vision_output_dim", "projector_input_dim", "projector_output_dim"), WIDTH),
     **dict.fromkeys(("depth", "num_global_layers"), 2),
     "base_channels": 32,
-    "vocab_size_per_layer_input": None,  # the vocabulary's
+    **dict.fromkeys(("vocab_size_per_layer_input", "unpadded_vocab_size"), None),  # the vocabulary's
+    **dict.fromkeys(("pronunciation_vocab_size", "shape_vocab_size"), None),
     "laurel_rank": 8,
     **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 1),
 }
@@ -73,6 +74,11 @@ MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 
 # What sizes alone do not make small, or what a family wants beside them.
 MORE: dict[str, dict[str, Any]] = {
     "emu3": {"vocabulary_map": {"<image>": 2, "<|extra_200|>": 3}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": WIDTH, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "falcon": {"new_decoder_architecture": False},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
     "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]},
@@ -84,7 +90,14 @@ MORE: dict[str, dict[str, Any]] = {
     **{name: {"layer_types": ["linear_attention", "full_attention"]} for name in LINEAR_AND_FULL},
     **{name: {"rope_parameters": MROPE} for name in MULTIMODAL_ROPE},
     "glm4v_moe_text": {"rope_parameters": MROPE | {"mrope_section": [1, 1, 0]}},  # of half a head
-    "zamba": {"layer_types": ["mamba", "hybrid"]},
+    "reformer": {"attn_layers": ["local", "local"], "axial_pos_embds": False},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "num_hidden_layers": 3,
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "attention_hidden_size": 2 * WIDTH,
+        "attention_head_dim": 2 * HEAD,
+    },
     "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -104,8 +117,7 @@ def _small(config_class: Any, vocab_size: int, more: dict[str, Any]) -> Any:
     named = {n for base in config_class.__mro__ for n in getattr(base, "__annotations__", {})}
     named |= set(inspect.signature(config_class.__init__).parameters) | set(config_class.attribute_map)
     given = {name: value for name, value in (SIZES | {"vocab_size": vocab_size}).items() if name in named}
-    if "vocab_size_per_layer_input" in given:
-        given["vocab_size_per_layer_input"] = vocab_size
+    given |= {name: vocab_size for name, value in given.items() if value is None}
     for name in named:
         is_off = getattr(config_class, name, None) == 0  # by default; then perhaps as an int
         if not is_off and (name in DROPOUTS or name.endswith(("_dropout", "_dropout_prob", "layerdrop"))):
@@ -139,4 +151,8 @@ def tiny_model(family: str, vocab_size: int, seed: int = 0) -> Any:
     if number > MOST_PARAMETERS:
         raise ValueError("its parts do not get small by the names of sizes")
     torch.manual_seed(seed)
-    return build(config, dtype=torch.float32)
+    model = build(config, dtype=torch.float32)
+    for parameter in model.parameters():  # a zero, as a mask's or a bias's, hides what is multiplied with it
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model

@@ -18,15 +18,18 @@ from transformers import AutoConfig
 from lora_core.checkpoints.adapter_folder import adapter_on
 from lora_core.config.schema import RunConfig
 from lora_core.data.packing import collate, collate_packed
-from lora_core.errors import LoraCoreError
+from lora_core.errors import LoraCoreError, SimulationError
 from lora_core.memory.micro_batch import MicroBatch
 from lora_core.memory.plan import predict_memory
 from lora_core.model.attention import SEGMENT_ATTENTION, attention_of_text, use_attention
 from lora_core.model.base import add_adapter, load_base_model, load_model_config
 from lora_core.model.decoder import attention_for
-from lora_core.model.loss import CausalLMLoss, check_head
+from lora_core.model.head import check_head
+from lora_core.model.loss import CausalLMLoss
+from lora_core.model.starting_adapter import check_reload
 from lora_core.preflight.model_facts import model_facts, with_packing
 from lora_core.runtime.devices import DeviceMemory
+from lora_core.training.step import check_gradient
 from tests.families.build import tiny_model
 
 VOCABULARY = 128
@@ -53,6 +56,7 @@ def outcome(family: str, folder: Path) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001  # what this is here to find
         result["why"] = f"{type(error).__name__}: {str(error)[:300]}"
         result["traceback"] = "".join(traceback.format_exception(error)[-6:])
+    result["why"] = str(result["why"]).replace(str(folder), "FOLDER")
     return result
 
 
@@ -69,7 +73,15 @@ def _train(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     packs = bool(config.data.packing)
     facts = model_facts(config)
     result |= {"packs": packs, "targets": facts.auto_targets}
-    predict_memory(config, MicroBatch(LENGTHS, 20, packs), DeviceMemory("cpu", 10**12))
+    note = ""
+    try:
+        memory = predict_memory(config, MicroBatch(LENGTHS, 20, packs), DeviceMemory("cpu", 10**12))
+        result["idle"] = memory.idle_adapters
+        if memory.idle_adapters:
+            names = {".".join(name.split(".")[-2:]) for name in memory.idle_adapters}
+            note = f"; preflight warns that no gradient reaches {', '.join(sorted(names))}"
+    except SimulationError as error:  # a run says so, and goes on
+        note = f"; {error}"
     torch.manual_seed(1)
     rows = [torch.randint(2, VOCABULARY, (length,)).tolist() for length in LENGTHS]
     batch_rows = [{"input_ids": row, "loss_mask": [False, False, *[True] * (len(row) - 2)]} for row in rows]
@@ -77,24 +89,26 @@ def _train(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     base = load_base_model(config.model, CPU, packs)
     adapted = add_adapter(base, config.lora, seed=0)
     check_head(adapted)
+    check_reload(adapted)
     _away_from_zero(adapted)
     loss = CausalLMLoss(adapted).train()
     adapter = folder / "adapter"
     adapted.save_pretrained(adapter)
-    wanted = _plain(folder, adapter, rows, config)
     batches = ({"packed": collate_packed(batch_rows)} if packs else {}) | {"padded": collate(batch_rows, 0)}
+    got = {}
     for name, batch in batches.items():
         if name == "padded" and base.config.get_text_config()._attn_implementation == SEGMENT_ATTENTION:
             use_attention(base, "sdpa")
-        got = _ours(loss, batch)
-        result[name] = _difference(got, wanted)
-        result.setdefault("loss", wanted["loss"].item())
+        got[name] = _ours(loss, batch)
+    wanted = _plain(folder, adapter, rows, config)
+    result["loss"] = wanted["loss"].item()
+    result |= {name: _difference(gradients, wanted) for name, gradients in got.items()}
     unused = [name for name, gradient in wanted.items() if "lora_B" in name and not gradient.abs().sum() > 0]
     result["without_gradient"] = unused
     worst = max((result[name] for name in batches), default=1.0)
     if worst <= LIMIT:
         result["trains"] = "packed" if packs else "padded"
-        result["why"] = "" if packs else str(facts.packing_problem)
+        result["why"] = (("" if packs else str(facts.packing_problem)) + note).removeprefix("; ")
     else:
         result["why"] = f"differs from plain transformers and PEFT by {worst:.1e}"
     return result
@@ -103,6 +117,7 @@ def _train(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
 def _ours(loss: CausalLMLoss, batch: dict[str, Any]) -> dict[str, Tensor]:
     loss.zero_grad()
     sums = loss(**batch)
+    check_gradient(sums.loss_sum)
     sums.loss_sum.backward()
     return {"loss": sums.loss_sum.detach()} | _gradients(loss.model)
 

@@ -1,6 +1,7 @@
 """docs/families.md: the sweep over every family, as a table, by `make families`.
 
 For some, without the page: python -m tests.families.table NAME ...
+With their rows of the page replaced: python -m tests.families.table --replace NAME ...
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import peft
@@ -25,7 +27,7 @@ built with two small layers and random weights from the family's own config clas
 run would, in float32 on a CPU (PEFT `{peft}`,
 torch `{torch}`). A family trains if loss and adapter gradients, packed and padded, are those of plain transformers and
 PEFT on one row at a time, with the saved adapter loaded by PEFT, to one part in 100,000. No weights of any published
-model were used. Written by `make families`.
+model were used. Written by `make families`, or in part by `python -m tests.families.table --replace NAME`.
 
 - **packed**: examples are packed, and padded when asked for.
 - **padded**: its examples cannot be packed; `data.packing: auto` pads them, and preflight says why.
@@ -45,33 +47,49 @@ image is refused.
 """
 
 
-def page(rows: list[dict[str, Any]]) -> str:
-    counts = Counter(row["trains"] for row in rows)
-    lines = [
-        HEADER.format(transformers=transformers.__version__, peft=peft.__version__, torch=torch.__version__),
-        "In all: " + ", ".join(f"{counts[kind]} {kind}" for kind in ("packed", "padded", "not", "not built")) + ".",
-        "",
-        "| family | class | trains | adapter on | why |",
-        "|---|---|---|---|---|",
-    ]
-    for row in sorted(rows, key=lambda row: str(row["family"])):
-        modules, experts = row.get("targets") or ([], [])
-        parts = [*dict.fromkeys(name.rsplit(".", 1)[-1] for name in modules), *experts]
-        why = str(row["why"]).translate({ord(mark): " " for mark in "|<>`\n"})
-        why = f"`{why}`" if row["trains"].startswith("not") else why
-        names = ", ".join(f"`{part}`" for part in parts)
-        family = f"`{row['family']}`" if "." in row["family"] else row["family"]  # a version is no figure
-        lines.append(f"| {family} | {row.get('class', '')} | {row['trains']} | {names} | {why} |")
-    return "\n".join([*lines, ""])
+def line_of(row: dict[str, Any]) -> str:
+    modules, experts = row.get("targets") or ([], [])
+    parts = [*dict.fromkeys(name.rsplit(".", 1)[-1] for name in modules), *experts]
+    why = str(row["why"]).translate({ord(mark): " " for mark in "|<>`\n"})
+    why = f"`{why}`" if row["trains"].startswith("not") and why else why
+    names = ", ".join(f"`{part}`" for part in parts)
+    family = f"`{row['family']}`" if "." in row["family"] else row["family"]  # a version is no figure
+    return f"| {family} | {row.get('class', '')} | {row['trains']} | {names} | {why} |"
 
 
-def main(names: list[str]) -> None:
-    rows = []
+def page(header: str, lines: Iterable[str]) -> str:
+    """The whole page: families in order of their names."""
+    lines = sorted(lines, key=lambda line: line.split(" | ")[0])
+    counts = Counter(line.split(" | ")[2] for line in lines)
+    return "\n".join(
+        [
+            header.rstrip(),
+            "",
+            "In all: " + ", ".join(f"{counts[kind]} {kind}" for kind in ("packed", "padded", "not", "not built")) + ".",
+            "",
+            "| family | class | trains | adapter on | why |",
+            "|---|---|---|---|---|",
+            *lines,
+            "",
+        ]
+    )
+
+
+def main(arguments: list[str]) -> None:
+    replaces = arguments[:1] == ["--replace"]
+    names = arguments[replaces:]
+    lines = {}
     for row in outcomes(names or families()):
         print(json.dumps(row), flush=True)
-        rows.append(row)
+        lines[str(row["family"])] = line_of(row)
+    file = ROOT / "docs" / "families.md"
     if not names:
-        (ROOT / "docs" / "families.md").write_text(page(rows), encoding="utf-8")
+        versions = {"transformers": transformers.__version__, "peft": peft.__version__, "torch": torch.__version__}
+        file.write_text(page(HEADER.format(**versions), lines.values()), encoding="utf-8")
+    elif replaces:
+        header, _, table = file.read_text(encoding="utf-8").partition("In all: ")
+        before = {line.split(" | ")[0].removeprefix("| "): line for line in table.splitlines()[4:]}
+        file.write_text(page(header, (before | lines).values()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,11 @@ from tests.families.sweep import LIMIT, outcome
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LATENT = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+BERT_DENSE = [
+    f"bert.encoder.layer.{layer}.{part}.dense"
+    for layer in range(2)
+    for part in ("attention.output", "intermediate", "output")
+]
 # family -> (how it trains, linear layers with an adapter, experts with one)
 EXPECTED: dict[str, tuple[str, list[str], list[str]]] = {
     "llama": ("packed", SEVEN, []),
@@ -29,6 +34,7 @@ EXPECTED: dict[str, tuple[str, list[str], list[str]]] = {
     "deepseek_v3": ("packed", [*LATENT, *SEVEN[4:]], EXPERTS),
     "llama4_text": ("padded", SEVEN, EXPERTS),
     "qwen3_next": ("padded", [*SEVEN, "in_proj_qkvz", "in_proj_ba"], EXPERTS),
+    "bert": ("packed", ["query", "key", "value", *BERT_DENSE], []),
     "lfm2": ("padded", [*SEVEN[:3], "in_proj", "out_proj", "w1", "w2", "w3"], []),
     "stablelm": ("padded", SEVEN, []),
     # With towers: audio that has no SDPA; layers that attend to images.
@@ -50,7 +56,7 @@ def test_a_family_trains_as_plain_transformers_and_peft_do(family: str, tmp_path
 
 
 def test_a_family_that_does_not_train_says_so_in_a_sentence(tmp_path: Path) -> None:
-    got = outcome("roberta", tmp_path)
+    got = outcome("prophetnet", tmp_path)
     assert got["trains"] == "not"
     assert "traceback" not in got
-    assert "computes its logits in a way that lora_core does not support" in got["why"]
+    assert "ProphetNetForCausalLM computes its logits from more than its decoder's last hidden states" in got["why"]

@@ -128,6 +128,40 @@ def test_tokens_that_the_model_has_no_embedding_for_are_refused_and_trained_once
     assert changed == [rows, rows + 1]
 
 
+def test_an_encoder_is_an_error_before_its_weights_are_loaded(config_of: Any, find: Any, tmp_path: Path) -> None:
+    config_of("bert")
+    file = tmp_path / "bert" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"is_decoder": False}))
+    found = find("bert")
+    assert found["not_causal"].severity == "error"
+    assert "a bert model whose config.json does not say is_decoder=true" in found["not_causal"].message
+
+
+def test_a_model_whose_head_has_layers_of_its_own_trains_and_says_so(
+    config_of: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = train(config_of("roberta", "train.max_steps=2", "train.num_sample_replies=0"))
+    printed = capsys.readouterr().out
+    assert "model: RobertaForCausalLM has more than an output embedding after its decoder" in printed
+    assert "it counts positions from the id of padding on" in printed
+    assert summary.total_optimizer_steps == 2
+
+
+def test_an_adapter_where_no_text_passes_is_a_warning(find: Any) -> None:
+    idle = find("git", "lora.target_modules=all-linear")["adapter_idle"]
+    assert (idle.severity, idle.fix) == ("warning", "lora.target_modules=auto")
+    assert "no gradient reaches the adapter on mlp.fc1, mlp.fc2, self_attn.k_proj" in idle.message
+    assert all("image_encoder" in name or "visual" in name for name in idle.value)
+    assert "adapter_idle" not in find("git")
+
+
+def test_checkpointing_that_a_family_has_not_is_an_error_and_never_advised(find: Any) -> None:
+    found = find("jetmoe", "train.gradient_checkpointing=true")
+    assert found["checkpointing_missing"].severity == "error"
+    assert found["checkpointing_missing"].fix == "train.gradient_checkpointing=false"
+    assert not {"checkpointing_missing", "memory_unknown"} & set(find("jetmoe"))
+
+
 def test_a_step_that_cannot_be_simulated_is_a_note(find: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def cannot(*_: Any, **__: Any) -> None:
         raise SimulationError("its memory cannot be predicted: ValueError: a value is needed")

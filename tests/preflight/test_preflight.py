@@ -245,6 +245,23 @@ def test_each_check_of_rows_names_their_lines(find: Any, write_rows: Any, name: 
     assert lines in findings[name].message
 
 
+def test_eval_rows_that_almost_repeat_training_rows_are_counted(find: Any, write_rows: Any) -> None:
+    almost = [chat("the cows are moved to the hill in spring", f"until the river falls again {i}") for i in "abcd"]
+    rows = write_rows([*TRAIN, *almost[:2]], "other.jsonl")
+    eval_rows = write_rows([*HELD_OUT, *almost[2:]], "other_eval.jsonl")
+    found = find(f"data.train_file={rows}", f"data.eval_file={eval_rows}")
+    assert list(found) == ["rows_alike", "eval_alike"]
+    assert "2 of 12 eval rows almost repeat a training row (lines 11, 12); eval loss" in found["eval_alike"].message
+    # In one file, near-copies are on one side; unless most rows are of their form.
+    share = ["data.eval_file=null", "data.eval_fraction=0.1"]
+    found = find(f"data.train_file={rows}", *share)
+    assert list(found) == ["rows_alike"]
+    assert "(line 80); data.eval_fraction keeps near-copies on one side" in found["rows_alike"].message
+    form = [chat("please sort this letter into one of the five boxes of the hall", f"box {i}") for i in range(80)]
+    found = find(f"data.train_file={write_rows([*form, *TRAIN], 'form.jsonl')}", *share)
+    assert "more than half of all rows are of such forms" in found["eval_alike"].message
+
+
 def test_rows_truncated_before_their_first_loss_token_are_named(find: Any, write_rows: Any) -> None:
     rows = write_rows([*TRAIN, chat("word " * 60, "yes")], "long.jsonl")
     finding = find(f"data.train_file={rows}", "data.max_seq_length=40")["rows_unsupervised"]
@@ -360,6 +377,9 @@ def test_every_finding_that_a_check_may_yield_is_tripped_here() -> None:
         "memory_unknown",
         "experts_dora",
         "experts_without_dropout",
+        "not_causal",
+        "adapter_idle",
+        "checkpointing_missing",
         "packing_impossible",
         "packing_off",
         "towers_left_out",
