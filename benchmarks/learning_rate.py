@@ -10,9 +10,10 @@ Run it in the repository root, after `make demo`. The three files, each from its
 
 Of each it takes short rows, in an order that a seed fixes, as many as two CPU cores can train on, and trains the
 demo's model on them in float32, one epoch: a sweep over the learning rate with the adapter that is shipped for a model
-of this size (5e-5 is what is shipped with it), then with the rate and adapter that `lora-core prescribe` chooses, and
-with those of three other tools. One run after another; a run that is already finished in the work folder is not run
-again. Prints a table and writes `benchmarks/learning_rate.json`.
+of this size (5e-5 is what is shipped with it), then with the adapter that `lora-core prescribe` chooses and the rate
+that it gives for so many steps, and with those of three other tools. One run after another; a run that is already
+finished in the work folder is not run again. Prints a table and writes
+`benchmarks/learning_rate.json`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from common import DEMO_MODEL, markdown
 from lora_core.commands.main import main as main_command
 from lora_core.config.schema import ALL_SEVEN_PROJECTIONS
 from lora_core.configuration import load_config
+from lora_core.learning_rate import suggest_learning_rate
 from lora_core.report.read import Run, read_run
 from lora_core.runtime.run_folder import write_json
 
@@ -159,18 +161,22 @@ def run(work: Path, data: str, name: str, settings: Settings) -> Run:
 
 
 def prescribed(work: Path, data: str) -> Settings:
-    """The learning rate and the adapter that `lora-core prescribe` chooses for these rows."""
+    """The adapter that `lora-core prescribe` chooses for these rows, and its learning rate for the steps taken here."""
     target = work / f"{data}_prescribed.yaml"
     if not target.exists():
         files = ["--data", f"{work / data}_train.jsonl", "--eval-data", f"{work / data}_eval.jsonl"]
         if code := main_command(["prescribe", "--model", DEMO_MODEL, *files, "--write", str(target)]):
             sys.exit(f"error: prescribe: exit code {code}")
-    config = load_config(target)
-    return {
-        "train.learning_rate": config.train.learning_rate,
-        "lora.rank": config.lora.rank,
-        "lora.alpha": config.lora.alpha,
-    }
+    lora = load_config(target).lora
+    model = json.loads((Path(DEMO_MODEL).expanduser() / "config.json").read_text(encoding="utf-8"))
+    rate = suggest_learning_rate(  # what `train.learning_rate: auto` becomes
+        model_type=model["model_type"],
+        hidden_size=model["hidden_size"],
+        alpha=lora.alpha,
+        rank=lora.rank,
+        total_steps=SOURCES[data].num_train // SOURCES[data].rows_per_step,
+    )
+    return {"train.learning_rate": rate.value, "lora.rank": lora.rank, "lora.alpha": lora.alpha}
 
 
 def eval_losses(run: Run) -> list[tuple[int, float]]:
