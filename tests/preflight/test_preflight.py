@@ -356,6 +356,9 @@ def test_with_auto_batch_size_smaller_micro_batches_are_noted_where_they_fit(
 
 def test_every_finding_that_a_check_may_yield_is_tripped_here() -> None:
     elsewhere = {
+        # In tests/preflight/test_serving.py and tests/data/test_split.py.
+        "serving_prompt",
+        "eval_alike",
         "fsdp_fits",
         "micro_batches_smaller",
         "rows_unsupervised",
