@@ -122,6 +122,7 @@ def check_head(model: nn.Module) -> str | None:
     name = type(causal_lm).__name__
     was_training = model.training
     model.eval()
+    is_quantized = getattr(causal_lm, "is_quantized", False)
     device = causal_lm.get_input_embeddings().weight.device
     input_ids = torch.arange(1, 9, device=device)[None]
     other_end = torch.cat([input_ids[:, :-1], input_ids[:, :1]], dim=1)
@@ -129,11 +130,14 @@ def check_head(model: nn.Module) -> str | None:
         own, after_another = (
             causal_lm(input_ids=ids, use_cache=False).logits[0].float() for ids in (input_ids, other_end)
         )
+        if is_quantized:
+            _train_mode_runs(causal_lm, input_ids)
     except Exception as error:  # each family's code wants something else
         reason = (str(error).strip().splitlines() or [""])[0]
-        raise TrainingError(
-            f"{name} does not run on tokens alone ({type(error).__name__}: {reason}); fix: another model.name_or_path"
-        ) from error
+        how, fix = "on tokens alone", "another model.name_or_path"
+        if is_quantized:  # some families use a layer's weight as a matrix, beside calling the layer
+            how, fix = "on quantized weights", "model.quantization=none"
+        raise TrainingError(f"{name} does not run {how} ({type(error).__name__}: {reason}); fix: {fix}") from error
     output = decoder_of(causal_lm)(input_ids=input_ids, use_cache=False)
     head = head_of(model, output)
     ours = head(output.last_hidden_state[0]).float()
@@ -163,3 +167,11 @@ def check_head(model: nn.Module) -> str | None:
     if isinstance(head, OwnHead):
         return f"{name} has more than an output embedding after its decoder: its own forward gives the logits"
     return None
+
+
+def _train_mode_runs(causal_lm: nn.Module, input_ids: Tensor) -> None:
+    """Run as in training, where Gemma 3n clamps weights in place; draws no random number of the run."""
+    with torch.random.fork_rng(devices=[input_ids.device] if input_ids.device.type == "cuda" else []):
+        causal_lm.train()
+        causal_lm(input_ids=input_ids, use_cache=False)
+        causal_lm.eval()

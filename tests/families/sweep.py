@@ -6,7 +6,7 @@ import logging
 import tempfile
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +82,14 @@ def _train(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
             note = f"; preflight warns that no gradient reaches {', '.join(sorted(names))}"
     except SimulationError as error:  # a run says so, and goes on
         note = f"; {error}"
-    torch.manual_seed(1)
-    rows = [torch.randint(2, VOCABULARY, (length,)).tolist() for length in LENGTHS]
+    rows = rows_of(LENGTHS)
     batch_rows = [{"input_ids": row, "loss_mask": [False, False, *[True] * (len(row) - 2)]} for row in rows]
 
     base = load_base_model(config.model, CPU, packs)
     adapted = add_adapter(base, config.lora, seed=0)
     check_head(adapted)
     check_reload(adapted)
-    _away_from_zero(adapted)
+    away_from_zero(adapted)
     loss = CausalLMLoss(adapted).train()
     adapter = folder / "adapter"
     adapted.save_pretrained(adapter)
@@ -102,7 +101,7 @@ def _train(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
         got[name] = _ours(loss, batch)
     wanted = _plain(folder, adapter, rows, config)
     result["loss"] = wanted["loss"].item()
-    result |= {name: _difference(gradients, wanted) for name, gradients in got.items()}
+    result |= {name: difference(gradients, wanted) for name, gradients in got.items()}
     unused = [name for name, gradient in wanted.items() if "lora_B" in name and not gradient.abs().sum() > 0]
     result["without_gradient"] = unused
     worst = max((result[name] for name in batches), default=1.0)
@@ -119,7 +118,7 @@ def _ours(loss: CausalLMLoss, batch: dict[str, Any]) -> dict[str, Tensor]:
     sums = loss(**batch)
     check_gradient(sums.loss_sum)
     sums.loss_sum.backward()
-    return {"loss": sums.loss_sum.detach()} | _gradients(loss.model)
+    return {"loss": sums.loss_sum.detach()} | gradients_of(loss.model)
 
 
 def _plain(folder: Path, adapter: Path, rows: list[list[int]], config: RunConfig) -> dict[str, Tensor]:
@@ -128,6 +127,17 @@ def _plain(folder: Path, adapter: Path, rows: list[list[int]], config: RunConfig
     attention = attention_of_text(model_config, attention_for(model_config, "sdpa"))
     base = plain_class(folder).from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
     model = adapter_on(base, adapter, is_trainable=True).train()
+    return summed_by_row(model, base, rows)
+
+
+def rows_of(lengths: Sequence[int]) -> list[list[int]]:
+    """Random tokens."""
+    torch.manual_seed(1)
+    return [torch.randint(2, VOCABULARY, (length,)).tolist() for length in lengths]
+
+
+def summed_by_row(model: Any, base: Any, rows: list[list[int]]) -> dict[str, Tensor]:
+    """Summed loss and gradients of the rows, one at a time, all but the first two tokens of each being loss tokens."""
     # In transformers 5.24, the whole forward of Llama 4 and Kosmos-2 wants images.
     inner = base.get_decoder()
     forward = model if inner.get_output_embeddings() is None else inner
@@ -138,7 +148,7 @@ def _plain(folder: Path, adapter: Path, rows: list[list[int]], config: RunConfig
         loss = torch.nn.functional.cross_entropy(logits, ids[0, 2:], reduction="sum")
         loss.backward()
         total += loss.detach()
-    return {"loss": total} | _gradients(model)
+    return {"loss": total} | gradients_of(model)
 
 
 def plain_class(folder: Path) -> Any:
@@ -146,12 +156,12 @@ def plain_class(folder: Path) -> Any:
     return getattr(transformers, AutoConfig.from_pretrained(folder).architectures[0])
 
 
-def _gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+def gradients_of(model: torch.nn.Module) -> dict[str, Tensor]:
     named = ((name.removeprefix("model."), p) for name, p in model.named_parameters() if p.requires_grad)
     return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in named}
 
 
-def _difference(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+def difference(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     """The larger of the loss's and the whole gradient's relative difference."""
     strip = {name.removeprefix("base_model.model."): value for name, value in wanted.items()}
     ours = {name.removeprefix("base_model.model."): value for name, value in got.items()}
@@ -162,7 +172,7 @@ def _difference(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     return max(by_gradient, abs(float(strip["loss"] - ours["loss"])) / float(strip["loss"]))
 
 
-def _away_from_zero(model: torch.nn.Module) -> None:
+def away_from_zero(model: torch.nn.Module) -> None:
     """B begins at zero, where A has no gradient."""
     torch.manual_seed(2)
     for name, parameter in model.named_parameters():
@@ -170,12 +180,17 @@ def _away_from_zero(model: torch.nn.Module) -> None:
             torch.nn.init.normal_(parameter, std=0.1)
 
 
-def outcomes(names: list[str]) -> Iterator[dict[str, Any]]:
-    """One family after the other, without the libraries' own words."""
+def quiet() -> None:
+    """Without the libraries' own words."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
+
+
+def outcomes(names: list[str]) -> Iterator[dict[str, Any]]:
+    """One family after the other."""
+    quiet()
     for family in names:
         with tempfile.TemporaryDirectory() as folder:
             yield outcome(family, Path(folder))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.families.precision import PRECISIONS, outcome_in
 from tests.families.sweep import LIMIT, outcome
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -60,3 +61,26 @@ def test_a_family_that_does_not_train_says_so_in_a_sentence(tmp_path: Path) -> N
     assert got["trains"] == "not"
     assert "traceback" not in got
     assert "ProphetNetForCausalLM computes its logits from more than its decoder's last hidden states" in got["why"]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("family", ["llama", "olmo", "gpt2", "mixtral", "gpt_oss", "qwen3_5", "gemma4"])
+def test_a_family_trains_as_plain_peft_does_on_the_same_weights(precision: str, family: str, tmp_path: Path) -> None:
+    got = outcome_in(precision, family, tmp_path)
+    assert got["difference"] <= got["limit"], got
+
+
+@pytest.mark.parametrize(
+    ("precision", "family"),
+    [
+        ("nf4", "mamba"),  # takes a layer's weight as a matrix
+        ("nf4", "gemma3n_text"),  # clamps one in place, while it trains
+        ("int8", "deepseek_v3"),  # bitsandbytes' own arithmetic on a CPU does not take its shapes
+    ],
+)
+def test_quantized_weights_that_a_family_cannot_compute_with_are_a_sentence(
+    precision: str, family: str, tmp_path: Path
+) -> None:
+    said = outcome_in(precision, family, tmp_path)["why"]
+    assert "ForCausalLM does not run on quantized weights" in said
+    assert said.endswith("fix: model.quantization=none")
