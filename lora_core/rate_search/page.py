@@ -88,6 +88,8 @@ def _draw_candidates(search: RateSearch, axes: Axes) -> str:
     axes.plot([c.rate for c in alive], [c.eval_loss for c in alive], "s-", color=colour("series-2"), label="eval loss")
     axes.axhline(search.loss_before, color=colour("ink"), linestyle=":", linewidth=1, label="before training")
     axes.set_xscale("log")
+    axes.set_xticks([c.rate for c in alive], [f"{c.rate:.1e}" for c in alive])  # powers of ten are too far apart
+    axes.set_xticks([], minor=True)
     axes.set_xlabel("learning rate")
     axes.legend()
     gone = len(search.candidates) - len(alive)
