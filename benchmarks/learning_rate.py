@@ -1,6 +1,7 @@
 """Claim: the prescribed learning rate is near the best of a sweep, on rows that nobody of this project wrote.
 
     python benchmarks/learning_rate.py --alpaca FILE --human-eval FILE --wordnet FILE [--work DIR] [--only NAME ...]
+        [--spread NAME]
 
 Run it in the repository root, after `make demo`. The three files, each from its own source:
 
@@ -12,7 +13,8 @@ Of each it takes short rows, in an order that a seed fixes, as many as two CPU c
 demo's model on them in float32, one epoch: a sweep over the learning rate with the adapter that is shipped for a model
 of this size (5e-5 is what is shipped with it), then with the adapter that `lora-core prescribe` chooses and the rate
 that it gives for so many steps, and with those of three other tools. One run after another; a run that is already
-finished in the work folder is not run again. Prints a table and writes
+finished in the work folder is not run again. With `--spread NAME`, three rates on one of them are trained with two
+more seeds. Prints a table and writes
 `benchmarks/learning_rate.json`.
 """
 
@@ -23,6 +25,7 @@ import gzip
 import json
 import os
 import random
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +44,9 @@ from lora_core.runtime.run_folder import write_json
 
 SHIPPED = "qwen0.5b"
 RATES = ["5e-4", "2e-3", "1e-3", "2e-4", "5e-5"]
+SPREAD = ["5e-4", "1e-3", "2e-3"]
+MORE_SEEDS = [43, 44]
+"""Beside the configured one, 42: of the adapter's start, the order of the rows and the dropout."""
 BEYOND = "4e-3"
 """Swept too, where the highest of `RATES` is the best of them."""
 
@@ -209,6 +215,18 @@ def others(work: Path, data: str) -> dict[str, Run]:
     return {name: run(work, data, name.split("'")[0].replace(" ", "-"), settings) for name, settings in named.items()}
 
 
+def spread(work: Path, data: str, runs: Mapping[str, Run]) -> dict[str, list[float]]:
+    """By learning rate: eval loss at the end of the sweep's run and of those with other seeds."""
+    return {
+        rate: [after(runs[rate])]
+        + [
+            after(run(work, data, f"{rate}-{seed}", {"train.learning_rate": rate, "train.seed": seed}))
+            for seed in MORE_SEEDS
+        ]
+        for rate in SPREAD
+    }
+
+
 def describe(run: Run) -> dict[str, Any]:
     train, lora = run.config["train"], run.config["lora"]
     return {
@@ -248,21 +266,35 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=Path, required=True, metavar="FILE")
     parser.add_argument("--work", type=Path, default=Path("outputs/learning_rate"), metavar="DIR")
     parser.add_argument("--only", nargs="+", default=[*SOURCES], choices=[*SOURCES], help="of the three")
+    parser.add_argument("--spread", choices=[*SOURCES], help="the one to train with more seeds")
     parser.add_argument("--sweep-only", action="store_true", help="without the settings of others")
     arguments = parser.parse_args()
+    if arguments.spread and arguments.spread not in arguments.only:
+        parser.error(f"--spread {arguments.spread} is none of --only")
     work: Path = arguments.work
     work.mkdir(parents=True, exist_ok=True)
     for name in arguments.only:
         write_rows(work, name, getattr(arguments, name))
     sweeps = sweep_all(work, arguments.only)
     rivals = {} if arguments.sweep_only else {name: others(work, name) for name in arguments.only}
-    print(f"\n{table(sweeps, rivals)}")
+    shown = table(sweeps, rivals)
+    print(f"\n{shown}")
+    seeds = {}
+    if arguments.spread:
+        seeds = spread(work, arguments.spread, sweeps[arguments.spread])
+        lines = [
+            [rate, f"{statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f}"] for rate, losses in seeds.items()
+        ]
+        shown += "\n\n" + markdown(["three seeds", arguments.spread], lines)
+        print(f"\n{shown}")
     one = next(iter(next(iter(sweeps.values())).values()))
     result = {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "cpu_count": os.cpu_count(),
         "versions": one.summary["versions"],
         "model": DEMO_MODEL,
+        "table": shown,
+        "spread": seeds,
         "sweep": {name: [describe(run) for run in runs.values()] for name, runs in sweeps.items()},
         "others": {name: {of: describe(run) for of, run in runs.items()} for name, runs in rivals.items()},
     }
