@@ -26,7 +26,11 @@ Head = Callable[[Tensor], Tensor]
 def project(model: nn.Module, hidden: Tensor) -> Tensor:
     """Hidden states (N, H) -> logits (N, vocabulary), with the scaling that some families apply to logits."""
     causal_lm = causal_lm_of(model)
-    logits: Tensor = causal_lm.get_output_embeddings()(hidden)
+    embedding = causal_lm.get_output_embeddings()
+    weight = embedding.weight
+    if weight.is_floating_point() and not torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(weight.dtype)  # FalconMamba keeps its states in float32
+    logits: Tensor = embedding(hidden)
     if scale := getattr(causal_lm.config, "logit_scale", None):  # Cohere multiplies, but not in models that see
         logits = logits * scale
     config = causal_lm.config.get_text_config()
