@@ -134,6 +134,7 @@ def check_head(model: nn.Module) -> str | None:
         own, after_another = (
             causal_lm(input_ids=ids, use_cache=False).logits[0].float() for ids in (input_ids, other_end)
         )
+        output = decoder_of(causal_lm)(input_ids=input_ids, use_cache=False)
         if is_quantized:
             _train_mode_runs(causal_lm, input_ids)
     except Exception as error:  # each family's code wants something else
@@ -142,7 +143,6 @@ def check_head(model: nn.Module) -> str | None:
         if is_quantized:  # some families use a layer's weight as a matrix, beside calling the layer
             how, fix = "on quantized weights", "model.quantization=none"
         raise TrainingError(f"{name} does not run {how} ({type(error).__name__}: {reason}); fix: {fix}") from error
-    output = decoder_of(causal_lm)(input_ids=input_ids, use_cache=False)
     head = head_of(model, output)
     ours = head(output.last_hidden_state[0]).float()
     model.train(was_training)

@@ -133,7 +133,8 @@ def _forward(mask: Any, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Ten
         dtype = _autocast_dtype(x) or base.weight.dtype
         whole: Tensor = apply(x.to(dtype), None, base.weight, base.bias, *branch)
         return whole
-    y = base(x)
+    # bitsandbytes takes three dimensions in 8 bits; DeepSeek-V3's latent states have four.
+    y = base(x) if x.dim() <= 3 else base(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
     # A 4-bit layer answers in the type of x. The branch is computed under autocast, and its backward is not.
     dtype = _autocast_dtype(x) or y.dtype
     branched: Tensor = apply(x.to(dtype), y.to(dtype), None, None, *branch)

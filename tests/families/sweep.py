@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from lora_core.checkpoints.adapter_folder import adapter_on
 from lora_core.config.schema import RunConfig
@@ -140,7 +140,8 @@ def summed_by_row(model: Any, base: Any, rows: list[list[int]]) -> dict[str, Ten
     """Summed loss and gradients of the rows, one at a time, all but the first two tokens of each being loss tokens."""
     # In transformers 5.24, the whole forward of Llama 4 and Kosmos-2 wants images.
     inner = base.get_decoder()
-    forward = model if inner.get_output_embeddings() is None else inner
+    has_head = isinstance(inner, PreTrainedModel) and inner.get_output_embeddings() is not None
+    forward = inner if has_head else model
     total = torch.zeros(())
     for row in rows:
         ids = torch.tensor([row])
