@@ -3,7 +3,7 @@
 # make check  format, lint, types, tests: what a change must pass
 # make families   hold every causal language model of transformers against plain PEFT, into docs/families.md
 # make trackers   the trackers whose packages are large, each with its package
-# make seven-billion   train Qwen2.5-7B's architecture in 4 bits on a CPU; takes 16 GB of disk, and did not fit 24 GB of memory
+# make seven-billion   train Qwen2.5-7B's architecture in 4 bits on a CPU; takes 16 GB of disk, 10 of memory, and most of an hour
 # make docs   the documentation as a site, in site/
 
 PYTHON ?= python3

@@ -17,7 +17,7 @@ def keep_freed_memory() -> None:
 
     About a third of a step's time. Blocks of 32 MiB or more, the most that glibc lets one set, are given back at once
     all the same: that costs one or two parts in a hundred, and a weight that was widened from 4 bits leaves no hole
-    that smaller tensors then break up (the first step of a 7B model in 4 bits took 21 GB in place of DOC).
+    that smaller tensors then break up (the first step of a 7B model in 4 bits took 21 GB, and takes less than 10).
     """
     _set({_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 * 2**20, _TRIM_THRESHOLD: -1, _TOP_PAD: 256 * 2**20})
 
