@@ -31,7 +31,7 @@ def model_class(model_config: Any) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
     is_composite = model_config.get_text_config() is not model_config and not model_config.is_encoder_decoder
-    whole = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(model_config), None) if is_composite else None
+    whole: Any = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(model_config), None) if is_composite else None
     if whole is not None and not whole.__name__.endswith("Diffusion"):  # which fills in blocks, not token after token
         return _without_towers(whole)
     if type(model_config) in AutoModelForCausalLM._model_mapping:

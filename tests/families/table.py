@@ -45,13 +45,13 @@ the towers, and PEFT loads it on the whole checkpoint (`AutoPeftModelForCausalLM
 on text. `verify`, `chat` and `evaluate` work as with any run; `merge` does not, and says what does. A chat row with an
 image is refused.
 
-In other precisions (`python -m tests.families.precision NAME`), loss and gradients of one row at a time are held against
-plain transformers and PEFT on the same weights. Of the 237 families that train, NF4 agrees to one part in 100,000 in 233
-and int8 in 233; the others take a layer's weight as a matrix or change it in place, and are refused in a sentence: under
-NF4 `gemma3n_text`, `longcat_flash`, `mamba` and `rwkv`, under int8 `dots3_note_text`, `gemma3n_text`, `hy_v4` and `mamba`.
-In bfloat16, 234 are within twice what plain eager attention and plain SDPA differ from each other, or plain bfloat16 from
-float32; `ctrl`, `deepseek_v2` and `qwen2_moe` are beyond it (0.025 for 0.022, 0.059 for 0.026, 0.018 for 0.017), two of
-them with routers that choose by rounded numbers ([figures](claims.md#precision)).
+In other precisions (`python -m tests.families.precision NAME`), loss and gradients of one row at a time are held
+against plain transformers and PEFT on the same weights. Of the 237 families that train, NF4 agrees to one part in
+100,000 in 233 and int8 in 233; the others take a layer's weight as a matrix or change it in place, and are refused in a
+sentence: under NF4 `gemma3n_text`, `longcat_flash`, `mamba` and `rwkv`, under int8 `dots3_note_text`, `gemma3n_text`,
+`hy_v4` and `mamba`. In bfloat16, 234 are within twice what plain eager attention and plain SDPA differ from each other,
+or plain bfloat16 from float32; `ctrl`, `deepseek_v2` and `qwen2_moe` are beyond it (0.025 for 0.022, 0.059 for 0.026,
+0.018 for 0.017), two of them with routers that choose by rounded numbers ([figures](claims.md#precision)).
 """
 
 
