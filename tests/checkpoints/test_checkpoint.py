@@ -259,9 +259,10 @@ def test_an_automatic_rate_is_a_number_in_the_run_folder_and_the_run_resumes(
 ) -> None:
     config = load_config("demo", [*settings, "train.max_steps=3", "train.learning_rate=auto"])
     summary = train(config)
-    assert "learning rate: 0.0005 (train.learning_rate=auto): 5e-4 x (2000 / 2048)^0.0775" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "learning rate: 0.00075 (train.learning_rate=auto): 5e-4 x (2000 / 2048)^0.0775 x 1.5" in said
     folder = Path(config.output_dir)
-    assert load_config(folder / "config.yaml").train.learning_rate == summary.learning_rate == 5e-4
+    assert load_config(folder / "config.yaml").train.learning_rate == summary.learning_rate == 7.5e-4
     shutil.rmtree(folder / "adapter")
     train(config, "newest")
     assert (folder / "adapter").is_dir()

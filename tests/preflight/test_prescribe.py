@@ -84,7 +84,7 @@ def test_the_first_case_of_this_project_gets_its_remedy() -> None:
         ({"num_processes": 8}, {"train.per_device_train_batch_size": 1, "train.gradient_accumulation_steps": 1}),
         ({"longest": 3000}, {"data.max_seq_length": 3072}),
         ({"longest": 3000, "max_positions": 2048}, {"data.max_seq_length": 2048, "data.truncation": "drop"}),
-        ({"loss_tokens": 30_000_000}, {"lora.rank": 32, "lora.alpha": 64, "train.learning_rate": 2.5e-4}),
+        ({"loss_tokens": 30_000_000}, {"lora.rank": 32, "lora.alpha": 64, "train.learning_rate": 3.7e-4}),
         ({"linear_names": ("Wqkv", "fc1")}, {"lora.target_modules": "all-linear"}),
         ({"device": "cpu"}, {"train.optim": "adamw_torch"}),
         ({"eval_file": "e.jsonl"}, {"data.eval_file": "e.jsonl", "train.keep_adapter": "best"}),
