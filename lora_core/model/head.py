@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lora_core.errors import ConfigError, TrainingError
+from lora_core.errors import ConfigError, LoraCoreError, TrainingError
 from lora_core.model.attention import causal_lm_of, decoder_of
 from lora_core.model.packing_check import rounds_by_other_tokens
 
@@ -92,6 +92,8 @@ def head_of(model: nn.Module, output: Any) -> Head:
     model.eval()
     try:
         wanted = own(states)
+    except (torch.OutOfMemoryError, MemoryError):  # says nothing of the model
+        raise
     except Exception as error:  # each family's code misses something else
         raise TrainingError(
             f"{type(causal_lm_of(model)).__name__} computes its logits from more than its decoder's last hidden "
@@ -137,6 +139,8 @@ def check_head(model: nn.Module) -> str | None:
         output = decoder_of(causal_lm)(input_ids=input_ids, use_cache=False)
         if is_quantized:
             _train_mode_runs(causal_lm, input_ids)
+    except (LoraCoreError, torch.OutOfMemoryError, MemoryError):  # says nothing of the model's forward
+        raise
     except Exception as error:  # each family's code wants something else
         reason = (str(error).strip().splitlines() or [""])[0]
         how, fix = "on tokens alone", "another model.name_or_path"

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from lora_core.configuration import load_config, read_translation
-from lora_core.errors import ConfigError
+from lora_core.configuration import load_config
+from tests.other_tools.examples import is_refused, migrates, write
 
 CAPYBARA = {
     "model_name_or_path": "Qwen/Qwen2-0.5B",
@@ -131,27 +130,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def write(folder: Path, values: dict[str, Any]) -> Path:
-    path = folder / "theirs.yaml"
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
-    return path
-
-
 @pytest.mark.parametrize("name", MIGRATED)
 def test_an_example_migrates_and_every_key_is_known(tmp_path: Path, name: str) -> None:
     values, expected = MIGRATED[name]
-    path = write(tmp_path, values)
-    translation, config = read_translation(path), load_config(path).to_dict()
-    assert translation is not None
-    assert [reading.key for reading in translation.readings if reading.outcome == "unknown"] == []
-    assert {key: config[key.split(".")[0]][key.split(".")[1]] for key in expected} == expected
+    migrates(write(tmp_path, values), expected)
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_an_example_that_is_no_training_of_an_adapter_says_so(tmp_path: Path, name: str) -> None:
     values, reason = REFUSED[name]
-    with pytest.raises(ConfigError, match=reason):
-        load_config(write(tmp_path, values))
+    is_refused(write(tmp_path, values), reason)
 
 
 def test_patterns_and_template_variables_of_axolotl_and_scripts_are_taken(tmp_path: Path) -> None:
