@@ -194,9 +194,10 @@ def check_reload(model: PeftModel) -> None:
         return
     targets = model.peft_config["default"].target_modules
     kept = [name for name in targets if name.rsplit(".", 1)[-1] not in missing] if not isinstance(targets, str) else []
+    fix = f"lora.target_modules=[{','.join(sorted(kept))}]" if kept else "another model.name_or_path"
     raise ConfigError(
         "lora.target_modules: PEFT would not load all of the saved adapter: it does not find "
-        f"{', '.join(sorted(missing))} again; fix: lora.target_modules=[{','.join(sorted(kept)) or 'OTHER NAMES'}]"
+        f"{', '.join(sorted(missing))} again; fix: {fix}"
     )
 
 
