@@ -262,8 +262,8 @@ def table(sweeps: Mapping[str, Mapping[str, Run]], rivals: Mapping[str, Mapping[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in SOURCES:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=Path, required=True, metavar="FILE")
+    for option in ("--wordnet", "--alpaca", "--human-eval"):
+        parser.add_argument(option, type=Path, required=True, metavar="FILE")
     parser.add_argument("--work", type=Path, default=Path("outputs/learning_rate"), metavar="DIR")
     parser.add_argument("--only", nargs="+", default=[*SOURCES], choices=[*SOURCES], help="of the three")
     parser.add_argument("--spread", choices=[*SOURCES], help="the one to train with more seeds")
