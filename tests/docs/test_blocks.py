@@ -70,7 +70,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for block in blocks("yaml"):
         (tmp_path / yaml_name(block)).write_text(block.text, encoding="utf-8")
     write_jsonl(tmp_path / "chats.jsonl", [chat(f"question {i}", f"answer {i}") for i in range(40)])
-    for name in ("launch", "configs", "benchmarks", "docs", "examples", "constraints.txt"):
+    for name in ("launch", "configs", "benchmarks", "docs", "examples", "tests", "constraints.txt"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
