@@ -18,6 +18,7 @@ from lora_core.inference.chat import Asking
 from lora_core.inference.opened import LoadedModel, Opened
 from lora_core.inference.paired import ExactDifference, LossDifference, compare_exact, loss_difference
 from lora_core.inference.questions import Answered, answers_of_all_ranks, questions_of_examples
+from lora_core.model.head import check_head
 from lora_core.model.loss import CausalLMLoss
 from lora_core.runtime.ranks import first_on_each_machine
 
@@ -101,8 +102,9 @@ def evaluate_loaded(
         say: told what is about to take long.
 
     Raises:
-        LoraCoreError: there is no eval set, or it cannot be read.
+        LoraCoreError: there is no eval set, it cannot be read, or the loss would not be that of the model's own logits.
     """
+    check_head(loaded.model)
     config, accelerator = loaded.config, loaded.accelerator
     with first_on_each_machine():
         data = load_eval_data(config, loaded.tokenizer)

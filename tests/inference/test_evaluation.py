@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import XLNetConfig, XLNetLMHeadModel
 
 from lora_core.configuration import load_config, with_overrides
 from lora_core.errors import ConfigError
@@ -52,6 +54,12 @@ def test_the_replies_of_the_table_are_those_of_sample_reply(trained: Evaluation,
     assert trained.num_exact == 3
     assert "exact replies: 3 of 5 (60.0%)" in str(trained)
     assert trained.to_dict()["num_exact"] == 3
+
+
+def test_a_model_that_sees_later_tokens_is_not_measured(loaded: LoadedModel) -> None:
+    model = XLNetLMHeadModel(XLNetConfig(vocab_size=300, d_model=32, n_layer=1, n_head=4, d_inner=48))
+    with pytest.raises(ConfigError, match="XLNetLMHeadModel sees later tokens"):
+        evaluate_loaded(replace(loaded, model=model), 0, 8, print)
 
 
 def test_only_so_many_examples_are_asked(base: Evaluation) -> None:
