@@ -42,7 +42,7 @@ NAMES = (
     "accelerate launch --cpu --num_processes 2",
 )
 # Models that pages name and that are not here; the tiny model stands in for them, and for the configurations' own.
-MODELS = ("Qwen/Qwen2.5-0.5B-Instruct",)
+MODELS = ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen3-0.6B")
 CONFIGURATIONS = ("qwen0.5b", "qwen7b")
 # Output that a page quotes -> a part of the module that prints it.
 OUTPUT = {
