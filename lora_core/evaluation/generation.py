@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.encoding.prompts import render_prompt, tokens_to_stop_at
+from lora_core.errors import TrainingError
 from lora_core.model.attention import causal_lm_of
-from lora_core.model.decoder import padding_masked
+from lora_core.model.decoder import own_positions, padding_masked
 from lora_core.model.loss import CausalLMLoss
 from lora_core.rows.messages import Conversation
 
@@ -63,6 +64,9 @@ def generate_reply(
         on_text: called with each piece of the reply as soon as it is there; the pieces are the reply, with the white
             space around it.
         in_step: all ranks answer, and none stops before the others: each token needs weights of all.
+
+    Raises:
+        TrainingError: the model's own code does not generate.
     """
     streamer = None if on_text is None else _streamer(tokenizer, on_text)
     (new,) = _generate(model, tokenizer, [prompt], max_new_tokens, temperature, synced_gpus=in_step, streamer=streamer)
@@ -81,6 +85,9 @@ def generate_replies(
     Args:
         model: one whose attention `takes_padding`, if there are several prompts.
         prompts: each (1, T), of any lengths.
+
+    Raises:
+        TrainingError: as `generate_reply`.
     """
     with padding_masked(_inner(model)) if len(prompts) > 1 else nullcontext():
         return _generate(model, tokenizer, prompts, max_new_tokens, temperature)
@@ -101,6 +108,8 @@ def _generate(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     input_ids, attention_mask = _padded_on_the_left(prompts, 0 if pad is None else pad)
     device = next(model.parameters()).device
+    positions = own_positions(_inner(model), input_ids) if len(prompts) == 1 else None
+    how |= {} if positions is None else {"position_ids": positions.to(device)}
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     drawn = {"do_sample": True, "temperature": temperature}
     try:
@@ -114,6 +123,13 @@ def _generate(
             **(drawn if temperature > 0 else greedy),
             **how,
         )
+    except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+        # Some families' caches do not suit all that their configs allow. What a device says is a RuntimeError.
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise TrainingError(
+            f"{type(causal_lm_of(_inner(model))).__name__} does not generate with this version of transformers "
+            f"({type(error).__name__}: {reason}); fix: train.num_sample_replies=0, and no replies"
+        ) from error
     finally:  # a reply can be interrupted
         model.train(was_training)
     return [_reply(tokenizer, new, stops) for new in output[:, input_ids.shape[1] :].tolist()]

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 _PROBE = "lora_core_probe"
 # Layers that carry a state from one position to the next, by transformers' names for them.
 _WITH_STATE = ("linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "mamba2", "recurrent", "ssm")
+# What modules have that count positions from the id of padding on, as RoBERTa does.
+_FROM_PADDING = "create_position_ids_from_input_ids"
 # Layers whose attention is causal, over all earlier positions or over a window of them.
 _PLAIN = ("full_attention", "sliding_attention")
 # What attention over segments knows, and what it may ignore: it says nothing about who sees whom.
@@ -85,7 +87,7 @@ def why_not_packed(model: nn.Module) -> str | None:
         return f"its layers{what} carry a state from each position to the next, over the border of examples"
     if "position_ids" not in inspect.signature(decoder_of(causal_lm).forward).parameters:
         return "it takes no position_ids, so that positions cannot start again with each example"
-    if any(hasattr(module, "create_position_ids_from_input_ids") for module in decoder_of(causal_lm).modules()):
+    if any(hasattr(module, _FROM_PADDING) for module in decoder_of(causal_lm).modules()):
         return "it counts positions from the id of padding on, and not from 0"
     return why_not_segments(model)
 
@@ -267,6 +269,18 @@ def check_positions(model: nn.Module) -> None:
             f"data.packing=true: {type(causal_lm).__name__} does not count positions from 0 (with positions from 0 its "
             f"hidden states change by {change:.2g} of their size); fix: data.packing=false"
         )
+
+
+def own_positions(model: nn.Module, input_ids: Tensor) -> Tensor | None:
+    """Positions as the model counts them itself, (1, T) -> (1, T), where it begins after the id of padding, as RoBERTa
+    and its kin do; None for all others, which count from 0. transformers' `generate` gives all of them those from 0."""
+    causal_lm = causal_lm_of(model)
+    takes_positions = "position_ids" in inspect.signature(causal_lm.forward).parameters
+    for module in decoder_of(causal_lm).modules() if takes_positions else ():
+        if hasattr(module, _FROM_PADDING) and hasattr(module, "padding_idx"):
+            positions: Tensor = getattr(module, _FROM_PADDING)(input_ids, module.padding_idx)
+            return positions
+    return None
 
 
 def takes_padding(model: Any) -> bool:

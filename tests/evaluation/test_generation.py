@@ -13,9 +13,12 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
 )
 
 from lora_core.config.schema import DataConfig, ModelConfig
+from lora_core.errors import TrainingError
 from lora_core.evaluation.generation import encode_prompt, generate_replies, generate_reply, longest_context, stop_ids
 from lora_core.evaluation.replies import sample_reply
 from lora_core.model.attention import SEGMENT_ATTENTION
@@ -150,3 +153,30 @@ def test_a_model_that_cannot_be_packed_takes_no_padding(tokenizer: PreTrainedTok
     assert not takes_padding(model)
     prepare_packing(model)
     assert takes_padding(model)
+
+
+def test_a_reply_is_made_at_the_positions_that_the_model_is_trained_at(tokenizer: PreTrainedTokenizerFast) -> None:
+    """RoBERTa counts from the id of padding on; transformers' `generate` would have it count from 0."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = RobertaConfig(vocab_size=len(tokenizer), is_decoder=True, max_position_embeddings=64, **sizes)
+    model = RobertaForCausalLM(config).eval()
+    torch.nn.init.normal_(model.roberta.embeddings.position_embeddings.weight)
+    prompt = encode_prompt(tokenizer, Conversation([{"role": "user", "content": "Hi"}]))
+    ids = prompt
+    for _ in range(6):  # the logits that training sees, token by token
+        ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    wanted = tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True).strip()
+    assert generate_reply(model, tokenizer, prompt, 6).text == wanted
+
+
+class _WithoutCache(Qwen2ForCausalLM):
+    def forward(self, *args: object, **kwargs: object) -> object:
+        raise ValueError("no such cache")
+
+
+def test_a_model_that_does_not_generate_is_told_in_a_sentence(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = _WithoutCache(make_model(len(tokenizer)).config)
+    prompt = encode_prompt(tokenizer, Conversation([{"role": "user", "content": "Hi"}]))
+    with pytest.raises(TrainingError, match=r"_WithoutCache does not generate .*no such cache.*num_sample_replies=0"):
+        generate_reply(model, tokenizer, prompt, 4)
