@@ -42,8 +42,8 @@ preflight says so where the model's config asks for it.
 Checkpoints that also see or hear (`...ForConditionalGeneration`) are built whole, with their towers, and loaded without
 them: text passes none. The adapter has the names of the whole checkpoint, its `exclude_modules` keep adapters out of
 the towers, and PEFT loads it on the whole checkpoint (`AutoPeftModelForCausalLM` too), where it gives the same logits
-on text. `verify`, `chat` and `evaluate` work as with any run; `merge` does not, and says what does. A chat row with an
-image is refused.
+on text. `verify`, `chat` and `evaluate` work as with any run, and `merge` writes the whole checkpoint
+([how](export.md#merge)). A chat row with an image is refused.
 
 In other precisions (`python -m tests.families.precision NAME`), loss and gradients of one row at a time are held
 against plain transformers and PEFT on the same weights. Of the 237 families that train, NF4 agrees to one part in
