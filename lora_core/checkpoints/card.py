@@ -75,14 +75,20 @@ def bare_card(peft: Mapping[str, Any], base_model: str | None) -> str:
 
 
 def merged_card(
-    config: RunConfig | None, base: str | None, counts: RowCounts | None, summary: Mapping[str, Any]
+    config: RunConfig | None,
+    base: str | None,
+    counts: RowCounts | None,
+    summary: Mapping[str, Any],
+    has_towers: bool = False,
 ) -> str:
     """The text of a merged model's card.
 
     Args:
         config: of the run, and `counts` of its training file, where they are known.
         base: hub id of the base model, where it has one.
+        has_towers: it also sees or hears.
     """
+    model, reader = ("ForMultimodalLM", "Processor") if has_towers else ("ForCausalLM", "Tokenizer")
     metadata = _metadata(config, base, summary, "transformers", "finetune")
     title = _title(config, base)
     lines = [_front_matter(metadata), f"# {title}, fine-tuned", ""]
@@ -95,10 +101,10 @@ def merged_card(
         "## Use",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import AutoModel{model}, Auto{reader}",
         "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{HERE}")',
-        f'model = AutoModelForCausalLM.from_pretrained("{HERE}", dtype="auto")',
+        f'{reader.lower()} = Auto{reader}.from_pretrained("{HERE}")',
+        f'model = AutoModel{model}.from_pretrained("{HERE}", dtype="auto")',
         "```",
         "",
         "```bash",

@@ -33,9 +33,11 @@ def _run(arguments: Namespace) -> None:
         import torch
 
         from lora_core.export.as_adapter import as_adapter
+        from lora_core.export.gguf import check_family, find_converter
         from lora_core.export.merge import merge
         from lora_core.export.ollama import export_adapter, export_model
         from lora_core.inference.opened import open_model
+        from lora_core.model.base import load_model_config
         from lora_core.runtime.run_folder import check_output
 
     output = arguments.output.expanduser()
@@ -53,6 +55,8 @@ def _run(arguments: Namespace) -> None:
             if arguments.adapter_only:
                 written = export_adapter(source, output, arguments.type, _say)
             else:
+                if find_converter() is None:
+                    check_family(load_model_config(source.config.model))  # before the merge, which may take long
                 # In float32, so that the update is rounded once, to the type of the GGUF file.
                 merge(source, Path(name) / "merged", dtype=torch.float32, rows=arguments.rows, say=_say)
                 written = export_model(Path(name) / "merged", output, arguments.type, _say)

@@ -52,15 +52,24 @@ def find_weights(model: ModelConfig) -> WeightFiles:
 
     name = resolve_name(model)
     try:
-        index = cached_file(name, _INDEX, revision=model.revision, _raise_exceptions_for_missing_entries=False)
+        index = find_file(model, _INDEX)
         if index is None:
             paths = [Path(str(cached_file(name, "model.safetensors", revision=model.revision)))]
         else:
-            shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             paths = [Path(str(cached_file(name, shard, revision=model.revision))) for shard in shards]
         return read_headers(paths)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise cannot_load("safetensors", name, error) from error
+
+
+def find_file(model: ModelConfig, file: str) -> Path | None:
+    """One of the model's files, by its name; None where it has none."""
+    from transformers.utils.hub import cached_file
+
+    name = resolve_name(model)
+    found = cached_file(name, file, revision=model.revision, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
 
 
 def read_headers(paths: list[Path]) -> WeightFiles:

@@ -157,10 +157,21 @@ def _run_converter(arguments: list[str]) -> None:
 
 def _writer(config: PretrainedConfig, target: Path) -> tuple[Any, Any]:
     """(GGUFWriter, the package's map from the model's names of tensors to GGUF's)."""
-    if find_spec("gguf") is None:
-        raise ConfigError("GGUF files need the gguf package; fix: pip install 'lora-core[export]'")
+    check_family(config)
     import gguf
 
+    architecture = FAMILIES[config.model_type]
+    (arch,) = (key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    return gguf.GGUFWriter(target, architecture), gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+
+
+def check_family(config: PretrainedConfig) -> None:
+    """
+    Raises:
+        ConfigError: the gguf package is missing, or does not write this family here.
+    """
+    if find_spec("gguf") is None:
+        raise ConfigError("GGUF files need the gguf package; fix: pip install 'lora-core[export]'")
     if config.model_type not in FAMILIES:
         raise ConfigError(
             f"{config.model_type}: is converted by llama.cpp alone (here: {', '.join(sorted(FAMILIES))}); fix: "
@@ -169,9 +180,6 @@ def _writer(config: PretrainedConfig, target: Path) -> tuple[Any, Any]:
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") != "default":
         raise ConfigError(f"rope_type {rope['rope_type']}: is converted by llama.cpp alone; fix: {_INSTALL}")
-    architecture = FAMILIES[config.model_type]
-    (arch,) = (key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    return gguf.GGUFWriter(target, architecture), gguf.get_tensor_name_map(arch, config.num_hidden_layers)
 
 
 def _add_parameters(writer: Any, config: Any, kind: str) -> None:

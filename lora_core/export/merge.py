@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from lora_core.data.packing import collate
 from lora_core.encoding.prompts import tokens_to_stop_at
 from lora_core.errors import ConfigError, DataError, counted
 from lora_core.export.as_adapter import Adapter
-from lora_core.export.base_files import find_weights, read_headers
+from lora_core.export.base_files import find_file, find_weights, read_headers
 from lora_core.export.compare import Comparison, compare, refuse_beyond_noise
 from lora_core.export.streamed import Part, StreamedModel
 from lora_core.model.base import load_model_config, resolve_name
@@ -37,6 +38,14 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 _NUM_ROWS, _MOST_TOKENS = 4, 128
+# What turns images and sound into what towers take, by the names of transformers.
+_PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
+)
+_OLD_TEMPLATE = "chat_template.json"  # processors take it in place of the tokenizer's
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,12 @@ def merge(
             f"merge: trained on {quantization} weights, merged into the unquantized ones: they are what the "
             "adapter was trained on, before rounding, so replies may differ a little from those during training"
         )
+    if plan.copied:
+        size = sum(map(plan.num_bytes_of, plan.copied)) / 2**30
+        say(
+            f"merge: into the language part; {counted(len(plan.copied), 'tensor')} beside it ({size:.2f} GiB), such as "
+            f"{plan.copied[0]}, as in the base model's files"
+        )
     if plan.left_out:
         say(
             f"merge: left out, the model does not use them: {', '.join(plan.left_out[:5])} "
@@ -115,7 +130,8 @@ def merge(
         merged_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         generation_config(source, tokenizer).save_pretrained(folder)
-        write_text(folder / "README.md", _card(source, base_model))
+        copy_processor(source, tokenizer, folder, say)
+        write_text(folder / "README.md", _card(source, base_model, model.has_towers))
         del model
         say(f"merge: comparing logits with base + adapter on {counted(len(batch['input_ids']), 'row')} ...")
         comparison = compare(
@@ -163,6 +179,8 @@ class OutputPlan:
     """Name in the model -> name in the file."""
     tied: bool
     vocab_size: int
+    copied: list[str]
+    """Tensors of the base model's files beside the language part, such as of towers; they stay as they are."""
     left_out: list[str]
     """Tensors of the base model's files that its model does not use."""
 
@@ -181,7 +199,6 @@ def plan_output(model: StreamedModel) -> OutputPlan:
     name_of: dict[str, str] = {}
     second = {name for group in model.tied for name in group[1:]}
     differing = {name for group in model.tied if not _still_equal(model, group) for name in group[1:]}
-    vocab_size = 0
     for part in model.parts:
         for name, (module, attribute) in part.weights.items():
             if name in second and name not in differing:
@@ -191,10 +208,10 @@ def plan_output(model: StreamedModel) -> OutputPlan:
             assert parameter is not None
             names[target] = (parameter.shape, model.dtype_of(name))
             name_of[name] = target
-            if isinstance(module, torch.nn.Embedding):
-                vocab_size = max(vocab_size, parameter.shape[0])
-    used = set(model.sources.values())
-    return OutputPlan(names, name_of, not differing, vocab_size, sorted(set(model.weights) - used))
+    others = sorted(set(model.weights) - set(model.sources.values()))
+    copied, left_out = (others, []) if model.has_towers else ([], others)
+    names |= {name: (model.weights.shapes[name], model.weights.dtypes[name]) for name in copied}
+    return OutputPlan(names, name_of, not differing, model.vocab_size, copied, left_out)
 
 
 def _still_equal(model: StreamedModel, group: list[str]) -> bool:
@@ -253,13 +270,15 @@ def _merged_tensors(model: StreamedModel, plan: OutputPlan) -> Iterator[tuple[st
             for name, tensor in merged_weights(model, part).items():
                 if name in plan.name_of:
                     yield plan.name_of[name], tensor
+    for name in plan.copied:
+        yield name, model.weights.read(name)
 
 
 def _merged_config(base: PretrainedConfig, plan: OutputPlan, dtype: torch.dtype | None) -> PretrainedConfig:
     config = copy.deepcopy(base)
     config.dtype = dtype or config.dtype
     text = config.get_text_config()
-    text.vocab_size = max(plan.vocab_size, text.vocab_size)
+    text.vocab_size = plan.vocab_size
     if not plan.tied:
         text.tie_word_embeddings = config.tie_word_embeddings = False
     return config
@@ -286,9 +305,27 @@ def generation_config(source: Adapter, tokenizer: PreTrainedTokenizerBase) -> An
     return config
 
 
-def _card(source: Adapter, base_model: str | None) -> str:
+def copy_processor(
+    source: Adapter, tokenizer: PreTrainedTokenizerBase, folder: Path, say: Callable[[str], None]
+) -> None:
+    """The base model's settings for images and sound, as they are. Its chat template is the training's."""
+    found = {name: find_file(source.config.model, name) for name in (*_PROCESSOR_FILES, _OLD_TEMPLATE)}
+    template = found[_OLD_TEMPLATE]
+    if template is not None and tokenizer.chat_template is not None:
+        if json.loads(template.read_text(encoding="utf-8")).get("chat_template") != tokenizer.chat_template:
+            say(
+                f"merge: {_OLD_TEMPLATE} of the base model is left out; chat_template.jinja, of the training, is for it"
+            )
+        del found[_OLD_TEMPLATE]
+    for name, file in found.items():
+        if file is not None:
+            shutil.copyfile(file, folder / name)
+
+
+def _card(source: Adapter, base_model: str | None, has_towers: bool) -> str:
     base = base_model or hub_id(source.config.model.name_or_path)
-    return merged_card(source.config if source.has_config else None, base, counts_of(source.summary), source.summary)
+    config = source.config if source.has_config else None
+    return merged_card(config, base, counts_of(source.summary), source.summary, has_towers)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -329,7 +366,7 @@ def predict_peak(model: StreamedModel, plan: OutputPlan, shards: dict[str, list[
 
     While a layer is merged there are its weight as read, in float32 and as a copy, the update, the sum and what is
     written; DoRA holds two more. While logits are compared, there are those of two models and of the one that runs, and
-    a layer's weight as read and in float32, with what `compare` moves it by.
+    a layer's weight as read and in float32, with what `compare` moves it by. What is only copied is there twice.
     """
     import psutil
 
@@ -339,6 +376,7 @@ def predict_peak(model: StreamedModel, plan: OutputPlan, shards: dict[str, list[
             parameter = module._parameters[attribute]
             assert parameter is not None
             sizes[part.is_adapted].append(parameter.numel() * (4 * 8 if part.is_adapted else 4) + model.num_bytes(name))
+    sizes[True] += [2 * plan.num_bytes_of(name) for name in plan.copied]
     files = [sum(plan.num_bytes_of(name) for name in names) for names in shards.values()]
     rows, length = batch["input_ids"].shape
     logits = rows * length * plan.vocab_size * 4

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from lora_core.errors import ConfigError
 from lora_core.export.base_files import WeightFiles
+from lora_core.model.decoder import attention_for
+from lora_core.model.language_part import from_config, left_out, towers_may_be_out
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -43,6 +45,8 @@ class Part:
 
 class StreamedModel:
     """A causal language model, with or without an adapter, in evaluation mode, in float32.
+
+    Of a checkpoint that also sees or hears it is the language part, by the names of the whole.
 
     Args:
         config: of the base model.
@@ -72,8 +76,12 @@ class StreamedModel:
         }
         self.tied = _tied(named)
         """Names of weights that are one and the same in the base model, the one that its files hold first."""
-        self.sources = _find_in_files(named, self.tied, weights, str(base.base_model_prefix))
+        self.sources = _find_in_files(named, self.tied, weights, base)
         """The name in the files of each weight of the model."""
+        self.has_towers = bool(left_out(base))
+        """Whether the files hold more than the language part."""
+        self.vocab_size: int = base.config.get_text_config().vocab_size
+        """With the tokens that the adapter adds."""
         _put_placeholders(base)
         self.model: Any = base if adapter is None else _with_adapter(base, adapter, self.device)
         self.model.eval().requires_grad_(False)
@@ -192,16 +200,9 @@ class StreamedModel:
 def _without_weights(config: PretrainedConfig, vocabulary: int | None) -> Any:
     """The model on the meta device, its buffers (such as rotary frequencies) in memory."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
-    if config.get_text_config() is not config:
-        raise ConfigError(
-            f"{config.model_type} models hold more than their language part, and a layer at a time cannot be merged "
-            "into them; fix: with memory for the whole model, PEFT's AutoPeftModelForCausalLM.from_pretrained(ADAPTER)"
-            ".merge_and_unload().save_pretrained(FOLDER), or serve the adapter beside its base"
-        )
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        model: Any = from_config(config, torch.float32, attention_for(config, "sdpa"))
         if vocabulary is not None and vocabulary > config.get_text_config().vocab_size:
             model.resize_token_embeddings(vocabulary, mean_resizing=False)
     model.tie_weights()  # outside: inside, each would become a weight of its own again
@@ -232,14 +233,13 @@ def _tied(named: dict[str, tuple[nn.Module, str]]) -> list[list[str]]:
 
 
 def _find_in_files(
-    named: dict[str, tuple[nn.Module, str]], tied: list[list[str]], weights: WeightFiles, prefix: str
+    named: dict[str, tuple[nn.Module, str]], tied: list[list[str]], weights: WeightFiles, model: Any
 ) -> dict[str, str]:
     group_of = {name: group for group in tied for name in group}
+    in_files = _names_of_files(model, weights)
     found: dict[str, str] = {}
     for name in named:
-        # Files of a model without its head leave out the prefix, such as `transformer.`.
-        names = [same for each in (name, *group_of.get(name, [])) for same in (each, each.removeprefix(f"{prefix}."))]
-        source = next((each for each in names if each in weights), None)
+        source = next((in_files[each] for each in (name, *group_of.get(name, [])) if each in in_files), None)
         if source is None:
             raise ConfigError(
                 f"the base model's files have no tensor {name}: they name the weights otherwise than transformers' "
@@ -247,6 +247,24 @@ def _find_in_files(
                 "AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(FOLDER)"
             )
         found[name] = source
+    return found
+
+
+def _names_of_files(model: Any, weights: WeightFiles) -> dict[str, str]:
+    """Name in the model -> name in its files, as transformers renames them while it loads: by the family's table, and
+    without or with the prefix, such as `transformer.`. Without tensors that it makes out of others."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    table = get_model_conversion_mapping(model)
+    renamings = [each for each in table if isinstance(each, WeightRenaming)]
+    converters = [each for each in table if isinstance(each, WeightConverter)]
+    on_meta = model.state_dict()
+    found: dict[str, str] = {}
+    for name in sorted(weights):
+        renamed, converted_by = rename_source_key(name, renamings, converters, model.base_model_prefix, on_meta)
+        if converted_by is None:
+            found[renamed] = name
     return found
 
 
@@ -277,15 +295,11 @@ def _with_adapter(base: Any, adapter: Path, device: torch.device) -> Any:
             "adapter does not fit the base model's files; fix: save it with PEFT's "
             "path_initial_model_for_weight_conversion"
         )
-    if getattr(config, "target_parameters", None):
-        raise ConfigError(
-            f"{adapter}: target_parameters {config.target_parameters} are not layers, and a layer at a time is merged; "
-            "fix: PEFT's AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload()"
-        )
     try:
-        model = peft.PeftModel.from_pretrained(
-            base, str(adapter), config=config, low_cpu_mem_usage=True, torch_device="cpu"
-        )
+        with towers_may_be_out():
+            model = peft.PeftModel.from_pretrained(
+                base, str(adapter), config=config, low_cpu_mem_usage=True, torch_device="cpu"
+            )
     except (RuntimeError, ValueError) as error:
         reason = "; ".join(str(error).strip().splitlines()[:2])
         raise ConfigError(
@@ -326,12 +340,15 @@ def _parts(model: nn.Module, named: dict[str, tuple[nn.Module, str]]) -> list[Pa
 
 def _merge_in_place(wrapper: Any) -> dict[str, Any]:
     """Let PEFT merge into the weights of a filled layer; returns those that it keeps apart (modules_to_save)."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
     if isinstance(wrapper, ModulesToSaveWrapper):
         (name,) = wrapper.active_adapters
         return dict(wrapper.modules_to_save[name].named_parameters())
     layer: Any = wrapper.token_adapter if isinstance(wrapper, TrainableTokensWrapper) else wrapper
-    layer.merge(safe_merge=True)
-    layer.merged_adapters.clear()  # its weights are emptied right after
+    while isinstance(layer, BaseTunerLayer):  # for each of the experts' weights one, around the next
+        layer.merge(safe_merge=True)
+        layer.merged_adapters.clear()  # its weights are emptied right after
+        layer = layer.base_layer
     return {}

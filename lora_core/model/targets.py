@@ -16,10 +16,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from lora_core.errors import ConfigError
 from lora_core.model.attention import causal_lm_of
 from lora_core.model.decoder import decoder_layers
+from lora_core.model.language_part import layers_of_images
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
+_LARGE_SHARE = 0.2
 _NAMES_OF_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -111,6 +113,41 @@ def _read_by_kernels(layers: nn.Module) -> set[int]:
 def _inside_choosers(layers: nn.Module) -> set[int]:
     choosers = [module for module in layers.modules() if type(module).__name__.endswith(("Indexer", "Router"))]
     return {id(module) for chooser in choosers for module in chooser.modules()}
+
+
+def without_adapter(model: PeftModel, targets: Targets) -> dict[str, float]:
+    """The matrices of the decoder's layers that got no adapter, though `targets` names their layer or they are large:
+    last parts of their names, such as mlp.w1 -> their share of the layers' parameters.
+
+    DBRX reads its experts past the module that holds them, Mamba's kernel its out_proj. In families whose experts
+    transformers stacks, PEFT takes gate_proj, up_proj and down_proj for the experts' alone, also where dense layers and
+    shared experts have these names.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+
+    layers: Any = decoder_layers(model)
+    reached = {
+        id(module.get_param() if isinstance(module, ParamWrapper) else module.get_base_layer().weight)
+        for module in layers.modules()
+        if isinstance(module, LoraLayer)
+    }
+    of_images = {str(number) for number in layers_of_images(causal_lm_of(model))}
+    named = {
+        name: parameter
+        for name, parameter in layers.named_parameters()
+        if "lora_" not in name and name.split(".")[0] not in of_images
+    }
+    left = {name.removesuffix(".weight"): p for name, p in named.items() if p.dim() > 1 and id(p) not in reached}
+    total = sum(parameter.numel() for parameter in named.values())
+    sizes: Counter[str] = Counter()
+    expected: set[str] = set()
+    for name, parameter in left.items():
+        part = ".".join(name.split(".")[-2:])
+        sizes[part] += parameter.numel()
+        if any(f".{name}".endswith(f".{target}") or f".{target}".endswith(f".{name}") for target in targets.modules):
+            expected.add(part)
+    return {part: size / total for part, size in sizes.items() if part in expected or size > _LARGE_SHARE * total}
 
 
 def add_dropout(model: PeftModel, p: float) -> None:

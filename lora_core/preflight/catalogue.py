@@ -75,7 +75,7 @@ from lora_core.preflight.schedule import (
 )
 from lora_core.preflight.serving import check_serving_prompt
 from lora_core.preflight.template import check_folded_system, check_template_end_token, check_vocabulary
-from lora_core.preflight.untrained import check_router_loss, check_towers
+from lora_core.preflight.untrained import check_router_loss, check_towers, check_without_adapter
 
 Check = Callable[[Facts], Iterator[Finding]]
 
@@ -133,6 +133,7 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_causal, {"not_causal": "error"}),
     (check_experts, {"experts_dora": "error", "experts_without_dropout": "note"}),
     (check_towers, {"towers_left_out": "note"}),
+    (check_without_adapter, {"without_adapter": "note"}),
     (check_router_loss, {"router_loss_off": "note"}),
     (check_packing_off, {"packing_impossible": "error", "packing_off": "note"}),
     (check_memory, {"memory_too_small": "error", "micro_batches_smaller": "note", "memory_unknown": "note"}),

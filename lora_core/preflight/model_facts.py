@@ -9,12 +9,12 @@ from lora_core.config.schema import RunConfig
 from lora_core.configuration import with_overrides
 from lora_core.errors import ConfigError
 from lora_core.memory.without_storage import base_without_storage, num_hidden_layers
-from lora_core.model.base import load_model_config, resolve_name
+from lora_core.model.base import add_adapter, load_model_config, resolve_name
 from lora_core.model.decoder import is_encoder, why_not_packed
 from lora_core.model.language_part import left_out
 from lora_core.model.lora_settings import differs_by_layer, linear_names, names_without_match, targeted_names
 from lora_core.model.starting_adapter import differing_settings, find_starting_adapter
-from lora_core.model.targets import Targets, find_targets
+from lora_core.model.targets import Targets, find_targets, without_adapter
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class ModelFacts:
     """The longest input that the model was made for, in tokens; None where its config does not say."""
     towers: tuple[str, ...]
     """Dotted names of what encodes images and sound, and is not loaded."""
+    without_adapter: tuple[tuple[str, float], ...]
+    """What of the decoder's layers `lora.target_modules: auto` does not reach, such as mlp.w1: its share of them."""
     router_loss: float
     """How much the config wants of the auxiliary loss of its experts' routers; 0 for none."""
 
@@ -100,6 +102,7 @@ def model_facts(config: RunConfig) -> ModelFacts:
         max_positions=getattr(text_config, "max_position_embeddings", None),
         towers=tuple(left_out(base)),
         router_loss=_router_loss(text_config),
+        without_adapter=_without_adapter(base, config),  # last: it changes the base
     )
 
 
@@ -127,6 +130,16 @@ def _auto_targets(base: Any) -> Targets:
         return find_targets(base)
     except ConfigError:  # a run that asks for them is told
         return Targets([], [])
+
+
+def _without_adapter(base: Any, config: RunConfig) -> tuple[tuple[str, float], ...]:
+    if config.lora.target_modules != "auto" or config.lora.exclude_modules or config.lora.layers_to_transform:
+        return ()
+    targets = _auto_targets(base)
+    try:
+        return tuple(without_adapter(add_adapter(base, config.lora, config.train.seed), targets).items())
+    except ConfigError:  # a finding says what is wrong with `lora`
+        return ()
 
 
 def with_packing(config: RunConfig) -> RunConfig:

@@ -28,6 +28,28 @@ def check_towers(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def check_without_adapter(facts: Facts) -> Iterator[Finding]:
+    """Much of the decoder's layers gets no adapter, though `lora.target_modules: auto` is all of their linear layers.
+
+    PEFT reaches linear layers, and the stacked experts of the families that it knows. DBRX reads its experts past the
+    module that holds them. In DeepSeek's, GLM's and Qwen3-Next's mixtures, PEFT takes gate_proj, up_proj and down_proj
+    for the experts' alone, so that dense layers and shared experts of these names get none.
+
+    No action is needed: what has no adapter stays as it is. A larger `lora.rank` gives the others more room.
+    """
+    left = dict(facts.model.without_adapter)
+    if left:
+        yield Finding(
+            "without_adapter",
+            "note",
+            f"{', '.join(left)}: no adapter, as PEFT does not reach them in this family; they are "
+            f"{sum(left.values()):.2g} of the decoder layers' parameters and stay as they are",
+            list(left),
+            [],
+            None,
+        )
+
+
 def check_router_loss(facts: Facts) -> Iterator[Finding]:
     """The model's config asks for the auxiliary loss of its experts' routers, which is not computed here.
 

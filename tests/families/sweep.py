@@ -72,7 +72,7 @@ def _train(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     )
     packs = bool(config.data.packing)
     facts = model_facts(config)
-    result |= {"packs": packs, "targets": facts.auto_targets}
+    result |= {"packs": packs, "targets": facts.auto_targets, "without": [*dict(facts.without_adapter)]}
     note = ""
     try:
         memory = predict_memory(config, MicroBatch(LENGTHS, 20, packs), DeviceMemory("cpu", 10**12))

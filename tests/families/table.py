@@ -35,15 +35,17 @@ model were used. Written by `make families`, or in part by `python -m tests.fami
 - **not built**: it could not be made small from its config class alone, so nothing is said about it.
 
 `lora.target_modules: auto` is all linear layers in the decoder's layers and its fused experts, without routers. A run
-prints how many of each name have an adapter. PEFT has neither dropout nor DoRA for fused experts: the other layers keep
-`lora.dropout`, and DoRA on them is refused. What is trained is the loss of tokens alone, without a router's own loss:
-preflight says so where the model's config asks for it.
+prints how many of each name have an adapter. In families whose experts transformers stacks (DeepSeek's, GLM's and their
+kin), PEFT takes `gate_proj`, `up_proj` and `down_proj` for the experts' alone, so that dense layers and shared experts
+of these names get none, nor do DBRX's experts: preflight names them (`without_adapter`). PEFT has neither dropout nor
+DoRA for fused experts: the other layers keep `lora.dropout`, and DoRA on them is refused. What is trained is the loss
+of tokens alone, without a router's own loss: preflight says so where the model's config asks for it.
 
 Checkpoints that also see or hear (`...ForConditionalGeneration`) are built whole, with their towers, and loaded without
 them: text passes none. The adapter has the names of the whole checkpoint, its `exclude_modules` keep adapters out of
 the towers, and PEFT loads it on the whole checkpoint (`AutoPeftModelForCausalLM` too), where it gives the same logits
-on text. `verify`, `chat` and `evaluate` work as with any run; `merge` does not, and says what does. A chat row with an
-image is refused.
+on text. `verify`, `chat` and `evaluate` work as with any run, and `merge` writes the whole checkpoint
+([how](export.md#merge)). A chat row with an image is refused.
 
 In other precisions (`python -m tests.families.precision NAME`), loss and gradients of one row at a time are held
 against plain transformers and PEFT on the same weights. Of the 237 families that train, NF4 agrees to one part in
@@ -57,7 +59,8 @@ or plain bfloat16 from float32; `ctrl`, `deepseek_v2` and `qwen2_moe` are beyond
 
 def line_of(row: dict[str, Any]) -> str:
     modules, experts = row.get("targets") or ([], [])
-    parts = [*dict.fromkeys(name.rsplit(".", 1)[-1] for name in modules), *experts]
+    left = {name.rsplit(".", 1)[-1] for name in row.get("without", ())}
+    parts = [*dict.fromkeys(last for name in modules if (last := name.rsplit(".", 1)[-1]) not in left), *experts]
     why = str(row["why"]).translate({ord(mark): " " for mark in "|<>`\n"})
     why = f"`{why}`" if row["trains"].startswith("not") and why else why
     names = ", ".join(f"`{part}`" for part in parts)

@@ -18,7 +18,7 @@ from lora_core.data.encoded import load_data
 from lora_core.errors import SimulationError
 from lora_core.model.base import load_tokenizer
 from lora_core.preflight.findings import Finding
-from lora_core.preflight.model_facts import with_packing
+from lora_core.preflight.model_facts import model_facts, with_packing
 from lora_core.preflight.preflight import gather_facts, run_checks
 from lora_core.runtime.devices import look_around
 from lora_core.training.setup import train
@@ -66,7 +66,8 @@ def test_experts_have_neither_dropout_nor_dora(find: Any) -> None:
     assert found["experts_dora"].fix == "lora.use_dora=false"
     found = find("mixtral", "lora.dropout=0.1")
     assert "lora.dropout=0.1 is not applied to experts (experts." in found["experts_without_dropout"].message
-    assert not {"experts_dora", "memory_unknown", "packing_off", "router_loss_off", "towers_left_out"} & set(found)
+    others = {"experts_dora", "memory_unknown", "packing_off", "router_loss_off", "towers_left_out", "without_adapter"}
+    assert not others & set(found)
 
 
 def test_names_of_another_family_are_answered_with_all_of_this_one(find: Any) -> None:
@@ -97,6 +98,15 @@ def test_towers_that_are_not_loaded_are_named(find: Any) -> None:
     note = find("mistral3", "lora.target_modules=[q_proj,v_proj]")["towers_left_out"]
     assert note.severity == "note"
     assert "model.vision_tower, model.multi_modal_projector: not loaded" in note.message
+
+
+def test_what_no_adapter_reaches_is_named(find: Any, config_of: Any) -> None:
+    note = find("dbrx")["without_adapter"]
+    assert (note.severity, note.fix, note.value) == ("note", None, ["mlp.w1", "mlp.v1", "mlp.w2"])
+    assert not model_facts(config_of("dbrx", "lora.target_modules=[Wqkv]")).without_adapter
+    # Dense layers and shared experts.
+    left = dict(model_facts(config_of("deepseek_v3")).without_adapter)
+    assert left.keys() == {f"{of}.{name}_proj" for of in ("mlp", "shared_experts") for name in ("gate", "up", "down")}
 
 
 def test_tokens_that_the_model_has_no_embedding_for_are_refused_and_trained_once_it_has(

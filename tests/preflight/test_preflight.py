@@ -386,6 +386,7 @@ def test_every_finding_that_a_check_may_yield_is_tripped_here() -> None:
         "packing_impossible",
         "packing_off",
         "towers_left_out",
+        "without_adapter",
         "router_loss_off",
         "tokens_without_embedding",
     }
