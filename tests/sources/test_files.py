@@ -95,6 +95,8 @@ KINDS: dict[str, tuple[Callable[[list[Any]], bytes], str]] = {
     "holder, indented": (lambda rows: json.dumps({"train": rows}, indent=4).encode(), ":row 3"),
     "pretty.jsonl": (pretty, ":25"),
     "pretty, windows.json": (lambda rows: pretty(rows).replace(b"\n", b"\r\n"), ":25"),
+    "one line.json": (lambda rows: "".join(map(json.dumps, rows)).encode(), ":row 3"),
+    "old Mac.jsonl": (lambda rows: lines_of(rows).replace(b"\n", b"\r"), ":row 3"),
     "rows.parquet": (parquet, ":row 3"),
     "parquet by another name.jsonl": (parquet, ":row 3"),
     "rows.arrow": (partial(arrow, stream=False), ":row 3"),
@@ -186,6 +188,7 @@ def test_lines_of_a_compressed_file_pass_as_they_are(tmp_path: Path, tokenizer: 
         '{"a": "' + "b" * 100 + '\n{"a": 1}',
         "Hello, world",
         "ORC is no magic word in a text",
+        lines_of([row["messages"] for row in ROWS]).decode(),
         '"Hi"',
     ],
 )
@@ -257,6 +260,10 @@ def test_what_is_written_keeps_digits_and_what_rows_are_refused_for(tmp_path: Pa
         ('{\n"a": 1\n},\n{\n"a": 2\n}', "rows.json:3: needs an object here, not ','"),
         ('{\n"a": 1\n}{\n"a": 2\n}{}{}', "rows.json:5: a second object in this line"),
         ('{\n"a": [1, 2\n}', r"rows.json:3: needs ',' here, not '}'"),
+        ('[{"a": 1},\n]', "rows.json:2: a comma without an item after it; fix: leave the last comma out"),
+        ('[{"a": 1}\n', "rows.json:2: the list has no end, so the file was cut off; fix: fetch"),
+        ('{"a": 1},\n{"a": 2},\n', "rows.json:1: needs an object here, not ','; fix: objects alone, no commas"),
+        ('{"a": 1}{"a": 2}\n{"a": ', r"rows.json:2: not valid JSON"),
         ("[]", "holds no rows; it was read as a JSON list"),
         ("[" * 100_000, "JSON nested too deeply"),
     ],
@@ -325,6 +332,11 @@ def test_cells_stay_text_and_may_be_long(tmp_path: Path) -> None:
     limit = csv.field_size_limit()
     assert read(tmp_path / "rows.csv", tmp_path) == rows
     assert csv.field_size_limit() == limit
+
+
+def test_names_of_columns_have_no_spaces_around_them_and_an_index_gets_a_name(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(b",prompt, completion \n0,a, b\n")
+    assert read(tmp_path / "rows.csv", tmp_path) == [{"column 1": "0", "prompt": "a", "completion": " b"}]
 
 
 def test_many_rows_go_through_in_flat_memory(tmp_path: Path) -> None:
