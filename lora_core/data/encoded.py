@@ -142,7 +142,7 @@ def _line_table(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64
     """Start, size in bytes and 1-based number of each line that is not blank."""
     if not path.is_file():
         raise DataError(
-            f"{path}: no such file (working folder: {Path.cwd()}); fix: data.train_file=PATH or data.eval_file=PATH",
+            f"{path}: no such file (working folder: {Path.cwd()}); fix: data.train_file=PATH",
             "data_file_missing",
         )
     if path.stat().st_size == 0:

@@ -9,10 +9,12 @@ The written file's name is a hash of all that decides its content, so that a sec
 
 from __future__ import annotations
 
+import difflib
 import glob
 import hashlib
 import json
 import re
+import shlex
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -83,7 +85,7 @@ def as_jsonl(
     Args:
         given: what `data.train_file` or `data.train_files` may hold.
         seed: chooses the rows of a weight that is not an int.
-        key: the setting that messages name.
+        key: the setting that messages name; or the option `--file`; or FILE, where a file is named by itself.
         streaming: keep no copy of a dataset of the hub: its rows are read there as they are written.
 
     Raises:
@@ -194,7 +196,7 @@ def _files_of(options: TrainFile, folder: Path, key: str, streaming: bool) -> It
     if is_address:
         yield _of_kind(_download(text, folder), without_secrets(text))
     elif re.match(r"[a-z][a-z0-9+.-]+://", text):
-        raise DataError(f"{text}: only https:// is read; fix: download it, and {key}=FILE", "data_file_missing")
+        raise DataError(f"{text}: only https:// is read; fix: download it, and name that file", "data_file_missing")
     elif path.is_file():
         yield _of_kind(path, str(path))
     elif path.is_dir() or (glob.has_magic(text) and not path.exists()):
@@ -203,9 +205,21 @@ def _files_of(options: TrainFile, folder: Path, key: str, streaming: bool) -> It
         raise DataError(f"{text}: is not a regular file, and rows are read more than once; fix: write it to a file")
     else:
         raise DataError(
-            f"{text}: no such file (working folder: {Path.cwd()}); fix: data.train_file=PATH or data.eval_file=PATH",
-            "data_file_missing",
+            f"{text}: no such file (working folder: {Path.cwd()}); fix: {_other_file(path, key)}", "data_file_missing"
         )
+
+
+def _other_file(missing: Path, key: str) -> str:
+    """The fix for a file that is not there: the one beside it of almost that name."""
+    beside = [each.name for each in missing.parent.iterdir()] if missing.parent.is_dir() else []
+    near = difflib.get_close_matches(missing.name, beside, n=1, cutoff=0.8)
+    fix = _as_given(key, shlex.quote(str(missing.with_name(near[0]))) if near else "PATH")
+    return f"{fix}, or {key}=null for no eval set" if key == "data.eval_file" else fix
+
+
+def _as_given(key: str, value: str) -> str:
+    """How a file is named: by a setting, an option, or by itself."""
+    return {"FILE": value, "--file": f"--file {value}"}.get(key, f"{key}={value}")
 
 
 def _loaded(name: str, split: str, revision: str | None, shown: str, streaming: bool) -> _Source:
@@ -227,12 +241,13 @@ def _files_in(path: Path, key: str) -> list[Path]:
         files = [each for each in found if each.is_file() and _is_data_file(each.name)]
         others = ", ".join(sorted(each.name for each in found)[:5]) or "nothing"
         problem = f"no data file in this folder ({', '.join(ENDINGS)}, also compressed); there is: {others}"
-        fix = f"{key}={path}/**/*.parquet, if they are in folders below" if any(each.is_dir() for each in found) else ""
+        below = any(each.is_dir() for each in found)
+        fix = f"{_as_given(key, f'{path}/**/*.parquet')}, if they are in folders below" if below else ""
     else:
         files = [Path(each) for each in glob.glob(str(path), recursive=True) if Path(each).is_file()]  # noqa: PTH207
         problem, fix = f"no file matches this pattern (working folder: {Path.cwd()})", ""
     if not files:
-        raise DataError(f"{path}: {problem}; fix: {fix or f'{key}=PATH'}", "data_file_missing")
+        raise DataError(f"{path}: {problem}; fix: {fix or _as_given(key, 'PATH')}", "data_file_missing")
     return sorted(files)
 
 
