@@ -81,7 +81,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with 2; the message quotes the command line."""
-        super().error(showable(message))
+        # argparse counts a list that may be empty among what is missing.
+        super().error(showable(message.replace("required: RUN, key=value", "required: RUN")))
 
     def refuse_unknown_options(self, given: Sequence[str]) -> None:
         """Exit with 2 and name an option that there is not: argparse names one that is missing in its place."""

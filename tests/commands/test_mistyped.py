@@ -33,6 +33,18 @@ def test_an_option_that_there_is_not(given: str, expected: str, capsys: pytest.C
     assert expected in capsys.readouterr().err
 
 
+def test_only_what_is_required_is_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["chat"])
+    assert capsys.readouterr().err.endswith("the following arguments are required: RUN\n")
+
+
+def test_a_run_that_is_not_there_is_no_folder_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", "outputs/nothing-here", "--prompt", "Hi"]) == 2
+    said = capsys.readouterr().err
+    assert f"no such folder here (working folder: {Path.cwd()}), and from the hub the config cannot be loaded" in said
+
+
 def test_values_that_begin_with_a_dash_are_values(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--cfg", "demo", "train.seed=-1", "--quiet"]) == 2
     assert "train.seed = -1: must be an int" in capsys.readouterr().err
