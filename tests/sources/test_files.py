@@ -355,6 +355,71 @@ def test_many_rows_go_through_in_flat_memory(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+@pytest.mark.parametrize(
+    ("names", "key", "fix"),
+    [
+        (["train.jsonl", "test.jsonl"], "data.train_file", "data.train_file={folder}/train.jsonl, or for all"),
+        (["train.jsonl", "test.jsonl"], "data.eval_file", "data.eval_file={folder}/test.jsonl, or for all"),
+        (
+            ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "validation-00000-of-00001.jsonl"],
+            "data.train_file",
+            "data.train_file='{folder}/*train*.jsonl', or for all",
+        ),
+    ],
+)
+def test_rows_to_measure_on_are_not_trained_on_by_mistake(tmp_path: Path, names: list[str], key: str, fix: str) -> None:
+    for name in names:
+        (tmp_path / name).write_bytes(lines_of(ROWS))
+    for given_path in (tmp_path, tmp_path / "*.jsonl"):
+        with pytest.raises(DataError, match="holds rows of several splits") as caught:
+            as_jsonl(given_path, tmp_path / "cache", key=key)
+        assert f"fix: {fix.format(folder=tmp_path)}" in str(caught.value)
+    assert as_jsonl(tmp_path / "*train*.jsonl", tmp_path / "cache").parts[0].source.startswith(str(tmp_path / "train"))
+
+
+def test_names_that_only_sound_like_a_split_are_no_splits(tmp_path: Path) -> None:
+    for name in ("trainers.jsonl", "contest.jsonl", "train.jsonl"):
+        (tmp_path / name).write_bytes(lines_of(ROWS[:1]))
+    assert len(read(tmp_path, tmp_path / "cache")) == 3
+
+
+def test_a_file_is_read_once_however_many_links_lead_to_it(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows/a.jsonl").write_bytes(lines_of(ROWS))
+    (tmp_path / "rows/b.jsonl").symlink_to("a.jsonl")
+    (tmp_path / "rows/again").symlink_to(".")
+    assert read(tmp_path / "rows/**/*.jsonl", tmp_path / "cache") == ROWS
+    (tmp_path / "rows/gone.jsonl").symlink_to("nowhere.jsonl")
+    with pytest.raises(DataError, match="a link to a file that is not there"):
+        as_jsonl(tmp_path / "rows/gone.jsonl", tmp_path / "cache")
+
+
+def test_the_fix_for_a_folder_of_folders_reads_rows(tmp_path: Path) -> None:
+    """A saved DatasetDict, and a folder as the hub has it."""
+    saved, hub = tmp_path / "saved", tmp_path / "hub"
+    parts = {"train": datasets.Dataset.from_list(PAIRS), "test": datasets.Dataset.from_list(PAIRS[:1])}
+    datasets.DatasetDict(parts).save_to_disk(str(saved))
+    with pytest.raises(DataError, match=re.escape(f"fix: data.train_file={saved / 'train'}")):
+        as_jsonl(saved, tmp_path / "cache")
+    assert read(saved / "train", tmp_path / "cache") == PAIRS
+    (hub / "data").mkdir(parents=True)
+    (hub / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: data/a.jsonl}\n---\n"
+    )
+    (hub / "data/a.jsonl").write_bytes(lines_of(PAIRS))
+    (hub / "data/b.jsonl").write_bytes(lines_of(ROWS))
+    with pytest.raises(DataError, match=re.escape(f"fix: 'data.train_files=[{{path: {hub}, split: train}}]'")):
+        as_jsonl(hub, tmp_path / "cache")
+    assert read([TrainFile(path=str(hub), split="train")], tmp_path / "cache") == PAIRS
+    (hub / "README.md").unlink()
+    with pytest.raises(DataError, match=re.escape(f"fix: data.train_file='{hub}/**/*.jsonl'")):
+        as_jsonl(hub, tmp_path / "cache")
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # What is no data file
 
 
@@ -479,7 +544,7 @@ def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(tmp_path: Path) -
         ("missing.jsonl", r"missing\.jsonl: no such file \(working folder: "),
         ("data/missing.json.gz", "no such file"),
         ("nothing/*.jsonl", "no file matches this pattern"),
-        ("empty", r"no data file in this folder .*; there is: notes\.txt, sub; fix: data\.train_file=empty/\*\*"),
+        ("empty", r"no data file in this folder .*; there is: notes\.txt, sub; fix: data\.train_file=PATH"),
         ("s3://bucket/rows.jsonl", "only https:// is read; fix: download it, and data.train_file=FILE"),
         (os.devnull, "is not a regular file"),
         ("x" * 5000, "cannot be read: .*name too long"),
