@@ -50,6 +50,8 @@ def _check(settings: Mapping[str, Setting], problems: list[str]) -> RunConfig | 
             if key in keys:
                 setting = settings[key]
                 wrong = message if details["type"] == "value_error" else f"must be {keys[key]}"
+                if details["type"] == "list_type" and isinstance(setting.value, str):
+                    wrong += f"; fix: {key}=[{setting.value}]"
                 problems.append(f"{setting.source}  {key} = {quoted(setting.value)}: {wrong}")
             else:  # a check over a whole section, or over several
                 prefix = f"{key}." if key else ""

@@ -40,7 +40,7 @@ ORDER: dict[str, list[str]] = {
     ],
     "configuration": [],
     "sources": ["places", "json_stream", "kinds", "readers", "hub", "files"],
-    "rows": ["json_values", "tool_use", "turns", "messages"],
+    "rows": ["json_values", "columns", "keyed_parts", "tool_use", "turns", "messages"],
     "encoding": [
         "template",
         "named_templates",

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import gc
+import itertools
 import logging
 import os
+import re
+import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +23,7 @@ from typing import NoReturn
 
 from lora_core.config.keys import config_keys
 from lora_core.config.schema import RunConfig
+from lora_core.config.synonyms import SAME, sectionless
 from lora_core.configuration import load_config, read_translation
 from lora_core.errors import ConfigError, LoraCoreError, RankFault
 from lora_core.runtime.launcher import end_accelerate_launch
@@ -76,7 +81,27 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with 2; the message quotes the command line."""
-        super().error(showable(message))
+        # argparse counts a list that may be empty among what is missing.
+        super().error(showable(message.replace("required: RUN, key=value", "required: RUN")))
+
+    def refuse_unknown_options(self, given: Sequence[str]) -> None:
+        """Exit with 2 and name an option that there is not: argparse names one that is missing in its place."""
+        options = [option for action in self._actions for option in action.option_strings]
+        for word in itertools.takewhile(lambda word: word != "--", given):
+            name = word.partition("=")[0]
+            is_option = name.startswith("-") and re.fullmatch(r"-+[A-Za-z][\w.-]*", name) is not None
+            if is_option and not any(option.startswith(name) for option in options):
+                self.error(f"no such option: {name}; {_instead(name, word, options)}")
+
+
+def _instead(name: str, word: str, options: Sequence[str]) -> str:
+    """What was meant by an option that there is not: another one, or a key of the configuration."""
+    key = name.lstrip("-").replace("-", "_")
+    known = sectionless(key) or SAME.get(key) or (key if key in config_keys() else None)
+    if known is not None:
+        return f"fix: {known}={shlex.quote(value) if (value := word.partition('=')[2]) else 'VALUE'}"
+    near = difflib.get_close_matches(f"--{key}", options, n=1, cutoff=0.7)
+    return f"fix: {near[0]}" if near else "keys of a configuration are given as key=value, without dashes"
 
 
 def add_config_arguments(

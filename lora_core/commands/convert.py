@@ -24,7 +24,7 @@ def _run(arguments: Namespace) -> None:
     assert output is not None  # argparse requires it
     train_file = f"data.train_file={json.dumps(arguments.file, ensure_ascii=False)}"
     data = load_config_of(arguments, train_file).data
-    places = as_jsonl(data.train_file, data.cache_dir, streaming=data.streaming)
+    places = as_jsonl(data.train_file, data.cache_dir, key="FILE", streaming=data.streaming)
     rows, problems = [], []
     left_out: dict[str, int] = {}
     for line, parsed in parse_file(places.path, shape_of(data)):

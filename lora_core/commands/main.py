@@ -74,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # By itself, because options may stand between key=value pairs, which argparse refuses below subcommands.
     parser = Parser(prog=f"lora-core {given[0]}")
     _fill(parser, given[0])
+    parser.refuse_unknown_options(given[1:])
     parsed = parser.parse_intermixed_args(given[1:])
     wait_passively()
     return run_command(lambda: COMMANDS[given[0]].run(parsed))

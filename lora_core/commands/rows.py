@@ -45,7 +45,7 @@ def _run(arguments: Namespace) -> None:
         from lora_core.sources.files import as_jsonl
 
     encoder = ChatEncoder(load_tokenizer(config.model, config.data), config.data.train_on, config.data.mask_reasoning)
-    places = as_jsonl(config.data.train_file, config.data.cache_dir, streaming=config.data.streaming)
+    places = as_jsonl(config.data.train_file, config.data.cache_dir, key="FILE", streaming=config.data.streaming)
     number = 1 if arguments.line is not None else max(1, arguments.num_rows)
     shown = list(itertools.islice(_rows(places, arguments.line), number))
     if not shown:

@@ -151,7 +151,10 @@ def parse_overrides(overrides: Sequence[str], problems: list[str]) -> dict[str, 
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            problems.append(f"command line  {quoted(override)}: must be key=value, such as train.num_train_epochs=3")
+            spaces = ", without spaces around =" if "=" in overrides else ""
+            problems.append(
+                f"command line  {quoted(override)}: must be key=value{spaces}, such as train.num_train_epochs=3"
+            )
             continue
         try:
             value = yaml.load(text, Loader=_YamlLoader)  # a SafeLoader: plain data only
@@ -163,6 +166,9 @@ def parse_overrides(overrides: Sequence[str], problems: list[str]) -> dict[str, 
             continue
         if isinstance(value, dict) and key not in dict_keys():
             problems.append(f"command line  {quoted(override)}: set one key at a time, such as {key}.NAME=VALUE")
+            continue
+        if isinstance(value, dict) and any(":" in str(name) and item is None for name, item in value.items()):
+            problems.append(f"command line  {quoted(override)}: needs a space after each colon, as in {{a: b}}")
             continue
         layer[key] = Setting(value, "command line")
     return layer

@@ -28,7 +28,7 @@ from lora_core.data.split import hold_out
 from lora_core.encoding import chat, forms, prompts, provenance, reasoning, spans, template
 from lora_core.encoding.chat import ChatEncoder, EncodedChat
 from lora_core.errors import ConfigError, DataError, RowError
-from lora_core.rows import json_values, messages, tool_use, turns
+from lora_core.rows import columns, json_values, keyed_parts, messages, tool_use, turns
 from lora_core.rows.messages import Conversation, RowShape, TrainOn, one_for_each_reply, parse_json_row, shape_of
 from lora_core.sources.files import as_jsonl
 from lora_core.sources.places import Places
@@ -142,7 +142,7 @@ def _line_table(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64
     """Start, size in bytes and 1-based number of each line that is not blank."""
     if not path.is_file():
         raise DataError(
-            f"{path}: no such file (working folder: {Path.cwd()}); fix: data.train_file=PATH or data.eval_file=PATH",
+            f"{path}: no such file (working folder: {Path.cwd()}); fix: data.train_file=PATH",
             "data_file_missing",
         )
     if path.stat().st_size == 0:
@@ -181,6 +181,8 @@ def _fingerprint(path: Path, encoder: ChatEncoder, settings: list[Any]) -> str:
     digest.update(json.dumps(parts, default=str, sort_keys=True).encode())
     for module in (
         json_values,
+        columns,
+        keyed_parts,
         tool_use,
         turns,
         messages,

@@ -253,9 +253,10 @@ def cannot_load(what: str, name: str, error: Exception) -> ConfigError:
             "code; fix: a model of a family that transformers supports itself",
             "model_needs_code",
         )
+    absent = "" if Path(name).is_dir() else f"no such folder here (working folder: {Path.cwd()}), and from the hub "
     return ConfigError(
-        f"model.name_or_path={name}: the {what} cannot be loaded: {reason.rstrip('.')}; fix: a hub id or a local "
-        "folder; `hf auth login` for a gated model; unset HF_HUB_OFFLINE if it is not cached",
+        f"model.name_or_path={name}: {absent}the {what} cannot be loaded: {reason.rstrip('.')}; fix: a hub id or a "
+        "local folder; `hf auth login` for a gated model; unset HF_HUB_OFFLINE if it is not cached",
         "model_unreadable",
     )
 

@@ -36,7 +36,31 @@ def from_json(value: Any, what: str) -> Any:
     try:
         return read_json(value)
     except (ValueError, RecursionError) as error:
-        raise RowError(f"{what} is not valid JSON: {error}") from error
+        reason = json_reason(error) if isinstance(error, ValueError) else error
+        raise RowError(f"{what} is not valid JSON: {reason}") from error
+
+
+def json_reason(error: ValueError) -> str:
+    """What is wrong with a JSON text, at which of its characters, and the fix where it is a usual mistake."""
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error)
+    found = error.doc[error.pos : error.pos + 1]
+    fix = ""
+    if error.msg == "Extra data":
+        fix = "; fix: one object a line, and no commas between" if found in ("{", ",") else ""
+    elif found in ("'", "T", "F") or (error.doc[error.pos : error.pos + 4] == "None"):
+        fix = "; this is how Python prints a value; fix: write it with json.dumps"
+    elif error.msg.startswith("Invalid control character"):
+        fix = "; fix: \\n or \\t in its place"
+    return f"{error.msg.removesuffix(' at')} (at character {error.pos + 1}){fix}"
+
+
+def as_number(value: Any) -> Any:
+    """The number that a text holds; anything else as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def checked_text(value: Any, what: str) -> str:
@@ -117,7 +141,7 @@ def kind(value: Any) -> str:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+    raise ValueError(f"{name} is not JSON; fix: null in its place")
 
 
 def _finite_number(text: str) -> float:

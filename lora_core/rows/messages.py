@@ -22,7 +22,18 @@ from typing import Any, Literal
 
 from lora_core.config.schema import NOT_TEMPLATE_VARIABLES, DataConfig
 from lora_core.errors import RowError
-from lora_core.rows.json_values import checked_text, from_json, is_empty, key_names, kind, read_json
+from lora_core.rows.columns import ANSWERS, PAIRS, TURNS, first, refuse_what_is_not_sft
+from lora_core.rows.json_values import (
+    as_number,
+    checked_text,
+    from_json,
+    is_empty,
+    json_reason,
+    key_names,
+    kind,
+    read_json,
+)
+from lora_core.rows.keyed_parts import with_our_names
 from lora_core.rows.tool_use import parse_tools
 from lora_core.rows.turns import Message, Turn, parse_turn
 from lora_core.untrusted.text import quoted
@@ -38,20 +49,6 @@ __all__ = [
     "trained_messages",
 ]
 
-_TURNS = ("messages", "conversations", "conversation", "dialog", "dialogue")
-_PAIRS = (
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("prompt", "output"),
-    ("prompt", "answer"),
-    ("instruction", "output"),
-    ("instruction", "response"),
-    ("query", "response"),
-    ("query", "answers"),
-    ("question", "answer"),
-    ("question", "response"),
-    ("input", "output"),
-)
 _SYSTEM = ("system", "system_prompt")
 _TOOLS = ("tools", "functions")
 _INPUT = {
@@ -63,7 +60,6 @@ _INPUT = {
 """What belongs to a question, and follows it."""
 _ROW_WEIGHTS = ("weight", "loss_weight")
 _TEMPLATE_VARIABLES = "chat_template_kwargs"
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
 @dataclass(frozen=True)
@@ -141,7 +137,7 @@ def parse_json_row(line: str, shape: RowShape | None = None) -> Conversation:
     except RecursionError as error:
         raise RowError("JSON nested too deeply to read") from error
     except ValueError as error:
-        raise RowError(f"not valid JSON: {error}") from error
+        raise RowError(f"not valid JSON: {json_reason(error)}") from error
     return parse_row(row, shape)
 
 
@@ -165,11 +161,13 @@ def parse_row(row: Any, shape: RowShape | None = None) -> Conversation:
     Raises:
         RowError: names the key or the turn that is wrong, and what is accepted.
     """
+    if isinstance(row, list) and row:  # its turns alone
+        row = {"messages": row}
     if not isinstance(row, Mapping):
         raise RowError(f"must be a JSON object, not {kind(row)}")
     shape = shape or RowShape()
     columns = _columns(row, shape)
-    _refuse_what_is_not_sft(columns, shape)
+    refuse_what_is_not_sft(columns, set(shape.columns.values()))
     # A column of a name that data.columns gives to another one.
     unused = {key for key in shape.columns if key not in shape.columns.values() and not is_empty(row.get(key))}
     used, prompt, completion = _turns(columns, "reasoning" in shape.columns)
@@ -181,7 +179,7 @@ def parse_row(row: Any, shape: RowShape | None = None) -> Conversation:
         return Conversation([], text=text, unused_keys=_sorted(columns.keys() - used, columns, unused))
     numbered = [*prompt, *completion]
     turns = [parse_turn(turn, f"turn {i}", shape.roles, unused) for i, turn in enumerate(numbered, start=1)]
-    system = _first(columns, _SYSTEM)
+    system = first(columns, _SYSTEM)
     if system is not None:
         used.add(system)
         (told,) = parse_turn({"role": "system", "content": columns[system]}, system, {}, unused).messages
@@ -190,11 +188,11 @@ def parse_row(row: Any, shape: RowShape | None = None) -> Conversation:
             prompt = [None, *prompt] if prompt else prompt
     messages = [message for turn in turns for message in turn.messages]
     if not any(message["role"] == "assistant" for message in messages):
-        raise RowError("has no assistant turn; it needs one to train on")
+        raise RowError(f"has no assistant turn; it needs one to train on{_reply_beside(columns)}")
     weights = tuple(
         turn.weight * weight if message["role"] == "assistant" else 1.0 for turn in turns for message in turn.messages
     )
-    tools_key = _first(columns, _TOOLS)
+    tools_key = first(columns, _TOOLS)
     used |= {tools_key} if tools_key is not None else set()
     variables = _template_variables(columns.get(_TEMPLATE_VARIABLES))
     used |= {_TEMPLATE_VARIABLES} if variables else set()
@@ -228,44 +226,21 @@ def _columns(row: Mapping[str, Any], shape: RowShape) -> dict[str, Any]:
     taken = set(shape.columns.values()) | set(shape.columns)
     columns = {key: item for key, item in row.items() if key not in taken}
     columns |= {ours: row.get(theirs) for ours, theirs in shape.columns.items()}
-    return {str(key): item for key, item in columns.items() if item is not None}
+    return with_our_names({str(key): item for key, item in columns.items() if item is not None})
 
 
-def _refuse_what_is_not_sft(columns: Mapping[str, Any], shape: RowShape) -> None:
-    """Keys that change what must be learned, and that nothing here is made of."""
-    if not is_empty(columns.get("chosen")) and "chosen" not in shape.columns.values():
-        raise RowError(
-            "holds 'chosen': a preference pair, and one reply is trained here; fix: "
-            f"data.columns={{{_columns_of_chosen(columns)}}} to train the chosen ones"
-        )
-    for key in ("label", "kto_tag"):
-        if columns.get(key) is False:
-            raise RowError(f"has {key}=false: a reply that must not be learned; fix: leave such rows out")
-    for key in _MEDIA:
-        if not is_empty(columns.get(key)):
-            raise RowError(f"holds {quoted(key)}; only text is trained; fix: leave such rows out")
-
-
-def _columns_of_chosen(columns: Mapping[str, Any]) -> str:
-    """What `data.columns` must say to train the reply under `chosen`."""
-    chosen = columns["chosen"]
-    if isinstance(chosen, list) and _role_of(chosen[0]) not in ("assistant", "gpt"):
-        return "messages: chosen"  # the question is in it
-    turns = _first(columns, _TURNS)
-    if turns is not None:
-        return f"prompt: {turns}, completion: chosen"
-    answer = next((answer for question, answer in _PAIRS if question in columns), None)
-    return f"{answer or 'text'}: chosen"
-
-
-def _role_of(turn: Any) -> Any:
-    return turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else None
+def _reply_beside(columns: Mapping[str, Any]) -> str:
+    """The fix where the reply stands beside the turns."""
+    turns, answer = first(columns, TURNS), first(columns, sorted(ANSWERS))
+    if turns is None or answer is None:
+        return ""
+    return f'; fix: "data.columns={{prompt: {turns}, completion: {answer}}}"'
 
 
 def _turns(columns: Mapping[str, Any], takes_reasoning: bool) -> tuple[set[str], Sequence[Any], Sequence[Any]]:
     """(the columns used, the prompt's turns, the others)."""
-    key = _first(columns, _TURNS) or next((key for key in _TURNS if key in columns), None)
-    pair = next(((q, a) for q, a in _PAIRS if q in columns and a in columns), None)
+    key = first(columns, TURNS) or next((key for key in TURNS if key in columns), None)
+    pair = next(((q, a) for q, a in PAIRS if q in columns and a in columns), None)
     if key is not None and not (is_empty(columns[key]) and (pair or "text" in columns)):
         return {key}, [], _list_of_turns(columns[key], key)
     if pair is not None:
@@ -283,18 +258,22 @@ def _turns(columns: Mapping[str, Any], takes_reasoning: bool) -> tuple[set[str],
         return {"text"}, [], []
     raise RowError(
         f"has the keys {key_names(columns)}; needs 'messages', 'conversations', 'text', or a pair such as 'prompt' and "
-        "'completion', 'instruction' and 'output', 'question' and 'answer'; fix: data.columns={messages: NAME} (or "
+        "'completion', 'instruction' and 'output', 'question' and 'answer'; fix: \"data.columns={messages: NAME}\" (or "
         "{prompt: NAME, completion: NAME}, or {text: NAME})"
     )
 
 
 def _list_of_turns(value: Any, key: str) -> list[Any]:
     """A cell of a CSV file holds the list as JSON."""
-    turns = from_json(value, key) if isinstance(value, str) and value.lstrip().startswith("[") else value
+    turns = from_json(value, key) if isinstance(value, str) and value.lstrip().startswith(("[", "{")) else value
+    lists = [*turns.values()] if isinstance(turns, Mapping) else []
+    if all(isinstance(items, list) for items in lists) and len({len(items) for items in lists}) == 1:
+        # {"role": [...], "content": [...]}, as `datasets` writes a sequence of objects
+        turns = [dict(zip(turns, items, strict=True)) for items in zip(*lists, strict=True)]
     if not isinstance(turns, list):
         raise RowError(
             f"{key} must be a list of turns, not {kind(turns)}"
-            + (f"; fix: data.columns={{text: {key}}} to train all of the text" if isinstance(turns, str) else "")
+            + (f'; fix: "data.columns={{text: {key}}}" to train all of the text' if isinstance(turns, str) else "")
         )
     if not turns:
         raise RowError("has no turns; it needs an assistant turn to train on")
@@ -306,7 +285,7 @@ def _question_and_answer(
 ) -> tuple[set[str], Sequence[Any], Sequence[Any]]:
     used = {question, answer}
     asked = columns[question]
-    extra = _first(columns, _INPUT.get(question, ()))
+    extra = first(columns, _INPUT.get(question, ()))
     if extra is not None and isinstance(asked, str):
         asked = "\n\n".join(text for text in (asked, checked_text(columns[extra], extra)) if text)
         used.add(extra)
@@ -329,7 +308,8 @@ def _as_turns(role: str, said: Any, column: str) -> Sequence[Any]:
     ):
         return said
     if not isinstance(said, str):
-        raise RowError(f"{column} must be a string or a list of messages, not {kind(said)}")
+        number = "; fix: numbers in quotes" if isinstance(said, (bool, int, float)) else ""
+        raise RowError(f"{column} must be a string or a list of messages, not {kind(said)}{number}")
     return [{"role": role, "content": said}]
 
 
@@ -375,7 +355,7 @@ def _template_variables(value: Any) -> dict[str, Any] | None:
 def _row_weight(columns: Mapping[str, Any], used: set[str]) -> float:
     weights = [1.0]
     for key in (key for key in _ROW_WEIGHTS if key in columns):
-        weight = columns[key]
+        weight = as_number(columns[key])  # cells of a CSV file are text
         if not isinstance(weight, (bool, int, float)) or not 0 <= weight < float("inf"):
             raise RowError(f"{key} must be a float of 0 or more, not {quoted(weight)}")
         weights.append(float(weight))
@@ -383,10 +363,6 @@ def _row_weight(columns: Mapping[str, Any], used: set[str]) -> float:
     if len(set(weights[1:])) > 1:
         raise RowError(f"has {' and '.join(_ROW_WEIGHTS)}, which differ; keep one")
     return weights[-1]
-
-
-def _first(columns: Mapping[str, Any], keys: Sequence[str]) -> str | None:
-    return next((key for key in keys if not is_empty(columns.get(key))), None)
 
 
 def _sorted(left: set[str], columns: Mapping[str, Any], unused: set[str]) -> tuple[str, ...]:

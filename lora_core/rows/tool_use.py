@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lora_core.errors import RowError
-from lora_core.rows.json_values import check_plain, checked_text, from_json, is_empty, kind
+from lora_core.rows.json_values import check_plain, checked_text, from_json, is_empty, key_names, kind
 from lora_core.untrusted.text import quoted
 
 _ARGUMENTS = ("arguments", "parameters", "args", "input")
@@ -36,7 +36,10 @@ def parse_call(value: Any, where: str, unused: set[str]) -> dict[str, Any]:
     else:
         inner = function if isinstance(function, Mapping) else value
     if is_empty(inner.get("name")):
-        raise RowError(f"{where}: a tool call must be an object with name and arguments; it has no name")
+        raise RowError(
+            f"{where}: a tool call must be an object with name and arguments; it has no name, but the keys "
+            f"{key_names(value)}"
+        )
     name = checked_text(inner["name"], f"{where}: name of the tool call")
     call: dict[str, Any] = {
         "type": "function",
@@ -77,7 +80,7 @@ def parse_calls(value: Any, where: str, unused: set[str]) -> list[dict[str, Any]
     if not isinstance(calls, list):
         raise RowError(f"{where}: tool_calls must be a list, not {kind(calls)}")
     if not calls:
-        raise RowError(f"{where}: tool_calls must hold a call, not an empty list")
+        raise RowError(f"{where}: tool_calls must hold a call, not an empty list; fix: leave such rows out")
     return [parse_call(call, where, unused) for call in calls]
 
 
@@ -128,7 +131,23 @@ def parse_tools(value: Any) -> list[dict[str, Any]] | None:
         raise RowError("tools must be a list of objects, or that list as a JSON string")
     check_plain(tools, "tools")
     schemas = [_without_nulls(from_json(tool, "tools")) for tool in tools]
-    return [_wrapped(schema) for schema in schemas] or None
+    return [_wrapped(schema) for listed in schemas for schema in _declarations(listed)] or None
+
+
+def _declarations(schema: Any) -> list[Any]:
+    """Gemini lists several schemas under one key, and Bedrock wraps each; others stand for themselves."""
+    if isinstance(schema, Mapping) and len(schema) == 1:
+        (key,) = schema
+        if key in ("functionDeclarations", "function_declarations") and isinstance(schema[key], list):
+            return [*schema[key]]
+        if key == "toolSpec" and isinstance(schema[key], Mapping):
+            return [{name: _schema_inside(item) for name, item in schema[key].items()}]
+    return [schema]
+
+
+def _schema_inside(item: Any) -> Any:
+    """Bedrock's `{"json": schema}` is the schema."""
+    return item["json"] if isinstance(item, Mapping) and [*item] == ["json"] else item
 
 
 def _wrapped(schema: Any) -> dict[str, Any]:
@@ -137,10 +156,14 @@ def _wrapped(schema: Any) -> dict[str, Any]:
     if isinstance(schema.get("function"), Mapping):
         return {"type": "function", **schema}
     if "name" not in schema:
-        raise RowError("a tool must be an object with a name, or with a function that has one")
+        raise RowError(
+            "a tool must be an object with a name, or with a function that has one, and this one has the keys "
+            f"{key_names(schema)}; fix: leave it out, or name it"
+        )
     inner = {key: item for key, item in schema.items() if not (key == "type" and item == "function")}
-    if "input_schema" in inner and "parameters" not in inner:  # Anthropic's name
-        inner["parameters"] = inner.pop("input_schema")
+    for key in ("input_schema", "inputSchema"):  # Anthropic's name, and Bedrock's
+        if key in inner and "parameters" not in inner:
+            inner["parameters"] = inner.pop(key)
     return {"type": "function", "function": inner}
 
 

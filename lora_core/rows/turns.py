@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from lora_core.errors import RowError
 from lora_core.rows.json_values import checked_text, is_empty, key_names, kind
+from lora_core.rows.keyed_parts import with_types
 from lora_core.rows.tool_use import parse_call, parse_calls, tool_answer
 from lora_core.untrusted.text import quoted
 
@@ -30,8 +32,11 @@ ROLES = {
     "chatbot": "assistant",
     "function_call": "assistant",
     "tool_call": "assistant",
+    "tool_calls": "assistant",
+    "tool_use": "assistant",
     "tool": "tool",
     "tool_response": "tool",
+    "tool_result": "tool",
     "observation": "tool",
     "function": "tool",
     "function_response": "tool",
@@ -51,10 +56,10 @@ _TEXT_PARTS = ("text", "input_text", "output_text", None)
 _REASONING_PARTS = ("reasoning", "thinking", "think")
 _CALL_PARTS = ("tool_use", "tool_call", "function_call", "function")
 _CALLS_IN_PARTS = ("tool_call", "function_call")
-_CALL_ROLES = ("function_call", "tool_call")
+_CALL_ROLES = ("function_call", "tool_call", "tool_calls", "tool_use")
 _MEDIA = ("image", "audio", "video", "file", "document", "input_image", "input_audio", "input_file")
 _BESIDE = ("role", "from", "tool_calls", "function_call", "name", "tool_call_id", "tools")
-_KEYS = frozenset({*_BESIDE, *_CONTENT, *_REASONING, *WEIGHTS})
+_KEYS = frozenset({*_BESIDE, *_CONTENT, "parts", *_REASONING, *WEIGHTS})
 
 
 @dataclass
@@ -98,9 +103,13 @@ def parse_turn(turn: Any, where: str, roles: Mapping[str, str], unused: set[str]
             raise RowError(
                 f"{where} has {key}, which may leave some of it out of training; fix: weight: 0 or weight: 1"
             )
-    content = _one_of(turn, _CONTENT, where)
+    content = with_types(_one_of(turn, (*_CONTENT, "parts"), where))
     result = Turn(weight=_weight(turn, role, where), tools=turn.get("tools"))
-    unused |= {f"messages.{key}" for key, item in turn.items() if key not in _KEYS and not is_empty(item)}
+    known = _KEYS
+    if role == "assistant" and is_empty(content) and not is_empty(turn.get("refusal")):
+        # OpenAI: what the assistant said in place of a content.
+        content, known = checked_text(turn["refusal"], f"{where}: refusal"), _KEYS | {"refusal"}
+    unused |= {f"messages.{key}" for key, item in turn.items() if key not in known and not is_empty(item)}
     if role_key in _CALL_ROLES:  # ShareGPT: the content is the call
         parts = _Parts(calls=parse_calls(content, where, unused))
     elif role == "tool" and not _holds(content, "tool_result"):
@@ -142,9 +151,10 @@ def _role(turn: Mapping[str, Any], where: str, roles: Mapping[str, str], unused:
     role = ROLES.get(role_key)
     if role is None:
         of_settings = f" ({quoted(named)} by data.roles)" if named != said else ""
+        name = said if isinstance(said, str) and re.fullmatch(r"[A-Za-z_]\w*", said, re.ASCII) else "NAME"
         raise RowError(
             f"{where} has the role {quoted(said)}{of_settings}; known roles: {', '.join(ROLES)}; fix: "
-            "data.roles={NAME: user} (or assistant, system, tool)"
+            f'"data.roles={{{name}: user}}" (or assistant, system, tool)'
         )
     return role_key, role
 

@@ -9,10 +9,12 @@ The written file's name is a hash of all that decides its content, so that a sec
 
 from __future__ import annotations
 
+import difflib
 import glob
 import hashlib
 import json
 import re
+import shlex
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -35,6 +37,10 @@ from lora_core.untrusted.text import without_secrets
 
 # owner/name, and if need be @revision and :split.
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<split>[\w.+%\[\]:-]+))?")
+# Names of files with rows to train on, and with rows to measure on.
+_SPLITS = [
+    re.compile(rf"(?<![a-z])(?:{names})(?![a-z])") for names in ("train|training", "test|eval|val|valid[a-z]*|dev")
+]
 _BESIDE_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _MOST_NOTES = 10
 _DOWNLOAD_TIMEOUT_S = 60
@@ -83,7 +89,7 @@ def as_jsonl(
     Args:
         given: what `data.train_file` or `data.train_files` may hold.
         seed: chooses the rows of a weight that is not an int.
-        key: the setting that messages name.
+        key: the setting that messages name; or the option `--file`; or FILE, where a file is named by itself.
         streaming: keep no copy of a dataset of the hub: its rows are read there as they are written.
 
     Raises:
@@ -194,7 +200,9 @@ def _files_of(options: TrainFile, folder: Path, key: str, streaming: bool) -> It
     if is_address:
         yield _of_kind(_download(text, folder), without_secrets(text))
     elif re.match(r"[a-z][a-z0-9+.-]+://", text):
-        raise DataError(f"{text}: only https:// is read; fix: download it, and {key}=FILE", "data_file_missing")
+        raise DataError(
+            f"{text}: only https:// is read; fix: download it, and {_as_given(key, 'FILE')}", "data_file_missing"
+        )
     elif path.is_file():
         yield _of_kind(path, str(path))
     elif path.is_dir() or (glob.has_magic(text) and not path.exists()):
@@ -202,10 +210,23 @@ def _files_of(options: TrainFile, folder: Path, key: str, streaming: bool) -> It
     elif path.exists():
         raise DataError(f"{text}: is not a regular file, and rows are read more than once; fix: write it to a file")
     else:
+        problem = "a link to a file that is not there" if path.is_symlink() else "no such file"
         raise DataError(
-            f"{text}: no such file (working folder: {Path.cwd()}); fix: data.train_file=PATH or data.eval_file=PATH",
-            "data_file_missing",
+            f"{text}: {problem} (working folder: {Path.cwd()}); fix: {_other_file(path, key)}", "data_file_missing"
         )
+
+
+def _other_file(missing: Path, key: str) -> str:
+    """The fix for a file that is not there: the one beside it of almost that name."""
+    beside = [each.name for each in missing.parent.iterdir() if each.exists()] if missing.parent.is_dir() else []
+    near = difflib.get_close_matches(missing.name, beside, n=1, cutoff=0.8)
+    fix = _as_given(key, shlex.quote(str(missing.with_name(near[0]))) if near else "PATH")
+    return f"{fix}, or {key}=null for no eval set" if key == "data.eval_file" else fix
+
+
+def _as_given(key: str, value: str) -> str:
+    """How a file is named: by a setting, an option, or by itself."""
+    return {"FILE": value, "--file": f"--file {value}"}.get(key, f"{key}={value}")
 
 
 def _loaded(name: str, split: str, revision: str | None, shown: str, streaming: bool) -> _Source:
@@ -221,19 +242,45 @@ def _of_kind(path: Path, shown: str) -> _Source:
 
 
 def _files_in(path: Path, key: str) -> list[Path]:
-    """The data files of a folder, or of a pattern, in the order of their names."""
+    """The data files of a folder, or of a pattern, in the order of their names; each once, links or not."""
     if path.is_dir():
         found = [each for each in path.iterdir() if not each.name.startswith((".", "_"))]
         files = [each for each in found if each.is_file() and _is_data_file(each.name)]
         others = ", ".join(sorted(each.name for each in found)[:5]) or "nothing"
         problem = f"no data file in this folder ({', '.join(ENDINGS)}, also compressed); there is: {others}"
-        fix = f"{key}={path}/**/*.parquet, if they are in folders below" if any(each.is_dir() for each in found) else ""
     else:
         files = [Path(each) for each in glob.glob(str(path), recursive=True) if Path(each).is_file()]  # noqa: PTH207
-        problem, fix = f"no file matches this pattern (working folder: {Path.cwd()})", ""
+        problem = f"no file matches this pattern (working folder: {Path.cwd()})"
     if not files:
-        raise DataError(f"{path}: {problem}; fix: {fix or f'{key}=PATH'}", "data_file_missing")
-    return sorted(files)
+        raise DataError(f"{path}: {problem}; fix: {_below(path, key)}", "data_file_missing")
+    files = list({each.resolve(): each for each in sorted(files, reverse=True)}.values())[::-1]
+    _refuse_several_splits(path, files, key)
+    return files
+
+
+def _below(path: Path, key: str) -> str:
+    """The fix for a folder whose rows are in folders below."""
+    if (path / "train").is_dir():
+        return _as_given(key, shlex.quote(str(path / "train")))
+    endings = [ending for ending in ENDINGS if path.is_dir() and next(path.glob(f"**/*{ending}"), None) is not None]
+    if endings and (path / "README.md").is_file() and key == "data.train_file":  # it may name the files of each split
+        return shlex.quote(f"data.train_files=[{{path: {path}, split: train}}]")
+    return _as_given(key, shlex.quote(f"{path}/**/*{endings[0]}") if endings else "PATH")
+
+
+def _refuse_several_splits(path: Path, files: Sequence[Path], key: str) -> None:
+    """Rows for training and rows to measure on, together: `train-00000-of-00001.parquet` and `test-...`."""
+    trained, measured = ([each for each in files if names.search(each.stem.lower())] for names in _SPLITS)
+    if trained and measured:
+        wanted, names = (measured, _SPLITS[1]) if key == "data.eval_file" else (trained, _SPLITS[0])
+        word = names.findall(wanted[0].stem.lower())[0]
+        pattern = wanted[0].name if len(wanted) == 1 else f"*{word}*{wanted[0].suffix}"
+        raise DataError(
+            f"{path}: holds rows of several splits ({trained[0].name}, {measured[0].name}), and all would be read as "
+            f"one; fix: {_as_given(key, shlex.quote(str(wanted[0].with_name(pattern))))}, or for all of them "
+            "data.train_files=[FILE, FILE]",
+            "data_kind_unknown",
+        )
 
 
 def _is_data_file(name: str) -> bool:

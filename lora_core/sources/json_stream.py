@@ -112,7 +112,11 @@ class JsonStream:
             if self.peek() == "]":
                 self.take("]")
                 return
+            if not self.peek():
+                raise self.problem("the list has no end, so the file was cut off; fix: fetch or write the file anew")
             self.take(",")
+            if self.peek() == "]":
+                raise self.problem("a comma without an item after it; fix: leave the last comma out")
 
     def problem(self, what: str) -> JsonProblem:
         """To raise: `what`, with file and line."""

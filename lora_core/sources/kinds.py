@@ -18,13 +18,22 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal, cast
 
 from lora_core.errors import DataError
 from lora_core.sources.json_stream import MAX_VALUE_CHARACTERS, JsonProblem, JsonStream
 
 Name = Literal[
-    "JSONL", "a JSON list", "a JSON object", "JSON objects", "CSV", "TSV", "Parquet", "Arrow", "Arrow stream"
+    "JSONL",
+    "a JSON list",
+    "a JSON object",
+    "JSON objects",
+    "JSON objects on one line",
+    "CSV",
+    "TSV",
+    "Parquet",
+    "Arrow",
+    "Arrow stream",
 ]
 # Names of files that a folder's rows are in, before and after the ending of a compression.
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
@@ -32,7 +41,17 @@ COMPRESSED_ENDINGS = (".gz", ".zst", ".xz", ".bz2")
 _COMPRESSIONS = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst", b"\xfd7zXZ": "xz", b"BZh": "bz2"}
 _HEAD_BYTES = 1 << 16
 # Keys of a row whose values are lists of objects; an object that has one is a row, and not a holder of rows.
-_ROW_KEYS = {"messages", "conversations", "conversation", "dialog", "turns", "history", "tools", "functions"}
+_ROW_KEYS = {
+    "messages",
+    "contents",
+    "conversations",
+    "conversation",
+    "dialog",
+    "turns",
+    "history",
+    "tools",
+    "functions",
+}
 _ROW_KEYS |= {"prompt", "completion", "chosen", "rejected", "tool_calls"}
 _TURN_KEYS = {"role", "from", "content", "value"}
 _COLUMNS = {
@@ -109,7 +128,9 @@ def kind_of(path: Path, shown: str) -> Kind:
         raise DataError(f"{shown}: {refusal}", "data_kind_unknown")
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
     if text.startswith(b"["):
-        return Kind("a JSON list", compression)
+        with open_file(path, compression, shown) as file:
+            first, second = _first_lines(file)
+        return Kind("JSONL" if second and _is_chat(first) and _is_chat(second) else "a JSON list", compression)
     if text.startswith(b"{"):
         return _json_kind(path, compression, shown)
     return _table_kind(text, path, compression) or Kind("JSONL", compression)
@@ -169,6 +190,8 @@ def _json_kind(path: Path, compression: str | None, shown: str) -> Kind:
     with open_file(path, compression, shown) as file:
         first, second = _first_lines(file)
     alone = _is_object(first)
+    if not alone and _begins_with_objects(first):
+        return Kind("JSON objects on one line", compression)
     if len(first) <= MAX_VALUE_CHARACTERS and (second if alone else not second):
         return Kind(
             "JSONL", compression
@@ -205,9 +228,34 @@ def _first_lines(file: BinaryIO) -> tuple[bytes, bytes]:
     return (*found, b"", b"")[0], (*found, b"", b"")[1]
 
 
-def _is_object(line: bytes) -> bool:
+def _json_of(line: bytes) -> Any:
+    """The value of a whole line; None if it is none."""
     try:
-        return isinstance(json.loads(line.decode("utf-8-sig"), parse_int=str), dict)
+        return json.loads(line.decode("utf-8-sig"), parse_int=str)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_object(line: bytes) -> bool:
+    return isinstance(_json_of(line), dict)
+
+
+def _is_chat(line: bytes) -> bool:
+    """Whether it is a whole list of turns, without a key for it."""
+    turns = _json_of(line)
+    return isinstance(turns, list) and all(
+        isinstance(turn, dict) and len(_TURN_KEYS & set(turn)) >= 2 for turn in turns
+    )
+
+
+def _begins_with_objects(line: bytes) -> bool:
+    """Whether two whole objects stand at the start of the line, with nothing but white space between."""
+    try:
+        text = line.decode("utf-8-sig").strip(" \t\r\n")
+        decoder = json.JSONDecoder(parse_int=str)
+        _, end = decoder.raw_decode(text)
+        rest = text[end:].lstrip(" \t\r\n")
+        return rest.startswith("{") and isinstance(decoder.raw_decode(rest)[0], dict)
     except (ValueError, RecursionError):
         return False
 

@@ -70,6 +70,11 @@ def _text_rows(file: BinaryIO, kind: Kind, shown: str) -> Iterator[Row]:
         yield from _lines(file, shown)
     elif kind.name == "JSON objects":
         yield from _objects(JsonStream(file, shown))
+    elif kind.name == "JSON objects on one line":
+        stream, number = JsonStream(file, shown), 0
+        while stream.peek():
+            number += 1
+            yield number, _object(stream)
     elif kind.name == "a JSON list":
         stream = JsonStream(file, shown)
         yield from ((number, on_one_line(text)) for number, (_, text) in enumerate(stream.items(), start=1))
@@ -93,14 +98,19 @@ def _lines(file: BinaryIO, shown: str) -> Iterator[Row]:
 
 def _objects(stream: JsonStream) -> Iterator[Row]:
     last = 0
-    while stream.peek():
+    while following := stream.peek():
         line = stream.line
-        if line == last:
+        if line == last and following == "{":
             raise stream.problem("a second object in this line; fix: begin each object in a line of its own")
-        if stream.peek() != "{":
-            raise stream.problem(f"needs an object here, not {stream.peek()!r}; fix: objects alone, no commas between")
-        yield line, on_one_line(stream.value())
+        yield line, _object(stream)
         last = line
+
+
+def _object(stream: JsonStream) -> bytes:
+    following = stream.peek()
+    if following != "{":
+        raise stream.problem(f"needs an object here, not {following!r}; fix: objects alone, no commas between")
+    return on_one_line(stream.value())
 
 
 def _under_key(stream: JsonStream, wanted: str) -> Iterator[Row]:
@@ -122,7 +132,8 @@ def _table(file: BinaryIO, kind: Kind, shown: str) -> Iterator[Row]:
     number = 0
     try:
         with _long_cells():
-            header = next(rows, [])
+            # Excel writes spaces after commas; pandas gives its index no name.
+            header = [name.strip() or f"column {place}" for place, name in enumerate(next(rows, []), start=1)]
             _check_header(header, shown)
             for cells in rows:
                 if not cells:  # a blank line
@@ -137,7 +148,9 @@ def _table(file: BinaryIO, kind: Kind, shown: str) -> Iterator[Row]:
                 yield number, json.dumps(dict(zip(header, cells, strict=True)), ensure_ascii=False).encode()
     except csv.Error as error:
         raise DataError(
-            f"{shown}:row {number + 1}: not valid {kind.name}: {error} (line {rows.line_num})", "data_not_table"
+            f"{shown}:row {number + 1}: not valid {kind.name}: {error} (line {rows.line_num}); fix: a cell that holds "
+            'double quotes stands in double quotes, and has each of them twice: "say ""hi"""',
+            "data_not_table",
         ) from error
     except UnicodeDecodeError as error:
         raise DataError(

@@ -212,6 +212,8 @@ def _set_up(
     settle_exchange(model, optimizer, batching, train_data)
     if accelerator.is_main_process:  # only now: if the model cannot be loaded, an earlier run stays
         if checkpoint is None:
+            if (folder / "config.yaml").is_file():
+                say(f"replacing the earlier run in {folder} (overwrite_output_dir=true)")
             clear_run_folder(folder)
         else:
             cut_metrics(folder / "metrics.jsonl", checkpoint.step)

@@ -27,6 +27,7 @@ messages conversations conversation prompt completion instruction output questio
 input context history system system_prompt tools functions text role from value content weight loss_weight train
 training loss reasoning_content reasoning thinking tool_calls function_call name tool_call_id tool_use_id id type
 index function arguments parameters args tool_call chosen rejected label kto_tag image images mask loss_mask note
+parts refusal thought contents systemInstruction functionCall functionResponse toolUse toolResult toolUseId response
 """,
 )
 
@@ -60,10 +61,20 @@ def marked(draw: st.DrawFn) -> dict[str, Any]:
 
     def part(role: str) -> Any:
         kinds = {"assistant": ["text", "thinking", "tool_use", "tool_call"], "user": ["text", "tool_result"]}
+        kinds["assistant"] += ["toolUse", "functionCall", "thought", "refusal"]
+        kinds["user"] += ["toolResult", "functionResponse"]
         kind = draw(st.sampled_from(kinds.get(role, ["text"])))
         if kind in ("tool_use", "tool_call"):
             inner = call()
             return with_extra({"type": kind, **(inner if kind == "tool_use" else {kind: inner})}, 3)
+        if kind in ("toolUse", "functionCall", "toolResult", "functionResponse"):
+            name = {"toolUse": "input", "functionCall": "args", "toolResult": "content"}.get(kind, "response")
+            said = mark() if name in ("content", "response") else {f"~{next(count)}~": mark()}
+            return with_extra(
+                {kind: with_extra({"name": f"~{next(count)}~", "toolUseId": f"~{next(count)}~", name: said}, 3)}, 3
+            )
+        if kind == "thought":
+            return with_extra({"text": f"~{next(count)}~", "thought": draw(st.booleans())}, 3)
         content = {"tool_use_id": f"~{next(count)}~", "content": mark()} if kind == "tool_result" else {kind: mark()}
         return with_extra({"type": kind, **content}, 3)
 
@@ -82,9 +93,12 @@ def marked(draw: st.DrawFn) -> dict[str, Any]:
     last = turn("assistant")
     schema = with_extra({"name": f"~{next(count)}~", "parameters": {"properties": {f"~{next(count)}~": mark()}}}, 3)
     row: dict[str, Any] = draw(st.sampled_from([{"tools": [schema]}, {"tools": [{"function": schema}]}, {}]))
-    shape = draw(st.sampled_from(["messages", "prompt", "instruction", "query", "text"]))
+    shape = draw(st.sampled_from(["messages", "contents", "prompt", "instruction", "query", "text"]))
     if shape == "messages":
         row = {**row, "messages": [*turns, last]}
+    elif shape == "contents":
+        contents = [with_extra({"role": item["role"], "parts": item["content"]}, 3) for item in [*turns, last]]
+        row = {**row, "systemInstruction": {"parts": mark()}, "contents": contents}
     elif shape == "prompt":
         row = {**row, "prompt": turns or f"~{next(count)}~", "completion": [last]}
     elif shape == "instruction":

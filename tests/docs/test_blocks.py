@@ -20,8 +20,7 @@ from torch.distributed.run import get_args_parser
 from lora_core.commands.main import build_parser
 from lora_core.configuration import load_config
 from lora_core.errors import RowError
-from lora_core.rows.messages import _PAIRS as PAIRS
-from lora_core.rows.messages import _TURNS as TURNS
+from lora_core.rows.columns import PAIRS, TURNS
 from lora_core.rows.messages import Conversation, parse_json_row, parse_row
 from lora_core.rows.turns import ROLES, WEIGHTS
 from tests.conftest import ROOT, chat

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from lora_core.config.schema import DataConfig
 from lora_core.encoding.chat import ChatEncoder, EncodedChat
 from lora_core.errors import RowError
-from lora_core.rows.messages import _PAIRS as PAIRS
-from lora_core.rows.messages import _TURNS as TURNS
-from lora_core.rows.messages import Conversation, RowShape, parse_row
+from lora_core.rows.columns import PAIRS, TURNS
+from lora_core.rows.messages import Conversation, RowShape, parse_row, shape_of
 from lora_core.rows.turns import ROLES, WEIGHTS
 from tests.conftest import make_tokenizer
 
@@ -190,7 +190,7 @@ def test_a_role_of_another_name_may_be_a_call() -> None:
 @pytest.mark.parametrize("spelled", [str, str.upper, lambda name: f" {name.replace('_', '-')} "])
 def test_names_of_roles(said: str, spelled: Any) -> None:
     role = ROLES[said]
-    is_call = said in ("function_call", "tool_call")
+    is_call = said in ("function_call", "tool_call", "tool_calls", "tool_use")
     turn = {"from": spelled(said), "value": json.dumps(FUNCTION) if is_call else "x"}
     expected = CALLING if is_call else {"role": role, "content": "x"}
     assert messages_of(USER, turn, ASSISTANT)[1] == expected
@@ -405,10 +405,10 @@ def test_train_on_everything_is_all_that_the_template_writes() -> None:
     ("row", "expected"),
     [
         ({"a": 1}, "has the keys 'a'; needs 'messages', 'conversations', 'text', or a pair such as"),
-        ({"a": 1}, "fix: data.columns={messages: NAME} (or {prompt: NAME, completion: NAME}, or {text: NAME})"),
+        ({"a": 1}, 'fix: "data.columns={messages: NAME}" (or {prompt: NAME, completion: NAME}, or {text: NAME})'),
         ({}, "has the keys (none)"),
         ({f"k{i}": i for i in range(12)}, "'k9' and 2 more; needs"),
-        ({"messages": "Hi"}, "messages must be a list of turns, not a string; fix: data.columns={text: messages}"),
+        ({"messages": "Hi"}, 'messages must be a list of turns, not a string; fix: "data.columns={text: messages}" to'),
         ({"messages": "[{"}, "messages is not valid JSON"),
         ({"messages": {"a": 1}}, "messages must be a list of turns, not an object"),
         ({"conversation": []}, "has no turns; it needs an assistant turn to train on"),
@@ -417,6 +417,7 @@ def test_train_on_everything_is_all_that_the_template_writes() -> None:
             "turn 1 has no role, but the keys 'input', 'output'; fix: a role",
         ),
         ({"messages": [USER]}, "has no assistant turn; it needs one to train on"),
+        ({"messages": [USER], "response": "a"}, 'fix: "data.columns={prompt: messages, completion: response}"'),
         ({"role": "prompter", "text": "q"}, "is one message (role 'prompter'), and a row is a whole chat; fix: put"),
         ({"prompt": 3, "completion": "a"}, "prompt must be a string or a list of messages, not a number"),
         ({"prompt": "q", "completion": []}, "completion must be a string or a list of messages, not a list"),
@@ -425,11 +426,14 @@ def test_train_on_everything_is_all_that_the_template_writes() -> None:
         ({"prompt": "q", "completion": "a", "history": [["q"]]}, "history: round 1 must be [question, answer]"),
         ({"text": ["x"]}, "text must be a string, not a list"),
         ({"text": "x", "weight": 0}, "is a text with the weight 0, and all of a text is trained; fix: leave it out"),
-        ({"prompt": "q", "completion": "a", "weight": "1"}, "weight must be a float of 0 or more, not '1'"),
+        ({"prompt": "q", "completion": "a", "weight": "x"}, "weight must be a float of 0 or more, not 'x'"),
         ({"prompt": "q", "completion": "a", "weight": -1}, "weight must be a float of 0 or more, not -1"),
         ({"prompt": "q", "completion": "a", "weight": 0, "loss_weight": 1}, "has weight and loss_weight, which differ"),
         ({"prompt": "q", "completion": "a", "label": False}, "has label=false: a reply that must not be learned; fix"),
         ({"messages": [USER, ASSISTANT], "kto_tag": False}, "has kto_tag=false"),
+        ({"prompt": "q", "completion": "a", "label": "False"}, "has label='False': a reply that must not be learned"),
+        ({"prompt": "q", "completion": "a", "label": 0}, "has label=0: a reply that must not be learned; fix: leave"),
+        ({"question": "q", "answer": 4}, "not a number; fix: numbers in quotes"),
         ({"messages": [USER, ASSISTANT], "images": ["a.png"]}, "holds 'images'; only text is trained; fix: leave such"),
         ({"messages": [SYSTEM, ASSISTANT], "system": "t"}, "has both a system key and a system turn, and they differ"),
         ({"messages": [USER, ASSISTANT], "system": 3}, "system: content must be a string, not a number"),
@@ -455,7 +459,8 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
     [
         ("x", "turn 2 must be an object with role and content, not a string"),
         ({"role": "boss", "content": "x"}, "turn 2 has the role 'boss'; known roles: system, developer, user"),
-        ({"role": "boss", "content": "x"}, "fix: data.roles={NAME: user} (or assistant, system, tool)"),
+        ({"role": "boss", "content": "x"}, 'fix: "data.roles={boss: user}" (or assistant, system, tool)'),
+        ({"role": "the boss", "content": "x"}, 'fix: "data.roles={NAME: user}" (or assistant, system, tool)'),
         ({"role": "user"}, "turn 2: content must be a string, not null"),
         ({"role": "user", "content": 1}, "turn 2: content must be a string, not a number"),
         ({"role": "user", "content": [1]}, "turn 2: content must be a string, not a list"),
@@ -533,8 +538,8 @@ PREFERENCES: list[tuple[Row, Row]] = [
         {"conversations": [HUMAN], "chosen": {"from": "gpt", "value": "a"}},
         {"prompt": "conversations", "completion": "chosen"},
     ),
-    ({"question": "q", "chosen": "a"}, {"answer": "chosen"}),
-    ({"instruction": "q", "input": "", "chosen": "a"}, {"output": "chosen"}),
+    ({"question": "q", "chosen": "a"}, {"prompt": "question", "completion": "chosen"}),
+    ({"instruction": "q", "input": "", "chosen": "a"}, {"prompt": "instruction", "completion": "chosen"}),
 ]
 
 
@@ -544,8 +549,8 @@ def test_a_preference_pair_is_refused_with_a_fix_that_trains_the_chosen_reply(ro
     with pytest.raises(RowError) as caught:
         parse_row(row)
     said = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items())
-    assert f"fix: data.columns={{{said}}} to train the chosen ones" in str(caught.value)
-    fixed = parse_row(row, RowShape(columns))
+    assert f'fix: "data.columns={{{said}}}" to train the chosen ones' in str(caught.value)
+    fixed = parse_row(row, shape_of(DataConfig(columns=columns)))
     assert fixed.messages == [USER, ASSISTANT]
     assert "rejected" in fixed.unused_keys
 

@@ -110,6 +110,7 @@ def test_json_lines_are_the_only_thing_on_stdout_and_nothing_draws_without_a_ter
 
     quiet = train(tmp_path, "--quiet", *settings, "overwrite_output_dir=true", "train.num_sample_replies=0")
     assert quiet.returncode == 0, quiet.stderr
+    assert "replacing the earlier run in" in (tmp_path / "run/train.log").read_text(encoding="utf-8")
     assert [line for line in quiet.stdout.splitlines() if not line.startswith(("warning: ", "alarm"))] == [
         json.loads((tmp_path / "run/summary.json").read_text(encoding="utf-8"))["verdict"]
     ]

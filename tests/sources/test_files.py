@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -95,6 +95,8 @@ KINDS: dict[str, tuple[Callable[[list[Any]], bytes], str]] = {
     "holder, indented": (lambda rows: json.dumps({"train": rows}, indent=4).encode(), ":row 3"),
     "pretty.jsonl": (pretty, ":25"),
     "pretty, windows.json": (lambda rows: pretty(rows).replace(b"\n", b"\r\n"), ":25"),
+    "one line.json": (lambda rows: "".join(map(json.dumps, rows)).encode(), ":row 3"),
+    "old Mac.jsonl": (lambda rows: lines_of(rows).replace(b"\n", b"\r"), ":row 3"),
     "rows.parquet": (parquet, ":row 3"),
     "parquet by another name.jsonl": (parquet, ":row 3"),
     "rows.arrow": (partial(arrow, stream=False), ":row 3"),
@@ -186,6 +188,7 @@ def test_lines_of_a_compressed_file_pass_as_they_are(tmp_path: Path, tokenizer: 
         '{"a": "' + "b" * 100 + '\n{"a": 1}',
         "Hello, world",
         "ORC is no magic word in a text",
+        lines_of([row["messages"] for row in ROWS]).decode(),
         '"Hi"',
     ],
 )
@@ -211,6 +214,7 @@ JSON = st.recursive(
 OBJECTS = st.lists(st.dictionaries(st.text(), JSON, max_size=4), min_size=1, max_size=5)
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # drawing takes as long as the machine is busy
 @given(
     rows=OBJECTS,
     indent=st.none() | st.integers(0, 9) | st.just("\t"),
@@ -257,6 +261,10 @@ def test_what_is_written_keeps_digits_and_what_rows_are_refused_for(tmp_path: Pa
         ('{\n"a": 1\n},\n{\n"a": 2\n}', "rows.json:3: needs an object here, not ','"),
         ('{\n"a": 1\n}{\n"a": 2\n}{}{}', "rows.json:5: a second object in this line"),
         ('{\n"a": [1, 2\n}', r"rows.json:3: needs ',' here, not '}'"),
+        ('[{"a": 1},\n]', "rows.json:2: a comma without an item after it; fix: leave the last comma out"),
+        ('[{"a": 1}\n', "rows.json:2: the list has no end, so the file was cut off; fix: fetch"),
+        ('{"a": 1},\n{"a": 2},\n', "rows.json:1: needs an object here, not ','; fix: objects alone, no commas"),
+        ('{"a": 1}{"a": 2}\n{"a": ', r"rows.json:2: not valid JSON"),
         ("[]", "holds no rows; it was read as a JSON list"),
         ("[" * 100_000, "JSON nested too deeply"),
     ],
@@ -327,6 +335,11 @@ def test_cells_stay_text_and_may_be_long(tmp_path: Path) -> None:
     assert csv.field_size_limit() == limit
 
 
+def test_names_of_columns_have_no_spaces_around_them_and_an_index_gets_a_name(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(b",prompt, completion \n0,a, b\n")
+    assert read(tmp_path / "rows.csv", tmp_path) == [{"column 1": "0", "prompt": "a", "completion": " b"}]
+
+
 def test_many_rows_go_through_in_flat_memory(tmp_path: Path) -> None:
     columns = {"prompt": ["q" * 100] * 60_000, "completion": [f"{i}" * 10 for i in range(60_000)]}
     pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
@@ -340,6 +353,71 @@ def test_many_rows_go_through_in_flat_memory(tmp_path: Path) -> None:
         tracemalloc.stop()
     assert places.path.stat().st_size > 10_000_000
     assert peak < 8_000_000
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+@pytest.mark.parametrize(
+    ("names", "key", "fix"),
+    [
+        (["train.jsonl", "test.jsonl"], "data.train_file", "data.train_file={folder}/train.jsonl, or for all"),
+        (["train.jsonl", "test.jsonl"], "data.eval_file", "data.eval_file={folder}/test.jsonl, or for all"),
+        (
+            ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "validation-00000-of-00001.jsonl"],
+            "data.train_file",
+            "data.train_file='{folder}/*train*.jsonl', or for all",
+        ),
+    ],
+)
+def test_rows_to_measure_on_are_not_trained_on_by_mistake(tmp_path: Path, names: list[str], key: str, fix: str) -> None:
+    for name in names:
+        (tmp_path / name).write_bytes(lines_of(ROWS))
+    for given_path in (tmp_path, tmp_path / "*.jsonl"):
+        with pytest.raises(DataError, match="holds rows of several splits") as caught:
+            as_jsonl(given_path, tmp_path / "cache", key=key)
+        assert f"fix: {fix.format(folder=tmp_path)}" in str(caught.value)
+    assert as_jsonl(tmp_path / "*train*.jsonl", tmp_path / "cache").parts[0].source.startswith(str(tmp_path / "train"))
+
+
+def test_names_that_only_sound_like_a_split_are_no_splits(tmp_path: Path) -> None:
+    for name in ("trainers.jsonl", "contest.jsonl", "train.jsonl"):
+        (tmp_path / name).write_bytes(lines_of(ROWS[:1]))
+    assert len(read(tmp_path, tmp_path / "cache")) == 3
+
+
+def test_a_file_is_read_once_however_many_links_lead_to_it(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows/a.jsonl").write_bytes(lines_of(ROWS))
+    (tmp_path / "rows/b.jsonl").symlink_to("a.jsonl")
+    (tmp_path / "rows/again").symlink_to(".")
+    assert read(tmp_path / "rows/**/*.jsonl", tmp_path / "cache") == ROWS
+    (tmp_path / "rows/gone.jsonl").symlink_to("nowhere.jsonl")
+    with pytest.raises(DataError, match="a link to a file that is not there"):
+        as_jsonl(tmp_path / "rows/gone.jsonl", tmp_path / "cache")
+
+
+def test_the_fix_for_a_folder_of_folders_reads_rows(tmp_path: Path) -> None:
+    """A saved DatasetDict, and a folder as the hub has it."""
+    saved, hub = tmp_path / "saved", tmp_path / "hub"
+    parts = {"train": datasets.Dataset.from_list(PAIRS), "test": datasets.Dataset.from_list(PAIRS[:1])}
+    datasets.DatasetDict(parts).save_to_disk(str(saved))
+    with pytest.raises(DataError, match=re.escape(f"fix: data.train_file={saved / 'train'}")):
+        as_jsonl(saved, tmp_path / "cache")
+    assert read(saved / "train", tmp_path / "cache") == PAIRS
+    (hub / "data").mkdir(parents=True)
+    (hub / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: data/a.jsonl}\n---\n"
+    )
+    (hub / "data/a.jsonl").write_bytes(lines_of(PAIRS))
+    (hub / "data/b.jsonl").write_bytes(lines_of(ROWS))
+    with pytest.raises(DataError, match=re.escape(f"fix: 'data.train_files=[{{path: {hub}, split: train}}]'")):
+        as_jsonl(hub, tmp_path / "cache")
+    assert read([TrainFile(path=str(hub), split="train")], tmp_path / "cache") == PAIRS
+    (hub / "README.md").unlink()
+    with pytest.raises(DataError, match=re.escape(f"fix: data.train_file='{hub}/**/*.jsonl'")):
+        as_jsonl(hub, tmp_path / "cache")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -467,7 +545,7 @@ def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(tmp_path: Path) -
         ("missing.jsonl", r"missing\.jsonl: no such file \(working folder: "),
         ("data/missing.json.gz", "no such file"),
         ("nothing/*.jsonl", "no file matches this pattern"),
-        ("empty", r"no data file in this folder .*; there is: notes\.txt, sub; fix: data\.train_file=empty/\*\*"),
+        ("empty", r"no data file in this folder .*; there is: notes\.txt, sub; fix: data\.train_file=PATH"),
         ("s3://bucket/rows.jsonl", "only https:// is read; fix: download it, and data.train_file=FILE"),
         (os.devnull, "is not a regular file"),
         ("x" * 5000, "cannot be read: .*name too long"),
