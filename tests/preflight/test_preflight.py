@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from lora_core.preflight.findings import Facts, Finding
 from lora_core.preflight.preflight import apply_fixes, gather_facts, refuse_errors, run_checks
 from lora_core.runtime.devices import DeviceMemory, look_around
 from tests.conftest import CHATML, ROOT, chat, make_tokenizer
+from tests.forked import python
 
 TRAIN = [chat(f"question {i}", f"answer {i}") for i in range(78)]
 HELD_OUT = [chat(f"another {i}", f"answer {i}") for i in range(10)]
@@ -468,10 +467,8 @@ def test_steps_that_max_steps_limits_get_more_of_them(find: Any) -> None:
 def test_the_command_prints_json_alone_and_exits_with_2_on_an_error(base: list[str], tmp_path: Path) -> None:
     fixed = tmp_path / "fixed.yaml"
     float32 = ["train.bf16=false", "model.dtype=float32"]  # this machine may have no bfloat16
-    command = [sys.executable, "launch/preflight.py", "--cfg", "qwen0.5b", "--json", *base, *float32]
-    done = subprocess.run(
-        [*command, "train.warmup_steps=100", "--write", str(fixed)], cwd=ROOT, capture_output=True, text=True
-    )
+    command = ["launch/preflight.py", "--cfg", "qwen0.5b", "--json", *base, *float32]
+    done = python(*command, "train.warmup_steps=100", "--write", str(fixed))
     assert done.returncode == 2
     printed = json.loads(done.stdout)
     assert [finding["id"] for finding in printed["findings"]] == ["warmup_past_end"]
@@ -479,11 +476,9 @@ def test_the_command_prints_json_alone_and_exits_with_2_on_an_error(base: list[s
     assert printed["data"]["train"]["counts"]["read"] == 78
     assert "this run is not started" in done.stderr
     assert f"wrote {fixed}: train.warmup_steps=5\n" in done.stderr
-    as_text = [part for part in command if part != "--json"]
-    done = subprocess.run([*as_text, "train.warmup_steps=100"], cwd=ROOT, capture_output=True, text=True)
+    done = python(*(part for part in command if part != "--json"), "train.warmup_steps=100")
     assert (done.stdout + done.stderr).count("learn next to nothing") == 1  # once, as the reason not to start
     assert "nothing found" not in done.stdout
-    again = [sys.executable, "launch/preflight.py", "--cfg", str(fixed), "--num-processes", "1"]
-    done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True)
+    done = python("launch/preflight.py", "--cfg", str(fixed), "--num-processes", "1")
     assert (done.returncode, done.stderr) == (0, "")
     assert "nothing found" in done.stdout
