@@ -16,7 +16,7 @@ CONSTRAINTS ?= --constraint constraints.txt
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # pip would compile every module of every package, a minute of one core; Python compiles those that are imported, once.
 INSTALL := $(PIP) install --no-compile
-# Two test files at a time, each on a thread of its own: most of the suite waits for processes that load libraries. JOBS=0 is one after the other.
+# Two test files at a time, each on a thread of its own. JOBS=0 is one after the other.
 JOBS ?= 2
 TESTS := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
