@@ -30,6 +30,8 @@ from tests.conftest import ROOT, chat
 from tests.forked import Forked, on_ranks, python
 from tests.tiny import run_settings
 
+pytestmark = pytest.mark.usefixtures("without_page")
+
 
 @pytest.fixture
 def settings(tmp_path: Path, tiny_model_dir: Path, write_rows: Any) -> list[str]:
