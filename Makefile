@@ -14,8 +14,9 @@ CONSTRAINTS ?= --constraint constraints.txt
 # PyTorch for CPUs is 0.2 GB; what PyPI has brings 2.7 GB of CUDA with it. Where there is no GPU, it is taken from here.
 # TORCH_INDEX= (empty) takes PyPI's at once.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-# pip would compile every module of every package, a minute of one core; Python compiles those that are imported, once.
-INSTALL := $(PIP) install --no-compile
+# pip compiles every module of every package, a minute of one core. An environment for one run of the tests has no need of
+# it: Python compiles the modules that are imported, once.
+INSTALL := $(PIP) install $(if $(FRESH),--no-compile)
 # Two test files at a time, each on a thread of its own. JOBS=0 is one after the other.
 JOBS ?= 2
 TESTS := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) --dist loadfile

@@ -172,12 +172,12 @@ ROWS: dict[str, tuple[list[Any], str]] = {
 
 
 @pytest.fixture
-def base(tmp_path: Path, tiny_model_dir: Path, write_rows: Any) -> list[str]:
+def base(tmp_path: Path, tiny_model_dir: Path, write_rows: Any, cache_dir: Path) -> list[str]:
     return [
         f"model.name_or_path={tiny_model_dir}",
         f"data.train_file={write_rows(TRAIN)}",
         f"data.eval_file={write_rows(HELD_OUT, 'eval.jsonl')}",
-        f"data.cache_dir={tmp_path / 'cache'}",
+        f"data.cache_dir={cache_dir}",
         f"output_dir={tmp_path / 'run'}",
         # A run about which nothing is to be said: an optimizer and a precision for every device, a rate for 50 steps.
         "train.bf16=auto",
