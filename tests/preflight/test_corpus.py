@@ -142,7 +142,7 @@ TEMPLATES: dict[str, tuple[str, str]] = {
 
 
 @pytest.fixture
-def look(tmp_path: Path, tiny_model_dir: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def look(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Findings of a run, the way launch/preflight.py comes by them."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text(GOOD, encoding="utf-8")
@@ -151,7 +151,7 @@ def look(tmp_path: Path, tiny_model_dir: Path, cache_dir: Path, monkeypatch: pyt
         "model.name_or_path": str(tiny_model_dir),
         "data.train_file": "rows.jsonl",
         "data.eval_file": "eval.jsonl",
-        "data.cache_dir": str(cache_dir),
+        "data.cache_dir": str(tmp_path / "cache"),
         "output_dir": "run",
         "train.num_train_epochs": "5",
         "train.optim": "adamw_8bit",

@@ -21,6 +21,7 @@ from lora_core.preflight.preflight import apply_fixes, gather_facts, refuse_erro
 from lora_core.runtime.devices import DeviceMemory, look_around
 from tests.conftest import CHATML, ROOT, chat, make_tokenizer
 from tests.forked import python
+from tests.tiny import save_tiny_model
 
 TRAIN = [chat(f"question {i}", f"answer {i}") for i in range(78)]
 HELD_OUT = [chat(f"another {i}", f"answer {i}") for i in range(10)]
@@ -171,10 +172,24 @@ ROWS: dict[str, tuple[list[Any], str]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def one_layer_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """The tiny model with one layer in place of two: each look at a run predicts its memory, layer by layer."""
+    folder = tmp_path_factory.mktemp("tiny-qwen2-of-one-layer")
+    save_tiny_model(folder, tokenizer, num_layers=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of encoded rows: most tests look at the same ones."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def base(tmp_path: Path, tiny_model_dir: Path, write_rows: Any, cache_dir: Path) -> list[str]:
+def base(tmp_path: Path, one_layer_dir: Path, write_rows: Any, cache_dir: Path) -> list[str]:
     return [
-        f"model.name_or_path={tiny_model_dir}",
+        f"model.name_or_path={one_layer_dir}",
         f"data.train_file={write_rows(TRAIN)}",
         f"data.eval_file={write_rows(HELD_OUT, 'eval.jsonl')}",
         f"data.cache_dir={cache_dir}",
@@ -311,8 +326,15 @@ def test_a_token_across_the_border_of_an_answer_is_a_note(look: Any) -> None:
     assert next(f for f in run_checks(facts) if f.id == "tokens_cut_at_border").severity == "note"
 
 
-def test_what_does_not_fit_gets_the_cheapest_change_that_does(look: Any, find: Any) -> None:
-    overrides = ["model.dtype=float32", "train.bf16=false", "data.eval_file=null", "data.eval_fraction=0"]
+def test_what_does_not_fit_gets_the_cheapest_change_that_does(look: Any, find: Any, tiny_model_dir: Path) -> None:
+    # Checkpointing saves nothing of a single layer.
+    overrides = [
+        f"model.name_or_path={tiny_model_dir}",
+        "model.dtype=float32",
+        "train.bf16=false",
+        "data.eval_file=null",
+        "data.eval_fraction=0",
+    ]
     facts = look(*overrides)
     assert facts.memory is not None
     changed = facts.predict_memory(with_overrides(facts.config, ["train.gradient_checkpointing=true"]))
