@@ -14,9 +14,12 @@ CONSTRAINTS ?= --constraint constraints.txt
 # PyTorch for CPUs is 0.2 GB; what PyPI has brings 2.7 GB of CUDA with it. Where there is no GPU, it is taken from here.
 # TORCH_INDEX= (empty) takes PyPI's at once.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-# Two test files at a time, each on a thread of its own: most of the suite waits for processes that load libraries. JOBS=0 is one after the other.
+# pip compiles every module of every package, a minute of one core. An environment for one run of the tests has no need of
+# it: Python compiles the modules that are imported, once.
+INSTALL := $(PIP) install $(if $(FRESH),--no-compile)
+# Two test files at a time, each on a thread of its own. JOBS=0 is one after the other.
 JOBS ?= 2
-TESTS := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+TESTS := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
 
 .PHONY: demo test check families trackers seven-billion docs
@@ -57,8 +60,8 @@ $(VENV)/.%: setup.cfg pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@if [ -n "$(TORCH_INDEX)" ] && ! command -v nvidia-smi >/dev/null && ! $(BIN)/python -c "import torch" 2>/dev/null; then \
 		echo "environment: PyTorch for CPUs, from $(TORCH_INDEX)"; \
-		$(PIP) install --no-deps --retries 1 --timeout 10 --index-url $(TORCH_INDEX) $(TORCH) \
+		$(INSTALL) --no-deps --retries 1 --timeout 10 --index-url $(TORCH_INDEX) $(TORCH) \
 			|| echo "environment: that index cannot be reached; taking PyPI's PyTorch, with CUDA"; \
 	fi
-	@$(PIP) install $(CONSTRAINTS) --editable '.[$*]'
+	@$(INSTALL) $(CONSTRAINTS) --editable '.[$*]'
 	@touch $@

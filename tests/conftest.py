@@ -69,6 +69,13 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path)
 
 
 @pytest.fixture
+def without_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that end draw no page, which takes longer than to train them; tests/report/ holds what is on it, and
+    tests/training/test_train.py that each run has one."""
+    monkeypatch.setattr("lora_core.training.finish.write_report", lambda folder: folder)
+
+
+@pytest.fixture
 def write_rows(tmp_path: Path) -> Any:
     def write(rows: list[Any], name: str = "rows.jsonl") -> Path:
         return write_jsonl(tmp_path / name, rows)

@@ -36,14 +36,14 @@ def make_tokenizer(chat_template: str = CHATML, pad_token: str = "<|im_end|>") -
     return tokenizer
 
 
-def make_model(vocab_size: int, seed: int = 0) -> Qwen2ForCausalLM:
+def make_model(vocab_size: int, seed: int = 0, num_layers: int = 2) -> Qwen2ForCausalLM:
     torch.manual_seed(seed)
     return Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=vocab_size,
             hidden_size=64,  # NF4 packs blocks of 64
             intermediate_size=128,
-            num_hidden_layers=2,
+            num_hidden_layers=num_layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=2048,
@@ -52,9 +52,9 @@ def make_model(vocab_size: int, seed: int = 0) -> Qwen2ForCausalLM:
     )
 
 
-def save_tiny_model(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def save_tiny_model(folder: Path, tokenizer: PreTrainedTokenizerFast, num_layers: int = 2) -> None:
     """As a folder that `model.name_or_path` can name."""
-    make_model(len(tokenizer)).save_pretrained(folder)
+    make_model(len(tokenizer), num_layers=num_layers).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -49,19 +49,22 @@ def plot(title: str, draw: Callable[[Axes], str]) -> dict[str, Any]:
     try:
         import matplotlib.style
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
         from matplotlib.ticker import FuncFormatter
     except ImportError as error:
         raise ConfigError(
             f"a report needs matplotlib, which is not installed ({error}); fix: pip install 'lora_core[report]'"
         ) from error
     with matplotlib.style.context(["default", _STYLE]):
-        figure = Figure(figsize=(4.8, 2.8), layout="constrained")
+        figure = Figure(figsize=(4.8, 2.8), dpi=72)  # an SVG's points
         axes = figure.subplots()
         axes.set_axisbelow(True)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
         caption = draw(axes)
         if not axes.has_data():
             return {"title": title, "caption": "Nothing recorded.", "svg": None}
+        # As an engine of the figure it would be executed, and the figure drawn, twice.
+        ConstrainedLayoutEngine().execute(figure)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator"), None))
     return {"title": title, "caption": caption, "svg": _inline(file.getvalue(), title)}

@@ -27,7 +27,10 @@ from lora_core.schedule import plan_schedule
 from lora_core.training.setup import train
 from lora_core.training.step import StepResult, train_step
 from tests.conftest import ROOT, chat
+from tests.forked import Forked, on_ranks, python
 from tests.tiny import run_settings
+
+pytestmark = pytest.mark.usefixtures("without_page")
 
 
 @pytest.fixture
@@ -94,29 +97,26 @@ def test_a_run_resumed_anywhere_ends_as_if_it_had_never_stopped(
         assert (folder / "eval_examples.json").read_bytes() == examples
 
 
-def launch(*arguments: str, ranks: int = 1) -> list[str]:
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    return [sys.executable, *torchrun, "launch/train.py", "--cfg", "demo", *arguments]
+TRAIN = ["launch/train.py", "--cfg", "demo"]
 
 
 def test_a_signal_ends_the_step_saves_and_resumes(settings: list[str], tmp_path: Path) -> None:
     def run(*arguments: str) -> tuple[int, str]:
-        done = subprocess.run(launch(*settings, *arguments), cwd=ROOT, capture_output=True, text=True, timeout=300)
+        done = python(*TRAIN, *settings, *arguments)
         return done.returncode, done.stderr
 
     folder = tmp_path / "run"
     assert run()[0] == 0
     expected = adapter(folder), losses(folder)
     shutil.rmtree(folder)
-    process = subprocess.Popen(launch(*settings), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
+    started = Forked(*TRAIN, *settings)
+    for line in started.stdout:
         if line.startswith("step 3/"):
-            os.kill(process.pid, signal.SIGTERM)
+            os.kill(started.pid, signal.SIGTERM)
             break
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 75, said
-    assert "fix: --resume" in said
+    stopped = started.wait()
+    assert stopped.returncode == 75, stopped.stderr
+    assert "fix: --resume" in stopped.stderr
     assert run("--resume") == (0, "")
     assert (adapter(folder), losses(folder)) == expected
 
@@ -149,16 +149,15 @@ def test_a_signal_between_two_micro_batches_drops_the_step(
 
 def test_two_ranks_resume_bit_for_bit_when_told_and_by_themselves(settings: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    subprocess.run(launch(*settings, ranks=2), cwd=ROOT, check=True, capture_output=True, timeout=300)
+    assert [rank.returncode for rank in on_ranks(2, *TRAIN, *settings)] == [0, 0]
     expected = adapter(folder), losses(folder)
     checkpoint = folder / "checkpoints/step-000002"
-    command = launch(*settings, "--resume", str(checkpoint), ranks=2)
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    assert [rank.returncode for rank in on_ranks(2, *TRAIN, *settings, "--resume", str(checkpoint))] == [0, 0]
     assert (adapter(folder), losses(folder)) == expected
 
     shutil.rmtree(folder)  # the first start of the next command finds nothing
-    command = launch(*settings, "--resume", "auto", ranks=2)
-    command[3:3] = ["--standalone", "--max-restarts", "1"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", "1", "--nproc_per_node", "2"]
+    command = [sys.executable, *torchrun, *TRAIN, *settings, "--resume", "auto"]
     environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     elastic = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)

@@ -16,6 +16,7 @@ from lora_core.commands.command_line import heavy_imports
 from lora_core.configuration import load_config
 from tests.conftest import ROOT, chat
 from tests.evaluation.test_evaluate import losses_one_by_one
+from tests.forked import on_ranks, python
 from tests.tiny import run_settings
 
 
@@ -99,7 +100,7 @@ def test_train_then_evaluate_and_all_that_is_printed_is_ours(settings: list[str]
     report, ended, verdict = done.stdout.splitlines()[-3:]
     assert (report, verdict) == (f"report: {folder / 'report.html'}", summary["verdict"])
     assert ended.startswith("done: 2 optimizer steps in ")
-    evaluated = launch("launch/evaluate.py", "--cfg", "demo", *settings)
+    evaluated = python("launch/evaluate.py", "--cfg", "demo", *settings)
     assert evaluated.returncode == 0, evaluated.stderr
     last_eval = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("eval at step 2"))
     what, result = evaluated.stdout.splitlines()
@@ -112,19 +113,19 @@ def test_train_then_evaluate_and_all_that_is_printed_is_ours(settings: list[str]
 
 
 def test_an_override_after_resume_is_not_taken_for_a_checkpoint() -> None:
-    done = launch("launch/train.py", "--cfg", "demo", "--resume", "train.max_steps=3")
+    done = python("launch/train.py", "--cfg", "demo", "--resume", "train.max_steps=3")
     assert done.returncode == 2
     assert "--resume took train.max_steps=3 for a checkpoint; fix: put --resume at the end" in done.stderr
 
 
 def test_two_ranks_train_together_and_only_one_speaks(settings: list[str], tmp_path: Path, write_rows: Any) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     # Padded batches of two: of nine examples the last is alone, and one rank fills its batch up with nothing.
     measured = write_rows([chat(f"q{i}", "word " * (9 - i)) for i in range(9)], "eval.jsonl")
     exact = ["data.packing=false", "train.bf16=false", "model.dtype=float32", "train.per_device_eval_batch_size=2"]
     settings = [*settings, *exact, f"data.eval_file={measured}", "train.max_steps=3"]
-    done = launch("launch/train.py", "--cfg", "demo", *settings, prefix=torchrun)
-    assert done.returncode == 0, done.stderr
+    done, other = on_ranks(2, "launch/train.py", "--cfg", "demo", *settings)
+    assert (done.returncode, other.returncode) == (0, 0), done.stderr + other.stderr
+    assert other.stdout == ""
     assert done.stdout.count("plan:") == 1
     assert "x 2 processes) = 1 optimizer step per epoch" in done.stdout
     assert done.stdout.count("step 3/3") == 1
@@ -148,7 +149,7 @@ def test_two_ranks_train_together_and_only_one_speaks(settings: list[str], tmp_p
     ],
 )
 def test_mistakes_give_a_sentence_and_exit_code_2(arguments: list[str], expected: str) -> None:
-    done = launch("launch/train.py", *arguments)
+    done = python("launch/train.py", *arguments)
     assert done.returncode == 2
     assert expected in done.stderr
     assert "Traceback" not in done.stderr

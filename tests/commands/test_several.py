@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast, Qwen2Config
 
 from lora_core.commands.main import main
-from tests.conftest import ROOT, chat, make_model
+from tests.conftest import chat, make_model
+from tests.forked import python
 from tests.tiny import save_tiny_model
 
 
@@ -37,10 +35,8 @@ def test_several_models_in_turn(models: dict[str, Path], tmp_path: Path, write_r
     settings = [f"data.train_file={rows}", f"data.eval_file={rows}", f"data.cache_dir={tmp_path / 'cache'}"]
     settings += ["train.max_steps=2", "train.num_sample_replies=0", f"output_dir={tmp_path / 'runs'}"]
     names = ",".join(str(models[name]) for name in ("huge", "wider", "small"))
-    command = [sys.executable, "-m", "lora_core", "train", "--cfg", "demo", "--models", names, *settings]
-    run: Any = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 600}
-    run["env"] = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, **run)
+    command = ["-m", "lora_core", "train", "--cfg", "demo", "--models", names, *settings]
+    done = python(*command)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     order = [line.split()[1] for line in lines if line.startswith("training ")]
@@ -53,7 +49,7 @@ def test_several_models_in_turn(models: dict[str, Path], tmp_path: Path, write_r
         verdict = json.loads((tmp_path / f"runs/{name}/summary.json").read_text(encoding="utf-8"))["verdict"]
         assert verdict in done.stdout
         assert str(tmp_path / "runs" / name) in page
-    again = subprocess.run([*command, "--resume"], **run)
+    again = python(*command, "--resume")
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("finished before, in") == 2
 

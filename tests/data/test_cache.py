@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from lora_core.data.in_memory import with_rows
 from lora_core.errors import ConfigError
 from lora_core.preflight.rows import check_template_date
 from tests.conftest import CHATML, ROOT, chat, make_tokenizer
+from tests.forked import python
 
 ROWS = [chat(f"question {i}", f"answer {i}") for i in range(60)]
 
@@ -176,24 +176,13 @@ def settings(tmp_path: Path, tiny_model_dir: Path, write_rows: Any) -> list[str]
     ]
 
 
-def preflight(
-    *overrides: str, max_file_bytes: int | None = None, **environment: str
-) -> subprocess.CompletedProcess[str]:
+PREFLIGHT = ["-m", "lora_core", "preflight", "--cfg", "demo"]
+
+
+def preflight(*overrides: str, max_file_bytes: int | None = None) -> subprocess.CompletedProcess[str]:
     """Run the command in a process of its own, with a limit on the size of any file that stands for a full disk."""
 
-    def limit() -> None:
-        if max_file_bytes is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
-
-    return subprocess.run(
-        [sys.executable, "-m", "lora_core", "preflight", "--cfg", "demo", *overrides],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **environment},
-        capture_output=True,
-        text=True,
-        preexec_fn=limit,
-        timeout=300,
-    )
+    return python(*PREFLIGHT, *overrides, max_file_bytes=max_file_bytes)
 
 
 def said_of(done: subprocess.CompletedProcess[str]) -> str:
@@ -217,10 +206,13 @@ def test_a_file_in_the_place_of_the_folder(settings: list[str], tmp_path: Path) 
 def test_a_home_that_cannot_be_written_to(settings: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     home = str(tmp_path / "file/home")
-    said = said_of(preflight(*settings, HOME=home))
+    said = said_of(python(*PREFLIGHT, *settings, environment={"HOME": home}))
     assert f"data.cache_dir={home}/.cache/lora_core/encoded: encoded rows cannot be kept there: " in said
     assert said.endswith("; fix: data.cache_dir=ANOTHER_FOLDER")
-    done = preflight(*settings, f"data.cache_dir={tmp_path}/cache", HOME=home)
+    # In a new process: libraries choose their own folders when they are imported.
+    command = [sys.executable, *PREFLIGHT, *settings, f"data.cache_dir={tmp_path}/cache"]
+    environment = {**os.environ, "HOME": home}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
 
 

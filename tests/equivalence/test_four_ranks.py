@@ -4,9 +4,6 @@ example once an epoch, and one exchange of gradients a step."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ import pytest
 from lora_core.data.packing import Batching, step_rows
 from tests.conftest import chat
 from tests.equivalence.test_ranks import assert_same_run, events
-from tests.tiny import ROOT
+from tests.forked import python
 
 NUM_ROWS, STEPS, EPOCHS, LAYERS = 38, 50, 10, 2
 STEPS_A_EPOCH = STEPS // EPOCHS  # of 8 rows, the last one of 6
@@ -61,9 +58,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path
         4: [of("ddp", 4), of("fsdp2", 4), of("ddp", 4, True)],
     }
     (folder / "runs.json").write_text(json.dumps(asked), encoding="utf-8")
-    command = [sys.executable, "-m", "tests.equivalence.forked_ranks", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = python("-m", "tests.equivalence.forked_ranks", str(folder))
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
     return folder
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import ROOT, chat
+from tests.conftest import chat
 from tests.equivalence.one_step import one_step
+from tests.forked import on_ranks
 
 # Lengths and shares of supervised tokens differ widely, so a mean of means would be far off.
 ROWS = [chat("q" * (7 * i % 40 + 1), "answer " * (i % 5 * 3 + 1), "and?", "no" * (i % 3)) for i in range(8)]
@@ -20,11 +18,9 @@ ROWS[2]["messages"][1]["weight"] = 0.25
 ROWS[5]["messages"][3]["weight"] = 3
 
 
-def torchrun(arguments: list[str], processes: int = 2) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+def on_two_ranks(*arguments: str) -> None:
+    for done in on_ranks(2, *arguments):
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def assert_same_step(got: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -75,7 +71,7 @@ def test_two_ranks(
     out = tmp_path / "step.pt"
     module = ["-m", "tests.equivalence.one_step"]
     cut = [str(batch_size), str(accumulation), str(max_tokens)]
-    torchrun([*module, str(tiny_model_dir), str(rows_file), *cut, str(out)])
+    on_two_ranks(*module, str(tiny_model_dir), str(rows_file), *cut, str(out))
     got = torch.load(out, weights_only=True)
     assert got["world_size"] == 2
     assert_same_step(got, wanted)
@@ -85,5 +81,5 @@ def test_an_odd_number_of_rows_leaves_one_rank_a_filler(tiny_model_dir: Path, tm
     rows_file = write_rows(ROWS[:7])
     wanted = one_step(tiny_model_dir, rows_file, 7, 1)
     out = tmp_path / "step.pt"
-    torchrun(["-m", "tests.equivalence.one_step", str(tiny_model_dir), str(rows_file), "1", "4", "0", str(out)])
+    on_two_ranks("-m", "tests.equivalence.one_step", str(tiny_model_dir), str(rows_file), "1", "4", "0", str(out))
     assert_same_step(torch.load(out, weights_only=True), wanted)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from lora_core.configuration import load_config
 from lora_core.training.setup import train
 from tests.conftest import chat
-from tests.equivalence.test_gradient import torchrun
+from tests.equivalence.test_gradient import on_two_ranks
 
 STEPS = 9
 
@@ -84,7 +84,7 @@ def runs(base: tuple[Path, list[str]]) -> Path:
             ]
         )
     )
-    torchrun(["-m", "tests.equivalence.one_rank", str(folder / "runs.json")])
+    on_two_ranks("-m", "tests.equivalence.one_rank", str(folder / "runs.json"))
     return folder
 
 

@@ -13,6 +13,8 @@ from lora_core.configuration import load_config
 from lora_core.training.setup import train
 from tests.conftest import ROOT, chat
 
+pytestmark = pytest.mark.usefixtures("without_page")
+
 ADAPTER = "adapter_model.safetensors"
 
 

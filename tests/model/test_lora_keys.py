@@ -25,6 +25,8 @@ from lora_core.training.setup import train
 from tests.conftest import chat
 from tests.tiny import run_settings
 
+pytestmark = pytest.mark.usefixtures("without_page")
+
 CPU = torch.device("cpu")
 SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,8 @@ from lora_core.preflight.findings import Facts, Finding
 from lora_core.preflight.preflight import apply_fixes, gather_facts, refuse_errors, run_checks
 from lora_core.runtime.devices import DeviceMemory, look_around
 from tests.conftest import CHATML, ROOT, chat, make_tokenizer
+from tests.forked import python
+from tests.tiny import save_tiny_model
 
 TRAIN = [chat(f"question {i}", f"answer {i}") for i in range(78)]
 HELD_OUT = [chat(f"another {i}", f"answer {i}") for i in range(10)]
@@ -172,13 +172,27 @@ ROWS: dict[str, tuple[list[Any], str]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def one_layer_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """The tiny model with one layer in place of two: each look at a run predicts its memory, layer by layer."""
+    folder = tmp_path_factory.mktemp("tiny-qwen2-of-one-layer")
+    save_tiny_model(folder, tokenizer, num_layers=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of encoded rows: most tests look at the same ones."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def base(tmp_path: Path, tiny_model_dir: Path, write_rows: Any) -> list[str]:
+def base(tmp_path: Path, one_layer_dir: Path, write_rows: Any, cache_dir: Path) -> list[str]:
     return [
-        f"model.name_or_path={tiny_model_dir}",
+        f"model.name_or_path={one_layer_dir}",
         f"data.train_file={write_rows(TRAIN)}",
         f"data.eval_file={write_rows(HELD_OUT, 'eval.jsonl')}",
-        f"data.cache_dir={tmp_path / 'cache'}",
+        f"data.cache_dir={cache_dir}",
         f"output_dir={tmp_path / 'run'}",
         # A run about which nothing is to be said: an optimizer and a precision for every device, a rate for 50 steps.
         "train.bf16=auto",
@@ -312,8 +326,15 @@ def test_a_token_across_the_border_of_an_answer_is_a_note(look: Any) -> None:
     assert next(f for f in run_checks(facts) if f.id == "tokens_cut_at_border").severity == "note"
 
 
-def test_what_does_not_fit_gets_the_cheapest_change_that_does(look: Any, find: Any) -> None:
-    overrides = ["model.dtype=float32", "train.bf16=false", "data.eval_file=null", "data.eval_fraction=0"]
+def test_what_does_not_fit_gets_the_cheapest_change_that_does(look: Any, find: Any, tiny_model_dir: Path) -> None:
+    # Checkpointing saves nothing of a single layer.
+    overrides = [
+        f"model.name_or_path={tiny_model_dir}",
+        "model.dtype=float32",
+        "train.bf16=false",
+        "data.eval_file=null",
+        "data.eval_fraction=0",
+    ]
     facts = look(*overrides)
     assert facts.memory is not None
     changed = facts.predict_memory(with_overrides(facts.config, ["train.gradient_checkpointing=true"]))
@@ -469,10 +490,8 @@ def test_steps_that_max_steps_limits_get_more_of_them(find: Any) -> None:
 def test_the_command_prints_json_alone_and_exits_with_2_on_an_error(base: list[str], tmp_path: Path) -> None:
     fixed = tmp_path / "fixed.yaml"
     float32 = ["train.bf16=false", "model.dtype=float32"]  # this machine may have no bfloat16
-    command = [sys.executable, "launch/preflight.py", "--cfg", "qwen0.5b", "--json", *base, *float32]
-    done = subprocess.run(
-        [*command, "train.warmup_steps=100", "--write", str(fixed)], cwd=ROOT, capture_output=True, text=True
-    )
+    command = ["launch/preflight.py", "--cfg", "qwen0.5b", "--json", *base, *float32]
+    done = python(*command, "train.warmup_steps=100", "--write", str(fixed))
     assert done.returncode == 2
     printed = json.loads(done.stdout)
     assert [finding["id"] for finding in printed["findings"]] == ["warmup_past_end"]
@@ -480,11 +499,9 @@ def test_the_command_prints_json_alone_and_exits_with_2_on_an_error(base: list[s
     assert printed["data"]["train"]["counts"]["read"] == 78
     assert "this run is not started" in done.stderr
     assert f"wrote {fixed}: train.warmup_steps=5\n" in done.stderr
-    as_text = [part for part in command if part != "--json"]
-    done = subprocess.run([*as_text, "train.warmup_steps=100"], cwd=ROOT, capture_output=True, text=True)
+    done = python(*(part for part in command if part != "--json"), "train.warmup_steps=100")
     assert (done.stdout + done.stderr).count("learn next to nothing") == 1  # once, as the reason not to start
     assert "nothing found" not in done.stdout
-    again = [sys.executable, "launch/preflight.py", "--cfg", str(fixed), "--num-processes", "1"]
-    done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True)
+    done = python("launch/preflight.py", "--cfg", str(fixed), "--num-processes", "1")
     assert (done.returncode, done.stderr) == (0, "")
     assert "nothing found" in done.stdout

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,8 @@ import pytest
 from lora_core.runtime.console import Console, Mode
 from lora_core.runtime.run_folder import write_json
 from lora_core.runtime.run_state import read_state, write_state
-from tests.conftest import ROOT, chat
+from tests.conftest import chat
+from tests.forked import python
 
 
 @pytest.mark.parametrize(
@@ -76,12 +74,6 @@ def test_a_run_whose_process_is_gone_has_failed(tmp_path: Path) -> None:
     assert read_state(tmp_path) == (None, None)
 
 
-def train(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lora_core", "train", "--cfg", "demo", *arguments]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-
-
 def test_json_lines_are_the_only_thing_on_stdout_and_nothing_draws_without_a_terminal(
     tmp_path: Path, tiny_model_dir: Path, write_rows: Any
 ) -> None:
@@ -89,7 +81,8 @@ def test_json_lines_are_the_only_thing_on_stdout_and_nothing_draws_without_a_ter
     settings = [f"model.name_or_path={tiny_model_dir}", f"data.train_file={rows}", f"data.eval_file={rows}"]
     settings += [f"data.cache_dir={tmp_path / 'cache'}", "train.max_steps=4", "train.save_steps=2"]
     settings += ["train.sample_max_new_tokens=2", f"output_dir={tmp_path / 'run'}"]
-    done = train(tmp_path, "--json-lines", *settings)
+    train = ["-m", "lora_core", "train", "--cfg", "demo"]
+    done = python(*train, "--json-lines", *settings)
     assert done.returncode == 0, done.stderr
     events = [json.loads(line) for line in done.stdout.splitlines()]
     assert [event["step"] for event in events if event["event"] == "train"] == [1, 2, 3, 4]
@@ -103,12 +96,12 @@ def test_json_lines_are_the_only_thing_on_stdout_and_nothing_draws_without_a_ter
     log = (tmp_path / "run/train.log").read_text(encoding="utf-8")
     assert all(f"step {step}/4" in log for step in range(1, 5))
 
-    refused = train(tmp_path, "--json-lines", *settings, "overwrite_output_dir=false")
+    refused = python(*train, "--json-lines", *settings, "overwrite_output_dir=false")
     assert refused.returncode == 2
     assert json.loads(refused.stdout.splitlines()[-1])["exit_code"] == 2
     assert "contains an earlier run" in json.loads(refused.stdout.splitlines()[-1])["message"]
 
-    quiet = train(tmp_path, "--quiet", *settings, "overwrite_output_dir=true", "train.num_sample_replies=0")
+    quiet = python(*train, "--quiet", *settings, "overwrite_output_dir=true", "train.num_sample_replies=0")
     assert quiet.returncode == 0, quiet.stderr
     assert "replacing the earlier run in" in (tmp_path / "run/train.log").read_text(encoding="utf-8")
     assert [line for line in quiet.stdout.splitlines() if not line.startswith(("warning: ", "alarm"))] == [

@@ -23,7 +23,10 @@ from lora_core.runtime.launcher import _ACCELERATE
 from lora_core.training.setup import train
 from lora_core.training.step import StepResult, train_step
 from tests.conftest import ROOT, chat
+from tests.forked import start_ranks
 from tests.tiny import run_settings
+
+pytestmark = pytest.mark.usefixtures("without_page")
 
 
 @pytest.fixture
@@ -147,30 +150,16 @@ def wait_for_step(step: int, log: Path, processes: list[subprocess.Popen[bytes]]
 
 
 @pytest.mark.parametrize(("doomed", "fault"), [(1, signal.SIGKILL), (1, signal.SIGSTOP)], ids=["dies", "hangs"])
-def test_a_lost_rank_is_named_by_the_one_that_is_left(
-    settings: list[str], tmp_path: Path, doomed: int, fault: signal.Signals
-) -> None:
-    port = str(20000 + os.getpid() % 10000)
-    command = [sys.executable, "launch/train.py", "--cfg", "demo", *settings, "train.num_train_epochs=500"]
-    ranks = []
-    for rank in (0, 1):  # as torchrun starts them, but for its watch: it would end the others before they can speak
-        environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        environment |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        log = (tmp_path / f"rank{rank}.log").open("w")
-        ranks.append(
-            subprocess.Popen(
-                [*command, "train.rank_timeout_s=8"], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
-        )
+def test_a_lost_rank_is_named_by_the_one_that_is_left(settings: list[str], doomed: int, fault: signal.Signals) -> None:
+    command = ["launch/train.py", "--cfg", "demo", *settings, "train.num_train_epochs=500", "train.rank_timeout_s=8"]
+    ranks = start_ranks(2, *command)  # without torchrun's watch, which would end the other before it can speak
     try:
-        wait_for_step(3, tmp_path / "rank0.log", ranks)
-        ranks[doomed].send_signal(fault)
-        survivor = ranks[1 - doomed]
-        assert survivor.wait(timeout=60) == 1
-        said = (tmp_path / f"rank{1 - doomed}.log").read_text()
-        assert f"error: rank {doomed} of 2 died or did not answer within 8 s" in said
-        assert "Traceback" not in said
+        assert any(re.match(r"step +3/", line) for line in ranks[0].stdout)
+        os.kill(ranks[doomed].pid, fault)
+        left = ranks[1 - doomed].wait()
+        assert left.returncode == 1
+        assert f"error: rank {doomed} of 2 died or did not answer within 8 s" in left.stderr
+        assert "Traceback" not in left.stdout + left.stderr
     finally:
-        for rank_ in ranks:
-            rank_.kill()
-            rank_.wait()
+        for rank in ranks:
+            rank.process.kill()

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -13,7 +10,7 @@ import torch
 
 from lora_core.errors import ConfigError
 from lora_core.runtime import ranks
-from tests.conftest import ROOT
+from tests.forked import on_ranks
 
 RANK = """
 import json, os, sys, time
@@ -60,27 +57,8 @@ assert not torch.distributed.is_initialized()
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    port = str(21000 + os.getpid() % 10000)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(folder)],
-            cwd=ROOT,
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(local_rank),
-                "WORLD_SIZE": "3",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            },
-        )
-        for rank, local_rank in ((0, 0), (1, 1), (2, 0))
-    ]
-    try:
-        assert [process.wait(timeout=240) for process in processes] == [0, 0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    done = on_ranks(3, "-c", RANK, str(folder), local_ranks=(0, 1, 0))
+    assert [rank.returncode for rank in done] == [0, 0, 0], [rank.stderr for rank in done]
     return [json.loads((folder / f"seen-{rank}.json").read_text(encoding="utf-8")) for rank in range(3)]
 
 

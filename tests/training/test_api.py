@@ -13,6 +13,8 @@ from lora_core import Callback, DataError, RunConfig, load_config, train, with_o
 from lora_core.data.in_memory import with_rows
 from tests.conftest import chat
 
+pytestmark = pytest.mark.usefixtures("without_page")
+
 ROWS = [chat(f"question {i}", f"answer {i}") for i in range(10)]
 
 

@@ -21,6 +21,8 @@ from lora_core.training.setup import train
 from tests.conftest import chat
 from tests.tiny import run_settings
 
+pytestmark = pytest.mark.usefixtures("without_page")
+
 OPTIMIZERS = [
     "adamw_torch_fused",
     "adamw_bnb_8bit",

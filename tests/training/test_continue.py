@@ -18,6 +18,8 @@ from lora_core.schedule import SchedulePlan
 from lora_core.training.setup import train
 from tests.conftest import chat
 
+pytestmark = pytest.mark.usefixtures("without_page")
+
 
 @pytest.fixture
 def settings(tmp_path: Path, tiny_model_dir: Path, write_rows: Any) -> list[str]:

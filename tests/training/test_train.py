@@ -124,6 +124,7 @@ def test_every_shipped_config_runs_as_planned(tiny_run: Any, config_name: str, s
     }
 
 
+@pytest.mark.usefixtures("without_page")
 def test_two_runs_give_the_same_adapter_and_another_seed_does_not(tiny_run: Any) -> None:
     adapters = []
     for name, seed in (("one", 1), ("two", 1), ("three", 2)):
@@ -133,6 +134,7 @@ def test_two_runs_give_the_same_adapter_and_another_seed_does_not(tiny_run: Any)
     assert not filecmp.cmp(adapters[0], adapters[2], shallow=False)
 
 
+@pytest.mark.usefixtures("without_page")
 def test_checkpointing_changes_nothing_but_memory_and_really_is_on(
     tiny_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +160,7 @@ def test_checkpointing_changes_nothing_but_memory_and_really_is_on(
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+@pytest.mark.usefixtures("without_page")
 def test_compiled_layers_take_the_same_steps(tiny_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = ["train.max_steps=3", "train.bf16=false", "model.dtype=float32", "lora.dropout=0"]
     wanted, _ = tiny_run("demo", *settings, folder="plain")
@@ -173,6 +176,7 @@ def test_compiled_layers_take_the_same_steps(tiny_run: Any, monkeypatch: pytest.
         tiny_run("demo", *settings, "train.torch_compile=true", folder="none")
 
 
+@pytest.mark.usefixtures("without_page")
 def test_intervals_checkpoints_and_a_held_out_fraction(tiny_run: Any) -> None:
     summary, folder = tiny_run(
         "demo",
@@ -191,6 +195,7 @@ def test_intervals_checkpoints_and_a_held_out_fraction(tiny_run: Any) -> None:
     assert (folder / "checkpoints/step-000005/adapter.safetensors").is_file()
 
 
+@pytest.mark.usefixtures("without_page")
 def test_without_an_eval_set_the_run_replies_to_training_prompts_and_says_what_it_cannot(
     tiny_run: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -208,6 +213,7 @@ def test_without_an_eval_set_the_run_replies_to_training_prompts_and_says_what_i
     assert not (folder / "eval_examples.json").exists()
 
 
+@pytest.mark.usefixtures("without_page")
 def test_a_run_that_would_not_learn_is_refused_before_it_starts_unless_told_to(
     tiny_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -244,6 +250,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Any:
     return spoil
 
 
+@pytest.mark.usefixtures("without_page")
 def test_steps_that_are_not_finite_are_left_out_and_stop_the_run_when_they_do_not_end(
     tiny_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Any
 ) -> None:
@@ -257,6 +264,7 @@ def test_steps_that_are_not_finite_are_left_out_and_stop_the_run_when_they_do_no
     assert all(not tensor.any() for name, tensor in saved.items() if "lora_B" in name)  # as the run began
 
 
+@pytest.mark.usefixtures("without_page")
 def test_a_step_that_is_not_finite_costs_that_step_and_no_other(tiny_run: Any, spoil: Any) -> None:
     spoil(lambda step: step == 3)
     summary, folder = tiny_run("demo", "train.num_train_epochs=1", "train.learning_rate=1e-4")
@@ -273,6 +281,7 @@ def test_a_step_that_is_not_finite_costs_that_step_and_no_other(tiny_run: Any, s
     assert all(math.isfinite(event["loss"]) for event in trained)
 
 
+@pytest.mark.usefixtures("without_page")
 def test_a_model_that_gives_no_number_is_said_so(tiny_run: Any, tiny_model_dir: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(tiny_model_dir, broken)
@@ -286,6 +295,7 @@ def test_a_model_that_gives_no_number_is_said_so(tiny_run: Any, tiny_model_dir: 
 
 
 @pytest.mark.parametrize("keep", ["best", "last"])
+@pytest.mark.usefixtures("without_page")
 def test_the_adapter_is_the_best_or_the_last_and_says_which(
     tiny_run: Any, keep: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -334,6 +344,7 @@ def test_only_the_adapter_trains_and_it_is_float32(tiny_model_dir: Path) -> None
     assert count_parameters(model)[0] == 2 * per_layer
 
 
+@pytest.mark.usefixtures("without_page")
 def test_models_that_cannot_be_loaded_are_said_so_without_a_traceback(tiny_run: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such folder"):
         tiny_run("demo", f"model.name_or_path={tmp_path / 'nowhere'}")
@@ -379,9 +390,11 @@ def test_nf4_learns_on_the_demo_model_and_its_adapter_gives_the_same_loss_again(
     overrides = [
         "model.quantization=nf4",
         "train.optim=paged_adamw_8bit",
+        # Multiplied in float32: many CPUs emulate bfloat16, a few tokens a second.
+        "model.dtype=float32",
+        "train.bf16=false",
         f"output_dir={tmp_path / 'run'}",
         f"data.cache_dir={tmp_path / 'cache'}",
-        # Few and small steps: NF4 is multiplied in bfloat16, of which many CPUs emulate a few tokens a second.
         "train.max_steps=6",
         "train.per_device_train_batch_size=1",
         "train.gradient_accumulation_steps=2",
@@ -396,8 +409,8 @@ def test_nf4_learns_on_the_demo_model_and_its_adapter_gives_the_same_loss_again(
     assert again.loss == pytest.approx(summary.eval_loss_after, abs=1e-5)
 
 
-def test_the_adapter_loads_with_plain_peft_as_the_report_says(demo_model_dir: Path, tiny_run: Any) -> None:
-    summary, folder = tiny_run("demo", f"model.name_or_path={demo_model_dir}", "train.max_steps=2")
+def test_the_adapter_loads_with_plain_peft_as_the_report_says(tiny_model_dir: Path, tiny_run: Any) -> None:
+    summary, folder = tiny_run("demo", "train.max_steps=2")
     page = html.unescape((folder / "report.html").read_text(encoding="utf-8"))
     found = re.search(r'<div class="text">(from peft import .*?)</div>', page, re.DOTALL)
     assert found is not None
@@ -411,8 +424,8 @@ def test_the_adapter_loads_with_plain_peft_as_the_report_says(demo_model_dir: Pa
     assert summary.adapter_norm > 0
     assert model.peft_config["default"].r == 16
     card = (folder / "adapter/README.md").read_text()
-    assert demo_model_dir.name in card
-    assert str(demo_model_dir) not in card  # a folder of this machine is nobody else's base model
+    assert tiny_model_dir.name in card
+    assert str(tiny_model_dir) not in card  # a folder of this machine is nobody else's base model
 
 
 def test_evaluating_without_an_adapter_or_held_out_rows_says_what_is_missing(tmp_path: Path) -> None:

@@ -15,8 +15,6 @@ import os
 import pickle
 import resource
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -45,6 +43,7 @@ from lora_core.model.base import load_base_model, load_model_config, load_tokeni
 from lora_core.runtime.run_folder import MetricsFile, write_json, write_text
 from lora_core.untrusted.text import showable, without_secrets
 from tests.conftest import CHATML, ROOT, chat, make_tokenizer
+from tests.forked import python
 
 GOOD = json.dumps(chat("question", "answer")).encode()
 
@@ -496,10 +495,7 @@ try:
 except DataError as error:
     print(error)
 """
-    alone, workers = (
-        subprocess.run([sys.executable, "-c", code, n], cwd=ROOT, capture_output=True, text=True, timeout=300)
-        for n in "12"
-    )
+    alone, workers = (python("-c", code, n) for n in "12")
     assert alone.returncode == -signal.SIGXCPU
     assert workers.returncode == 0, workers.stderr
     assert "its chat template did not end" in workers.stdout
@@ -665,7 +661,7 @@ def test_a_run_keeps_no_secret_anywhere(tmp_path: Path, tiny_model_dir: Path, wr
         (model / file.name).write_bytes(file.read_bytes())
     rows = write_rows([chat(f"is {key} {password} {i} a key?", f"{token} {NASTY} {i}") for i in range(6)])
     command = [
-        *(sys.executable, "launch/train.py", "--cfg", "demo", f"model.name_or_path={model}", f"data.train_file={rows}"),
+        *("launch/train.py", "--cfg", "demo", f"model.name_or_path={model}", f"data.train_file={rows}"),
         *(
             "data.eval_file=null",
             "data.eval_fraction=0.3",
@@ -680,13 +676,11 @@ def test_a_run_keeps_no_secret_anywhere(tmp_path: Path, tiny_model_dir: Path, wr
             "train.logging_steps=1",
         ),
     ]
-    environment = {**os.environ, **secrets, "HF_HUB_OFFLINE": "1"}
-    run = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 500}
-    done = subprocess.run(command, **run)
+    done = python(*command, environment=secrets)
     assert done.returncode == 0, done.stderr
-    resumed = subprocess.run([*command, "--resume"], **run)  # the settings are the same, secrets and all
+    resumed = python(*command, "--resume", environment=secrets)  # the settings are the same, secrets and all
     assert resumed.returncode == 0, resumed.stderr
-    refused = subprocess.run([*command, f"train.lr={token}", "--no-such-option", password], **run)
+    refused = python(*command, f"train.lr={token}", "--no-such-option", password, environment=secrets)
     assert refused.returncode == 2
     outputs = {
         f"{name} of {what.args[-1]}": getattr(what, name)

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import runpy
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -39,6 +38,7 @@ from lora_core.verification.runs import Interrupted, ShortRun, check_plan, check
 from lora_core.verification.table import Check
 from tests.conftest import CHATML, ROOT, chat, make_tokenizer
 from tests.encoding.test_chat import DROPS_REASONING
+from tests.forked import python
 
 ROWS = [chat(f"question {i}", f"answer {i} " * (i % 5 + 1), "sure?", "yes" * (i % 3)) for i in range(30)]
 CONFIG = "demo"
@@ -118,8 +118,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def test_a_failed_check_is_exit_code_3_and_is_named(config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    command = [sys.executable, "-c", ONE_SEGMENT, "--cfg", str(tmp_path / "config.yaml")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = python("-c", ONE_SEGMENT, "--cfg", str(tmp_path / "config.yaml"))
     assert done.returncode == 3, done.stderr
     assert " of 11 checks failed:\n  gradient: 8 rows packed into" in done.stderr
     table = [line.split() for line in done.stdout.splitlines() if line.startswith("gradient ")]

@@ -17,6 +17,8 @@ from lora_core.watch import trackers
 from lora_core.watch.summary import git_commit
 from tests.conftest import ROOT, chat
 
+pytestmark = pytest.mark.usefixtures("without_page")
+
 SECRETS = {"TEAM_PASSWORD": "correct-horse-battery", "HF_TOKEN": "hf_" + "s3cR" * 6}
 
 
