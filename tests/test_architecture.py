@@ -32,6 +32,7 @@ ORDER: dict[str, list[str]] = {
         "translation",
         "not_offered",
         "trainer_keys",
+        "llama_factory_rows",
         "llama_factory",
         "axolotl_rows",
         "axolotl",

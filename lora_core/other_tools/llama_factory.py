@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from lora_core.other_tools import llama_factory_rows
 from lora_core.other_tools.not_offered import NOT_OFFERED
 from lora_core.other_tools.trainer_keys import (
     TRAINING_ARGUMENTS,
@@ -63,16 +64,6 @@ def _attention(values: Values) -> dict[str, Any]:
     return {"model.attn_implementation": name} if name else {}
 
 
-def _rows(values: Values) -> dict[str, Any]:
-    raise NotOffered(
-        f"a name in {values['dataset_dir']}/dataset_info.json, which says where the rows are; data.train_file=PATH"
-    )
-
-
-def _eval_rows(values: Values) -> dict[str, Any]:
-    raise NotOffered("a name in dataset_info.json, which says where the rows are; data.eval_file=PATH")
-
-
 def _share(values: Values) -> dict[str, Any]:
     if values["val_size"] and values["val_size"] >= 1:
         raise NotOffered("a number of rows; the eval set here is a share: data.eval_fraction=0.1")
@@ -129,8 +120,8 @@ _RULES = [
     Rule(("disable_gradient_checkpointing", "gradient_checkpointing"), _checkpointing),
     Rule(("use_swanlab", "swanlab_project"), _swanlab),
     Rule(("flash_attn",), _attention),
-    Rule(("dataset", "dataset_dir"), _rows),
-    Rule(("eval_dataset",), _eval_rows),
+    Rule(("dataset", "dataset_dir", "max_samples"), llama_factory_rows.rows),
+    Rule(("eval_dataset",), llama_factory_rows.eval_rows),
     Rule(("val_size",), _share),
     Rule(("train_on_prompt", "mask_history"), _loss_on),
     Rule(("packing", "neat_packing"), packing),
@@ -165,7 +156,6 @@ _NOT_OFFERED = NOT_OFFERED | several(
         "another",
         "dataset_dir media_dir overwrite_cache tokenized_path cache_dir data_shared_file_system "
         "preprocessing_batch_size": "encoded rows are kept in data.cache_dir, under a hash of all that decides them",
-        "max_samples": "max_rows of one of data.train_files takes the first so many rows",
         "loraplus_lr_embedding pissa_convert use_galore "
         "galore_target galore_rank galore_update_interval galore_scale use_apollo use_badam badam_mode "
         "badam_switch_mode badam_switch_interval badam_update_ratio use_adam_mini use_muon use_llama_pro use_dft_loss "
@@ -223,4 +213,4 @@ def _refusals(values: Values) -> Iterable[str]:
         yield "model_name_or_path is missing"
 
 
-LLAMA_FACTORY = Tool("LLaMA-Factory 0.9.5", _RULES, _DEFAULTS, _NOT_OFFERED, _refusals)
+LLAMA_FACTORY = Tool("LLaMA-Factory 0.9.5", _RULES, _DEFAULTS, _NOT_OFFERED, _refusals, llama_factory_rows.remarks)
