@@ -89,8 +89,9 @@ class Translation:
 
     def from_ours(self) -> list[str]:
         """`train.learning_rate=5e-05`, of each setting that decides what is learned and that is ours."""
-        either = {"train.warmup_steps", "train.warmup_ratio", "train.max_steps", "train.num_train_epochs"}
-        said = {*self.settings} | (either if either & {*self.settings} else set())
+        said = {*self.settings}
+        for either in _EITHER:
+            said |= either if either & said else set()
         default = RunConfig()
         return [
             f"{key}={short(getattr(getattr(default, section), name))}"
@@ -130,6 +131,11 @@ class Translation:
         return "\n".join(lines)
 
 
+# Where one is set, the others are not looked at.
+_EITHER = (
+    {"train.warmup_steps", "train.warmup_ratio", "train.max_steps", "train.num_train_epochs"},
+    {"data.train_file", "data.train_files"},
+)
 # Keys that decide what is learned, or what fits.
 _DECIDE = (
     "model.name_or_path",

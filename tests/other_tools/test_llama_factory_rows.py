@@ -66,7 +66,7 @@ def test_several_entries_are_several_files(tmp_path: Path) -> None:
         "held_out": {"file_name": "held_out.json"},
     }
     path = file_with(tmp_path, entries, dataset="mine, hub", eval_dataset="held_out", max_samples=50)
-    all_known(path)
+    assert not any("data.train_file" in each for each in all_known(path).from_ours())
     data = load_config(path).data
     mine, hub = data.train_files
     assert (mine.path, mine.max_rows) == (str(tmp_path / "data/mine.json"), 50)  # type: ignore[union-attr]
