@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import (
 
 MOST_PARAMETERS = 10**7
 WIDTH, HEADS, HEAD = 32, 4, 8
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 # By the names that configs use for them. A family takes those that it has.
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "emb_dim", "embed_dim", "model_dim", "lru_width"), WIDTH),
@@ -25,7 +26,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("encoder_ffn_dim", "feed_forward_size", "ffn_hidden_size", "shared_intermediate_size"), 48),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size_mlp"), 16),
     **dict.fromkeys(("moe_shared_expert_intermediate_size", "dense_intermediate_size"), 16),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 2),
+    **dict.fromkeys((*LAYERS, "encoder_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"), HEADS),
     **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads"), HEADS),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads"), 2),
@@ -60,6 +61,9 @@ SIZES: dict[str, Any] = {
     "laurel_rank": 8,
     **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 1),
 }
+# Lists with what each layer is, and what a family may have in their place.
+KINDS = ("layer_types", "mlp_layer_types")
+OWN_KINDS = ("layers_block_type", "block_types", "num_hidden_layers")
 DROPOUTS = ("dropout", "dropout_p", "resid_pdrop", "embd_pdrop", "attn_pdrop", "activation_dropout", "emb_pdrop")
 LINEAR_AND_FULL = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 MULTIMODAL_ROPE = (
@@ -94,6 +98,19 @@ MORE: dict[str, dict[str, Any]] = {
     **{name: {"layer_types": ["linear_attention", "full_attention"]} for name in LINEAR_AND_FULL},
     **{name: {"rope_parameters": MROPE} for name in MULTIMODAL_ROPE},
     "glm4v_moe_text": {"rope_parameters": MROPE | {"mrope_section": [1, 1, 0]}},  # of half a head
+    "dots3_note_text": {
+        "per_layer_config": {
+            "1": {
+                **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), HEADS),
+                **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), HEAD),
+                **{"q_lora_rank": 16, "kv_lora_rank": 16, "head_dim": 2 * HEAD},
+            }
+        }
+    },
+    "qwen4_exp_text": {
+        **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": HEAD},
+        **{"indexer_budget": 256, "indexer_compress_ratio": 4},
+    },
     "reformer": {"attn_layers": ["local", "local"], "axial_pos_embds": False},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
@@ -132,12 +149,27 @@ def _small(config_class: Any, vocab_size: int, more: dict[str, Any]) -> Any:
         given["is_decoder"] = True
     if "kv_lora_rank" in named and "num_key_value_heads" in named:
         given["num_key_value_heads"] = HEADS  # all heads share what is compressed
+    given |= _a_layer_of_each_kind(config_class, named, more)
     for name in config_class.sub_configs:
         default = getattr(config_class(), name)  # where any family's would do
         part = config_class.sub_configs[name] if default is None else type(default)
         if part is not AutoConfig:
             given[name] = _small(part, vocab_size, MORE.get(part.model_type, {}))
     return config_class(**given | more)
+
+
+def _a_layer_of_each_kind(config_class: Any, named: set[str], more: dict[str, Any]) -> dict[str, Any]:
+    """Layers of each kind that the family has by default, where the first two are not all of them."""
+    if any(name in more for name in OWN_KINDS):
+        return {}
+    default = config_class()
+    lists = {name: getattr(default, name, None) for name in KINDS if name in named and name not in more}
+    kinds = {name: [*dict.fromkeys(given)] for name, given in lists.items() if isinstance(given, (list, tuple))}
+    number = max([2, *map(len, kinds.values())])
+    if all(set(lists[name][:2]) == set(found) for name, found in kinds.items()):
+        return {}
+    layers = {name: number for name in LAYERS if name in named}
+    return layers | {name: (found * number)[:number] for name, found in kinds.items()}
 
 
 def tiny_model(family: str, vocab_size: int, seed: int = 0) -> Any:

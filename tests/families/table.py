@@ -23,8 +23,8 @@ from tests.tiny import ROOT
 HEADER = """# Families
 
 Every causal language model that transformers `{transformers}` holds, and every model of text with images or sound,
-built with two small layers and random weights from the family's own config class, then planned, trained and saved as a
-run would, in float32 on a CPU (PEFT `{peft}`,
+built with small layers (two, or one of each kind that it has by default) and random weights from the family's own
+config class, then planned, trained and saved as a run would, in float32 on a CPU (PEFT `{peft}`,
 torch `{torch}`). A family trains if loss and adapter gradients, packed and padded, are those of plain transformers and
 PEFT on one row at a time, with the saved adapter loaded by PEFT, to one part in 100,000. No weights of any published
 model were used. Written by `make families`, or in part by `python -m tests.families.table --replace NAME`.
@@ -48,7 +48,7 @@ on text. `verify`, `chat` and `evaluate` work as with any run, and `merge` write
 ([how](export.md#merge)). A chat row with an image is refused.
 
 In other precisions (`python -m tests.families.precision NAME`), loss and gradients of one row at a time are held
-against plain transformers and PEFT on the same weights. Of the 237 families that train, NF4 agrees to one part in
+against plain transformers and PEFT on the same weights. Of 237 families with two layers, NF4 agrees to one part in
 100,000 in 233 and int8 in 233; the others take a layer's weight as a matrix or change it in place, and are refused in a
 sentence: under NF4 `gemma3n_text`, `longcat_flash`, `mamba` and `rwkv`, under int8 `dots3_note_text`, `gemma3n_text`,
 `hy_v4` and `mamba`. In bfloat16, 234 are within twice what plain eager attention and plain SDPA differ from each other,
