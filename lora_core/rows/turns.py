@@ -151,7 +151,7 @@ def _role(turn: Mapping[str, Any], where: str, roles: Mapping[str, str], unused:
     role = ROLES.get(role_key)
     if role is None:
         of_settings = f" ({quoted(named)} by data.roles)" if named != said else ""
-        name = said if isinstance(said, str) and re.fullmatch(r"[A-Za-z_]\w*", said, re.ASCII) else "NAME"
+        name = said if isinstance(said, str) and re.fullmatch(r"[A-Za-z_]\w{,39}", said, re.ASCII) else "NAME"
         raise RowError(
             f"{where} has the role {quoted(said)}{of_settings}; known roles: {', '.join(ROLES)}; fix: "
             f'"data.roles={{{name}: user}}" (or assistant, system, tool)'

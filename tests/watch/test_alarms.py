@@ -36,8 +36,6 @@ from lora_core.watch.progress import Progress
 from lora_core.watch.summary import Summary
 from tests.conftest import chat, make_model
 
-pytestmark = pytest.mark.usefixtures("without_page")
-
 
 @pytest.fixture(scope="module")
 def learned_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
