@@ -111,7 +111,7 @@ def segment_attention(
     if is_whole and dropout == 0 and softcap is None and has_varlen_kernel(query):
         return attend_varlen(query, key, value, lengths, scaling, sliding_window), None
     if len(lengths) == 1:
-        return _attend(query, key, value, scaling, dropout, sliding_window, softcap).transpose(1, 2), None
+        return _attend(query, key, value, scaling, dropout, sliding_window, softcap).transpose(1, 2).contiguous(), None
     outputs = [
         _attend(q, k, v, scaling, dropout, sliding_window, softcap)
         for q, k, v in zip(*(torch.split(t, list(lengths), 2) for t in (query, key, value)), strict=True)

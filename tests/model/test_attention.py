@@ -65,6 +65,16 @@ def test_generation_with_a_cache_is_the_same() -> None:
     assert torch.equal(model.generate(prompt, max_new_tokens=8, do_sample=False, use_cache=True), wanted)
 
 
+@pytest.mark.parametrize(("num_keys", "lengths"), [(9, None), (12, None), (9, (9,)), (9, (4, 5))])
+def test_the_output_is_contiguous_as_transformers_own_is(num_keys: int, lengths: tuple[int, ...] | None) -> None:
+    """Some families take a view of it."""
+    query, (key, value) = torch.randn(1, 4, 9, 8), torch.randn(2, 1, 2, num_keys, 8)
+    module = torch.nn.Module().eval()
+    output, _ = segment_attention(module, query, key, value, None, segment_lengths=lengths)
+    assert output.shape == (1, 9, 4, 8)
+    assert output.is_contiguous()
+
+
 def test_a_model_whose_packed_examples_see_each_other_is_refused() -> None:
     def ignores_segments(*arguments: Any, segment_lengths: Any = None, **keywords: Any) -> Any:
         return segment_attention(*arguments, **keywords)
