@@ -1,7 +1,8 @@
 """Python commands in processes of their own, forked from one that has imported the libraries: importing them takes ten
 seconds of a CPU each time.
 
-What a library reads from the environment at its import has the value that it had in the test's own process.
+What a library reads from the environment at its import has the value that it had in the test's own process. Ranks are
+new processes: in a fork, gloo's thread has been seen to crash.
 """
 
 from __future__ import annotations
@@ -95,7 +96,24 @@ def on_ranks(
     return [rank.wait() for rank in start_ranks(processes, *arguments, local_ranks=local_ranks)]
 
 
-def start_ranks(processes: int, *arguments: str, local_ranks: Sequence[int] | None = None) -> list[Forked]:
+class Rank:
+    """`python ARGUMENTS...` as one of several ranks, started as a new process."""
+
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+        variables = {**os.environ, **environment}
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=variables, **pipes)
+        self.pid = self.process.pid
+        assert self.process.stdout is not None
+        self.stdout = self.process.stdout
+
+    def wait(self, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+        """What it has printed from here on, and its exit code, at its end."""
+        stdout, stderr = self.process.communicate(timeout=timeout_s)
+        return subprocess.CompletedProcess(self.process.args, self.process.returncode, stdout, stderr)
+
+
+def start_ranks(processes: int, *arguments: str, local_ranks: Sequence[int] | None = None) -> list[Rank]:
     """The ranks of `on_ranks`, started."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -103,7 +121,7 @@ def start_ranks(processes: int, *arguments: str, local_ranks: Sequence[int] | No
     everywhere = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     everywhere |= {"WORLD_SIZE": str(processes)} | ({} if local_ranks else {"LOCAL_WORLD_SIZE": str(processes)})
     return [
-        Forked(*arguments, environment={**everywhere, "RANK": str(rank), "LOCAL_RANK": str(local_rank)})
+        Rank(arguments, {**everywhere, "RANK": str(rank), "LOCAL_RANK": str(local_rank)})
         for rank, local_rank in enumerate(local_ranks or range(processes))
     ]
 

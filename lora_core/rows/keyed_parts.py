@@ -53,7 +53,7 @@ def _with_type(part: Any) -> Any:
         if isinstance(part.get(key), Mapping):
             inner = _renamed(part[key], _CALL if key in _CALLS else _ANSWER)
             rest = {name: item for name, item in part.items() if name != key}
-            if inner is not None and not inner.keys() & rest.keys():
+            if inner is not None and "type" not in inner and not inner.keys() & rest.keys():
                 return {**rest, **_unwrapped(inner), "type": "tool_use" if key in _CALLS else "tool_result"}
     return part
 

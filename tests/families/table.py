@@ -47,6 +47,9 @@ the towers, and PEFT loads it on the whole checkpoint (`AutoPeftModelForCausalLM
 on text. `verify`, `chat` and `evaluate` work as with any run, and `merge` writes the whole checkpoint
 ([how](export.md#merge)). A chat row with an image is refused.
 
+Whole runs of a family (trained, resumed from a checkpoint to the same bits, asked for replies with and without a
+cache, measured again): `python -m tests.families.runs NAME`.
+
 In other precisions (`python -m tests.families.precision NAME`), loss and gradients of one row at a time are held
 against plain transformers and PEFT on the same weights. Of 237 families with two layers, NF4 agrees to one part in
 100,000 in 233 and int8 in 233; the others take a layer's weight as a matrix or change it in place, and are refused in a
