@@ -6,6 +6,7 @@ folder is relative to the one that the command runs in.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -72,14 +73,17 @@ def _entries(values: Values, key: str, fix: str) -> dict[str, Entry]:
     """The entries that the file's `dataset` or `eval_dataset` names, by their names."""
     given, folder = values[key], values["dataset_dir"]
     names = [name.strip() for name in given.split(",")] if isinstance(given, str) else given
-    if not names:
-        raise NotOffered(f"no rows are named; {fix}")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise NotOffered(f"{key} is a list of names; {fix}")
     if folder == "ONLINE":
         return {name: {"hf_hub_url": name} for name in names}
     info = _read(folder, fix)
     unknown = [name for name in names if not isinstance(info.get(name), dict)]
     if unknown:
         raise NotOffered(f"{folder}/{_FILE} has no entry {quoted(unknown[0])}; {fix}")
+    for name, part in itertools.product(names, ("columns", "tags")):
+        if not isinstance(info[name].get(part) or {}, dict):
+            raise NotOffered(f"{folder}/{_FILE}: {part} of {name} is no object; {fix}")
     return {name: info[name] for name in names}
 
 

@@ -95,6 +95,9 @@ def test_how_instruction_and_input_are_joined_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entries", "values", "reason"),
     [
+        ({}, {"dataset": 5}, "dataset is a list of names; data.train_file=PATH"),
+        ({}, {"dataset": [["mine"]]}, "dataset is a list of names"),
+        ({"mine": {"file_name": "a.json", "columns": ["q"]}}, {}, "columns of mine is no object"),
         ({}, {"dataset": "mine"}, "has no entry 'mine'; data.train_file=PATH"),
         ({"mine": {"script_url": "mine"}}, {}, "mine is no file and no dataset of the Hugging Face hub"),
         ({"mine": {"hf_hub_url": "a/b", "subset": "en"}}, {}, "subset of mine has no counterpart here"),
