@@ -270,7 +270,8 @@ def _below(path: Path, key: str) -> str:
 
 def _refuse_several_splits(path: Path, files: Sequence[Path], key: str) -> None:
     """Rows for training and rows to measure on, together: `train-00000-of-00001.parquet` and `test-...`."""
-    trained, measured = ([each for each in files if names.search(each.stem.lower())] for names in _SPLITS)
+    said = {each: [names.search(each.stem.lower()) is not None for names in _SPLITS] for each in files}
+    trained, measured = ([each for each in files if said[each] == only] for only in ([True, False], [False, True]))
     if trained and measured:
         wanted, names = (measured, _SPLITS[1]) if key == "data.eval_file" else (trained, _SPLITS[0])
         word = names.findall(wanted[0].stem.lower())[0]

@@ -382,9 +382,9 @@ def test_rows_to_measure_on_are_not_trained_on_by_mistake(tmp_path: Path, names:
 
 
 def test_names_that_only_sound_like_a_split_are_no_splits(tmp_path: Path) -> None:
-    for name in ("trainers.jsonl", "contest.jsonl", "train.jsonl"):
+    for name in ("trainers.jsonl", "contest.jsonl", "train.jsonl", "train-without-test.jsonl"):
         (tmp_path / name).write_bytes(lines_of(ROWS[:1]))
-    assert len(read(tmp_path, tmp_path / "cache")) == 3
+    assert len(read(tmp_path, tmp_path / "cache")) == 4
 
 
 def test_a_file_is_read_once_however_many_links_lead_to_it(tmp_path: Path) -> None:
