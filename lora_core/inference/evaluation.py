@@ -104,8 +104,9 @@ def evaluate_loaded(
     Raises:
         LoraCoreError: there is no eval set, it cannot be read, or the loss would not be that of the model's own logits.
     """
-    check_head(loaded.model)
     config, accelerator = loaded.config, loaded.accelerator
+    with accelerator.autocast():
+        check_head(loaded.model)
     with first_on_each_machine():
         data = load_eval_data(config, loaded.tokenizer)
     model = accelerator.prepare_model(CausalLMLoss(loaded.model), evaluation_mode=True)

@@ -86,7 +86,7 @@ def segment_attention(
     """Causal attention within each segment; the signature is transformers' `AttentionInterface`.
 
     Args:
-        query: (1, heads, T, D); key and value: (1, key heads, T or more, D).
+        query: (1, heads, T, D); key and value: (1, key heads, T or more, D). Values may have another D.
         segment_lengths: they add up to T. None is one example, such as in generation: the keys may then hold
             earlier positions from a cache.
 
@@ -108,7 +108,7 @@ def segment_attention(
         q, k, v = (tensor.to(dtype) for tensor in (query, key, value))
         return apply(q, k, v, lengths, query.shape[3] ** -0.5 if scaling is None else scaling, sliding_window), None
     is_whole = query.shape[2] == key.shape[2]  # and no token after others in a cache, as in generation
-    if is_whole and dropout == 0 and softcap is None and has_varlen_kernel(query):
+    if is_whole and dropout == 0 and softcap is None and has_varlen_kernel(query, value):
         return attend_varlen(query, key, value, lengths, scaling, sliding_window), None
     if len(lengths) == 1:
         return _attend(query, key, value, scaling, dropout, sliding_window, softcap).transpose(1, 2).contiguous(), None
@@ -127,11 +127,11 @@ def takes_short_segments(
     return short and query.shape[2] == key.shape[2] and dropout == 0 and softcap is None
 
 
-def has_varlen_kernel(query: Tensor) -> bool:
+def has_varlen_kernel(query: Tensor, value: Tensor) -> bool:
     """Whether torch has FlashAttention for sequences of any length on this device, in this type and width."""
     if query.device.type != "cuda":
         return False
-    suits = query.dtype in (torch.bfloat16, torch.float16) and query.shape[3] % 8 == 0 and query.shape[3] <= 256
+    suits = query.dtype in (torch.bfloat16, torch.float16) and _kernel_width(query, value) <= 256
     is_built = torch.backends.cuda.is_flash_attention_available()
     return suits and is_built and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
@@ -139,11 +139,22 @@ def has_varlen_kernel(query: Tensor) -> bool:
 def attend_varlen(
     query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scaling: float | None, window: int | None
 ) -> Tensor:
-    """All segments in one call of the kernel; as `segment_attention` -> (1, T, heads, D)."""
+    """All segments in one call of the kernel; as `segment_attention` -> (1, T, heads, D of the values).
+
+    The kernel takes heads of one width, a multiple of 8; DeepSeek's values are narrower than its keys. Zeros at the end
+    of a head change neither a score nor what is before them in the output.
+    """
     apply: Any = _Varlen.apply
-    by_token = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, heads, D)
-    output: Tensor = apply(*by_token, _borders(lengths, query.device), max(lengths), scaling, window)
-    return output[None]
+    by_token = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # (T, heads, D)
+    width = _kernel_width(query, value)
+    padded = [nn.functional.pad(t, (0, width - t.shape[2])) if t.shape[2] < width else t for t in by_token]
+    scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+    output: Tensor = apply(*padded, _borders(lengths, query.device), max(lengths), scaling, window)
+    return output[None, ..., : value.shape[3]].contiguous()
+
+
+def _kernel_width(query: Tensor, value: Tensor) -> int:
+    return -(-max(query.shape[3], value.shape[3]) // 8) * 8
 
 
 class _Varlen(torch.autograd.Function):
@@ -161,7 +172,7 @@ class _Varlen(torch.autograd.Function):
         value: Tensor,
         borders: Tensor,
         longest: int,
-        scaling: float | None,
+        scaling: float,
         window: int | None,
     ) -> Tensor:
         """(T, heads, D), (T, key heads, D) twice -> (T, heads, D)."""

@@ -117,6 +117,8 @@ def parameters_of(head: Head, model: nn.Module) -> Iterator[nn.Parameter]:
 def check_head(model: nn.Module) -> str | None:
     """Check on eight tokens that the loss is that of the model's own logits, and that these know no later token.
 
+    Call it under the autocast that the run computes under.
+
     Returns:
         What to say of a head that is not the output embedding alone; None for all others.
 
@@ -146,6 +148,8 @@ def check_head(model: nn.Module) -> str | None:
         how, fix = "on tokens alone", "another model.name_or_path"
         if is_quantized:  # some families use a layer's weight as a matrix, beside calling the layer
             how, fix = "on quantized weights", "model.quantization=none"
+        elif _runs_without_autocast(causal_lm, input_ids):  # DBRX adds up in a tensor of another type
+            how, fix = "under bfloat16 autocast", "train.bf16=false model.dtype=float32"
         raise TrainingError(f"{name} does not run {how} ({type(error).__name__}: {reason}); fix: {fix}") from error
     head = head_of(model, output)
     ours = head(output.last_hidden_state[0]).float()
@@ -157,7 +161,9 @@ def check_head(model: nn.Module) -> str | None:
         )
     seen = float((own[:-1] - after_another[:-1]).norm() / own[:-1].norm())
     # Experts multiply as many tokens at a time as were sent to them, and that decides how they are rounded.
-    rounds = causal_lm.dtype != torch.float32 or rounds_by_other_tokens(causal_lm)
+    rounds = (
+        causal_lm.dtype != torch.float32 or torch.is_autocast_enabled(device.type) or rounds_by_other_tokens(causal_lm)
+    )
     if not seen <= (0.05 if rounds else 1e-5):
         raise ConfigError(
             f"{name} sees later tokens: with another last token, the logits before it change by {seen:.2g} of their "
@@ -175,6 +181,19 @@ def check_head(model: nn.Module) -> str | None:
     if isinstance(head, OwnHead):
         return f"{name} has more than an output embedding after its decoder: its own forward gives the logits"
     return None
+
+
+def _runs_without_autocast(causal_lm: nn.Module, input_ids: Tensor) -> bool:
+    """Whether autocast alone is in the way."""
+    kind = input_ids.device.type
+    if not torch.is_autocast_enabled(kind):
+        return False
+    try:
+        with torch.autocast(kind, enabled=False):
+            causal_lm(input_ids=input_ids, use_cache=False)
+    except Exception:  # noqa: BLE001  # what it is has been seen already, under autocast
+        return False
+    return True
 
 
 def _train_mode_runs(causal_lm: nn.Module, input_ids: Tensor) -> None:

@@ -42,8 +42,8 @@ def check_packing(model: nn.Module) -> None:
         states: tuple[Tensor, ...] = output.last_hidden_state[0].float().split(lengths)
         return states
 
-    (first_alone,), (second_alone,) = hidden(first), hidden(second)
     try:
+        (first_alone,), (second_alone,) = hidden(first), hidden(second)
         first_packed, second_packed = hidden(first, second)
         _, second_after_another = hidden(other_first, second)
     except RuntimeError as error:  # for example a kernel that this GPU does not have

@@ -56,7 +56,8 @@ class Trials:
         start = find_starting_adapter(config.model)
         if start is not None:
             put_on(start, adapted)
-        check_head(adapted)
+        with self._accelerator.autocast():
+            check_head(adapted)
         self.adapted: nn.Module = adapted
         self._model: Any = self._accelerator.prepare_model(CausalLMLoss(adapted, config=config.train))
         self._start = {name: value.detach().clone() for name, value in self.trained()}

@@ -46,7 +46,8 @@ def build_model(
         if start is not None:
             put_on(start, model)
         check_reload(model)
-        _say_of_head(check_head(model), say)
+        with accelerator.autocast():
+            _say_of_head(check_head(model), say)
         return model, None
 
     loaded: PeftModel | None = None
@@ -100,7 +101,8 @@ def fill(
     if not loads_on_first_rank():
         return
     share_out(model, None if loaded is None else CausalLMLoss(loaded), accelerator.device)
-    _say_of_head(accelerator.unwrap_model(model).check_weights(bool(config.data.packing)), say)
+    with accelerator.autocast():
+        _say_of_head(accelerator.unwrap_model(model).check_weights(bool(config.data.packing)), say)
 
 
 def settle_exchange(model: nn.Module, optimizer: torch.optim.Optimizer, batching: Batching, data: EncodedFile) -> None:

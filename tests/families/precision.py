@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lora_core.checkpoints.adapter_folder import adapter_on
 from lora_core.config.schema import RunConfig
-from lora_core.data.packing import collate
+from lora_core.data.packing import collate, to_device
 from lora_core.errors import LoraCoreError
 from lora_core.model.attention import attention_of_text
 from lora_core.model.base import add_adapter, load_base_model, load_model_config, quantization_config
@@ -33,7 +33,7 @@ from lora_core.model.head import check_head
 from lora_core.model.loss import CausalLMLoss
 from tests.families.build import tiny_model
 from tests.families.sweep import (
-    CPU,
+    DEVICE,
     LENGTHS,
     LIMIT,
     VOCABULARY,
@@ -82,15 +82,16 @@ def outcome_in(precision: str, family: str, folder: Path) -> dict[str, Any]:
 
 
 def _ours(config: RunConfig, rows: list[list[int]], adapter: Path) -> dict[str, Tensor]:
-    adapted = add_adapter(load_base_model(config.model, CPU, packing=False), config.lora, seed=0)
+    adapted = add_adapter(load_base_model(config.model, DEVICE, packing=False), config.lora, seed=0)
     check_head(adapted)
     away_from_zero(adapted)
     adapted.save_pretrained(adapter)
     loss = CausalLMLoss(adapted).train()
-    total = torch.zeros(())
+    total = torch.zeros((), device=DEVICE)
     for row in rows:
         with _autocast(config):
-            sums = loss(**collate([{"input_ids": row, "loss_mask": [False, False, *[True] * (len(row) - 2)]}], 0))
+            batch = collate([{"input_ids": row, "loss_mask": [False, False, *[True] * (len(row) - 2)]}], 0)
+            sums = loss(**to_device(batch, DEVICE))
         sums.loss_sum.backward()
         total += sums.loss_sum.detach()
     return {"loss": total} | gradients_of(adapted)
@@ -107,6 +108,8 @@ def _plain(
         quantization_config=quantization_config(config.model),
         attn_implementation=attention_of_text(model_config, attention_for(model_config, attention)),
     )
+    if config.model.quantization == "none":
+        base.to(DEVICE)
     if widened:
         base.float()
     return summed_by_row(adapter_on(base, adapter, is_trainable=True).train(), base, rows)
@@ -115,7 +118,7 @@ def _plain(
 @contextmanager
 def _autocast(config: RunConfig) -> Iterator[None]:
     """As Accelerate wraps a run's forward."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=config.train.bf16 is True):
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=config.train.bf16 is True):
         yield
 
 

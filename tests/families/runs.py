@@ -1,9 +1,10 @@
 """Whole runs of small random families, as a user has them: trained, stopped and resumed, asked for replies, measured.
 
-    python -m tests.families.runs [NAME ...]
+    python -m tests.families.runs [--bf16] [NAME ...]
 
-prints a JSON object for each family; without names, for all of them (some hours on two cores). `sweep.py` compares one
-step of each with plain transformers and PEFT; this is about all that surrounds it.
+prints a JSON object for each family; without names, for all of them (some hours on two cores). In float32, unless
+`--bf16` is given; on the GPU, where there is one. `sweep.py` compares one step of each with plain transformers and
+PEFT; this is about all that surrounds it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from tests.tiny import chat, make_tokenizer, write_jsonl
 NEW_TOKENS = 6
 
 
-def outcome_of_run(family: str, folder: Path) -> dict[str, Any]:
+def outcome_of_run(family: str, folder: Path, bf16: bool = False) -> dict[str, Any]:
     """{family, why, ...}: `why` is empty where all of it ran, and a sentence where something is refused.
 
     `traceback` holds an error that is not a sentence. Of a run that ended: is its resumed adapter the same to the bit
@@ -49,7 +50,7 @@ def outcome_of_run(family: str, folder: Path) -> dict[str, Any]:
             except Exception as error:  # noqa: BLE001  # a family's config has its own idea of what is small
                 return result | {"why": f"not built: {type(error).__name__}"}
             tokenizer.save_pretrained(folder / "model")
-            result |= _run(folder)
+            result |= _run(folder, bf16)
     except LoraCoreError as error:
         result["why"] = str(error).splitlines()[0].replace(str(folder), "FOLDER")
     except Exception as error:  # noqa: BLE001  # what this is here to find
@@ -58,11 +59,12 @@ def outcome_of_run(family: str, folder: Path) -> dict[str, Any]:
     return result
 
 
-def _run(folder: Path) -> dict[str, Any]:
+def _run(folder: Path, bf16: bool) -> dict[str, Any]:
     rows = write_jsonl(folder / "train.jsonl", [chat(f"question {i}", f"answer {i % 5}") for i in range(16)])
     held_out = write_jsonl(folder / "eval.jsonl", [chat(f"a question {i}", f"answer {i}") for i in range(3)])
     settings = [
-        *(f"model.name_or_path={folder / 'model'}", "model.dtype=float32", "train.bf16=false"),
+        *(f"model.name_or_path={folder / 'model'}", f"train.bf16={str(bf16).lower()}"),
+        f"model.dtype={'bfloat16' if bf16 else 'float32'}",
         *(f"data.train_file={rows}", f"data.eval_file={held_out}", f"data.cache_dir={folder / 'cache'}"),
         *("train.optim=adamw_torch", "train.learning_rate=2e-3", "train.max_steps=4", "train.save_steps=2"),
         *("train.num_sample_replies=2", f"train.sample_max_new_tokens={NEW_TOKENS}"),
@@ -93,7 +95,7 @@ def _run(folder: Path) -> dict[str, Any]:
 @torch.no_grad()
 def _greedy(model: Any, tokenizer: Any, prompt: torch.Tensor) -> str:
     """A reply by the model's logits alone, with no cache: all tokens pass again for each new one."""
-    stops, ids = stop_ids(model, tokenizer), prompt
+    stops, ids = stop_ids(model, tokenizer), prompt.to(model.device)
     for _ in range(NEW_TOKENS):
         new = model(input_ids=ids, use_cache=False).logits[0, -1].argmax()
         ids = torch.cat([ids, new[None, None]], dim=1)
@@ -104,6 +106,7 @@ def _greedy(model: Any, tokenizer: Any, prompt: torch.Tensor) -> str:
 
 if __name__ == "__main__":
     quiet()
-    for family in sys.argv[1:] or families():
+    names = [word for word in sys.argv[1:] if word != "--bf16"]
+    for family in names or families():
         with tempfile.TemporaryDirectory() as temporary:
-            print(json.dumps(outcome_of_run(family, Path(temporary))), flush=True)
+            print(json.dumps(outcome_of_run(family, Path(temporary), "--bf16" in sys.argv)), flush=True)

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from lora_core.checkpoints.adapter_folder import adapter_on
 from lora_core.config.schema import RunConfig
-from lora_core.data.packing import collate, collate_packed
+from lora_core.data.packing import collate, collate_packed, to_device
 from lora_core.errors import LoraCoreError, SimulationError
 from lora_core.memory.micro_batch import MicroBatch
 from lora_core.memory.plan import predict_memory
@@ -35,7 +35,7 @@ from tests.families.build import tiny_model
 VOCABULARY = 128
 LENGTHS = (9, 17, 6)
 LIMIT = 1e-5
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def outcome(family: str, folder: Path) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def _train(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     rows = rows_of(LENGTHS)
     batch_rows = [{"input_ids": row, "loss_mask": [False, False, *[True] * (len(row) - 2)]} for row in rows]
 
-    base = load_base_model(config.model, CPU, packs)
+    base = load_base_model(config.model, DEVICE, packs)
     adapted = add_adapter(base, config.lora, seed=0)
     check_head(adapted)
     check_reload(adapted)
@@ -115,7 +115,7 @@ def _train(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
 
 def _ours(loss: CausalLMLoss, batch: dict[str, Any]) -> dict[str, Tensor]:
     loss.zero_grad()
-    sums = loss(**batch)
+    sums = loss(**to_device(batch, DEVICE))
     check_gradient(sums.loss_sum)
     sums.loss_sum.backward()
     return {"loss": sums.loss_sum.detach()} | gradients_of(loss.model)
@@ -125,7 +125,7 @@ def _plain(folder: Path, adapter: Path, rows: list[list[int]], config: RunConfig
     """Summed loss and gradients of the rows, one at a time, by transformers and PEFT alone: the adapter reloaded."""
     model_config = load_model_config(config.model)
     attention = attention_of_text(model_config, attention_for(model_config, "sdpa"))
-    base = plain_class(folder).from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
+    base = plain_class(folder).from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).to(DEVICE)
     model = adapter_on(base, adapter, is_trainable=True).train()
     return summed_by_row(model, base, rows)
 
@@ -142,9 +142,9 @@ def summed_by_row(model: Any, base: Any, rows: list[list[int]]) -> dict[str, Ten
     inner = base.get_decoder()
     has_head = isinstance(inner, PreTrainedModel) and inner.get_output_embeddings() is not None
     forward = inner if has_head else model
-    total = torch.zeros(())
+    total = torch.zeros((), device=DEVICE)
     for row in rows:
-        ids = torch.tensor([row])
+        ids = torch.tensor([row], device=DEVICE)
         logits = forward(input_ids=ids, use_cache=False).logits[0, 1:-1].float()
         loss = torch.nn.functional.cross_entropy(logits, ids[0, 2:], reduction="sum")
         loss.backward()
@@ -182,11 +182,12 @@ def away_from_zero(model: torch.nn.Module) -> None:
 
 
 def quiet() -> None:
-    """Without the libraries' own words."""
+    """Without the libraries' own words, and in full float32."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
+    torch.backends.cudnn.allow_tf32 = False  # convolutions of float32 are rounded to ten bits otherwise
 
 
 def outcomes(names: list[str]) -> Iterator[dict[str, Any]]:

@@ -138,7 +138,13 @@ def documented_flash(
     window_size_left: int = -1,
     window_size_right: int = -1,
 ) -> tuple[torch.Tensor, ...]:
-    """What FlashAttention documents of its forward, a query at a time; the kernel itself needs a GPU."""
+    """What FlashAttention documents of its forward, a query at a time; the kernel itself needs a GPU.
+
+    It takes heads of one width, a multiple of 8: torch 2.11 ends with "v must have shape (total_k, num_heads_k,
+    head_size_og)" otherwise.
+    """
+    assert query.shape[2] == key.shape[2] == value.shape[2]
+    assert query.shape[2] % 8 == 0
     assert borders is key_borders
     assert borders.dtype == torch.int32
     assert (longest, longest_key, dropout_p) == (int(borders.diff().max()),) * 2 + (0.0,)
@@ -177,21 +183,33 @@ def documented_flash_backward(
 
 @pytest.mark.parametrize("lengths", [(5, 1, 7), (13,)])
 @pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize(
+    ("width", "width_of_values", "scaling"),
+    [(8, 8, 0.3), (24, 16, 0.3), (20, 20, None), (12, 14, None)],
+    ids=["as it takes them", "narrower values", "no multiple of 8", "wider values"],
+)
 def test_the_gpus_kernels_are_asked_for_what_the_cpu_computes(
-    monkeypatch: pytest.MonkeyPatch, window: int | None, lengths: tuple[int, ...]
+    monkeypatch: pytest.MonkeyPatch,
+    window: int | None,
+    lengths: tuple[int, ...],
+    width: int,
+    width_of_values: int,
+    scaling: float | None,
 ) -> None:
     monkeypatch.setattr(attention, "flash_forward", documented_flash)
     monkeypatch.setattr(attention, "flash_backward", documented_flash_backward)
     torch.manual_seed(0)
-    inputs = [torch.randn(1, heads, 13, 8, requires_grad=True) for heads in (4, 2, 2)]
-    seen = torch.randn(1, 13, 4, 8)
+    shapes = ((4, width), (2, width), (2, width_of_values))
+    inputs = [torch.randn(1, heads, 13, size, requires_grad=True) for heads, size in shapes]
+    seen = torch.randn(1, 13, 4, width_of_values)
     results = []
     for has_kernel in (False, True):
-        monkeypatch.setattr(attention, "has_varlen_kernel", lambda query, has_kernel=has_kernel: has_kernel)
+        monkeypatch.setattr(attention, "has_varlen_kernel", lambda *_, has_kernel=has_kernel: has_kernel)
         monkeypatch.setattr(attention, "takes_short_segments", lambda *_, has_kernel=has_kernel: not has_kernel)
         output, _ = segment_attention(
-            torch.nn.Identity(), *inputs, None, segment_lengths=lengths, scaling=0.3, sliding_window=window
+            torch.nn.Identity(), *inputs, None, segment_lengths=lengths, scaling=scaling, sliding_window=window
         )
+        assert output.is_contiguous()
         results.append([output, *torch.autograd.grad(output, inputs, seen)])
     torch.testing.assert_close(*results)
     assert not torch.are_deterministic_algorithms_enabled()

@@ -13,6 +13,7 @@ from lora_core.model.attention import decoder_of
 from lora_core.model.head import OwnHead, check_head, head_of
 from lora_core.model.loss import CausalLMLoss
 from tests.conftest import make_model
+from tests.families.build import tiny_model
 
 
 def make_bert(is_decoder: bool = True) -> BertLMHeadModel:
@@ -111,6 +112,21 @@ def test_logits_that_hidden_states_do_not_give_are_told_apart() -> None:
         check_head(_AddsItsTokens(make_model(300).config))
 
 
-def test_a_model_that_does_not_run_on_tokens_alone_is_told_in_a_sentence() -> None:
-    with pytest.raises(TrainingError, match=r"_Refuses does not run on tokens alone .ValueError: say which language"):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_model_that_does_not_run_on_tokens_alone_is_told_in_a_sentence(autocast: bool) -> None:
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        pytest.raises(TrainingError, match=r"_Refuses does not run on tokens alone .ValueError: say which language"),
+    ):
         check_head(_Refuses(make_model(300).config))
+
+
+def test_a_model_that_autocast_breaks_is_told_how_it_runs() -> None:
+    """DBRX adds bfloat16 products up in a tensor of the type of its hidden states."""
+    model = tiny_model("dbrx", 128)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(TrainingError, match=r"under bfloat16 autocast .* fix: train\.bf16=false model\.dtype=float32"),
+    ):
+        check_head(model)
+    assert check_head(model) is None  # float32, without autocast
