@@ -11,7 +11,7 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
-from lora_core.config.schema import RunConfig
+from lora_core.config.schema import ModelConfig, RunConfig
 from lora_core.errors import ConfigError
 from lora_core.model.attention import segment_attention, takes_short_segments, use_attention
 from lora_core.model.base import (
@@ -88,19 +88,27 @@ def num_parameters(config: RunConfig, num_layers: int) -> int:
     return sum(parameter.numel() for parameter in base_without_storage(config, num_layers).parameters())
 
 
-def model_without_storage(config: RunConfig, device_kind: str, packed: bool, num_layers: int) -> PeftModel:
-    from transformers import AttentionInterface
+def quantized_without_storage(base: Any, config: ModelConfig) -> Any:
+    """The base model, with bitsandbytes' layers in place of linear ones if `config.quantization` says so."""
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    base = base_without_storage(config, num_layers)
-    quantization = quantization_config(config.model)
+    quantization = quantization_config(config)
+    if quantization is None:
+        return base
+    # Columns with outliers are found by value, and there are none here; they are few.
+    quantization.llm_int8_threshold = 0.0
     with torch.device("meta"):
-        if quantization is not None:
-            # Columns with outliers are found by value, and there are none here; they are few.
-            quantization.llm_int8_threshold = 0.0
-            base = replace_with_bnb_linear(base, get_keys_to_not_convert(base), quantization)
-            keep_4bit_weights_trainable(base)
+        base = replace_with_bnb_linear(base, get_keys_to_not_convert(base), quantization)
+        keep_4bit_weights_trainable(base)
+    return base
+
+
+def model_without_storage(config: RunConfig, device_kind: str, packed: bool, num_layers: int) -> PeftModel:
+    from transformers import AttentionInterface
+
+    base = quantized_without_storage(base_without_storage(config, num_layers), config.model)
+    with torch.device("meta"):
         base.requires_grad_(False)
         if packed:
             AttentionInterface.register(_SIMULATED, _segments if device_kind == "cpu" else _fused_attention)

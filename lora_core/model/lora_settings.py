@@ -135,7 +135,7 @@ def targets_of(base: nn.Module, lora: LoraConfig) -> Targets:
         key = (wrong or ["init_lora_weights"])[0]
         raise ConfigError(
             f"lora.{key}={getattr(lora, key)}: PEFT has that for linear layers, and lora.target_modules=auto takes "
-            f"fused experts too ({', '.join(targets.parameters)}); fix: lora.target_modules=all-linear"
+            f"what it reaches as parameters too ({', '.join(targets.in_short())}); fix: lora.target_modules=all-linear"
         )
     return targets
 

@@ -16,7 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from lora_core.errors import ConfigError
 from lora_core.model.attention import causal_lm_of
 from lora_core.model.decoder import decoder_layers
-from lora_core.model.language_part import layers_of_images
+from lora_core.model.language_part import layers_of_images, without_text
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -32,7 +32,12 @@ class Targets(NamedTuple):
     """Last parts such as q_proj, or dotted names where that part also names something that gets no adapter; or
     `all-linear`."""
     parameters: list[str]
-    """Of fused experts, such as experts.down_proj."""
+    """Of fused experts, such as experts.down_proj; and of layers beside experts, such as shared_experts.up_proj.weight,
+    whose names PEFT takes for the experts'."""
+
+    def in_short(self) -> list[str]:
+        """The parameters as they are told to people: experts.down_proj, shared_experts.up_proj."""
+        return [*dict.fromkeys(".".join(name.removesuffix(".weight").split(".")[-2:]) for name in self.parameters)]
 
 
 def find_targets(base: nn.Module) -> Targets:
@@ -57,25 +62,55 @@ def find_targets(base: nn.Module) -> Targets:
         and not _is_in_groups(module)
         and _out_features(module) not in sizes
     ]
-    experts = [
-        f"{name}.{parameter_name}"
-        for name, module in named.items()
-        for parameter_name, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and len(parameter) in sizes
-    ]
+    experts = [f"{name}.{stacked}" for name, module in named.items() for stacked in _stacked(module, sizes)]
     if not chosen and not experts:
         raise ConfigError(
             f"lora.target_modules=auto: {type(causal_lm_of(base)).__name__} has no linear layers in its decoder; fix: "
             "lora.target_modules=[NAMES OF ITS LAYERS]"
         )
-    parameters = dict.fromkeys(".".join(name.split(".")[-2:]) for name in experts)
-    return Targets(_short([name for name, _ in base.named_modules()], chosen), [*parameters])
+    all_names = [name for name, _ in base.named_modules()]
+    moved = _taken_for_experts(base, {name.rsplit(".", 1)[-1] for name in chosen}) if experts else set()
+    beside = [name for name in chosen if name.rsplit(".", 1)[-1] in moved and type(named[name].weight) is nn.Parameter]
+    layers_alone = [name for name in chosen if name not in beside]
+    parameters = [".".join(name.split(".")[-2:]) for name in experts]
+    # `exclude_modules`, which keeps an adapter out of a checkpoint's towers, is not for parameters.
+    beside = _short(all_names, beside, parts=2) if without_text(base) is None else beside
+    parameters += [f"{name}.weight" for name in beside]
+    return Targets(_short(all_names, layers_alone), [*dict.fromkeys(parameters)])
 
 
-def _short(all_names: list[str], chosen: list[str]) -> list[str]:
+def _stacked(module: nn.Module, sizes: set[int]) -> list[str]:
+    """Names of its parameters that are a matrix for each expert. LongCat's have more for some of a module than for
+    others: experts that do nothing have none."""
+    stacked = {name: len(p) for name, p in module.named_parameters(recurse=False) if p.dim() == 3}
+    return [*stacked] if sizes & {*stacked.values()} else []
+
+
+def _taken_for_experts(base: nn.Module, names: set[str]) -> set[str]:
+    """Those of `names` that PEFT replaces by parameters of stacked experts, whatever else has them: transformers 5
+    stacked the experts of some families, and PEFT keeps reading adapters of the time before by their old names.
+
+    A layer of such a name gets an adapter as the parameter that its weight is. A quantized weight has another shape
+    there: PEFT reaches that layer by no name.
+    """
+    import peft
+    from peft.utils import transformers_weight_conversion
+
+    # It refuses a part of those that belong together.
+    every = {*names, "gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+    settings = peft.LoraConfig(target_modules=[*every])
+    transformers_weight_conversion.convert_peft_config_for_transformers(settings, base, None)
+    return names - set(settings.target_modules or ())
+
+
+def _short(all_names: list[str], chosen: list[str], parts: int = 1) -> list[str]:
     """Last parts that say the same as the chosen names, else the names themselves."""
-    number, of_chosen = (Counter(name.rsplit(".", 1)[-1] for name in names) for names in (all_names, chosen))
-    short = {name: name.rsplit(".", 1)[-1] for name in chosen}
+
+    def last(name: str) -> str:
+        return ".".join(name.split(".")[-parts:])
+
+    number, of_chosen = (Counter(map(last, names)) for names in (all_names, chosen))
+    short = {name: last(name) for name in chosen}
     return [*dict.fromkeys(part if number[part] == of_chosen[part] else name for name, part in short.items())]
 
 
@@ -119,9 +154,8 @@ def without_adapter(model: PeftModel, targets: Targets) -> dict[str, float]:
     """The matrices of the decoder's layers that got no adapter, though `targets` names their layer or they are large:
     last parts of their names, such as mlp.w1 -> their share of the layers' parameters.
 
-    DBRX reads its experts past the module that holds them, Mamba's kernel its out_proj. In families whose experts
-    transformers stacks, PEFT takes gate_proj, up_proj and down_proj for the experts' alone, also where dense layers and
-    shared experts have these names.
+    DBRX reads its experts past the module that holds them, Mamba's kernel its out_proj. PEFT does not reach quantized
+    layers whose names it takes for those of experts.
     """
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper

@@ -23,7 +23,7 @@ def check_targets_exist(facts: Facts) -> Iterator[Finding]:
     missing = dict(facts.model.without_match).get("target_modules", ())
     if not missing and facts.model.targeted:
         return
-    linear, experts = _linear_layers(facts), facts.model.auto_targets.parameters
+    linear, experts = _linear_layers(facts), facts.model.auto_targets.in_short()
     if missing or not lora.target_modules:
         what = f"{', '.join(missing) or 'an empty list'} matches nothing in this model"
     else:
@@ -36,7 +36,7 @@ def check_targets_exist(facts: Facts) -> Iterator[Finding]:
         "targets_missing",
         "error",
         f"lora.target_modules: {what}{hint}; its linear layers: {', '.join(_linear_layers(facts))}"
-        + (f"; its experts: {', '.join(experts)}" if experts else ""),
+        + (f"; by lora.target_modules=auto also {', '.join(experts)}" if experts else ""),
         list(missing),
         linear,
         "lora.target_modules=auto" if experts else f"lora.target_modules=[{','.join(linear)}]",
@@ -148,18 +148,20 @@ def check_experts(facts: Facts) -> Iterator[Finding]:
     """The adapter goes on fused experts, for which PEFT has neither DoRA nor dropout.
 
     All experts of a layer are slices of one parameter; PEFT adds the adapter's product to it, and never sees an input
-    that it could drop from. The other layers keep `lora.dropout`, and the saved adapter says 0, so that PEFT loads it.
+    that it could drop from. It reaches layers beside experts (a shared expert, a dense layer) in the same way where it
+    takes their names for the experts'. The others keep `lora.dropout`, and the saved adapter says 0, so that PEFT loads
+    it.
 
     For DoRA: `lora.use_dora=false`, or `lora.target_modules=all-linear`, which leaves such experts out.
     """
-    lora, experts = facts.config.lora, facts.model.auto_targets.parameters
+    lora, experts = facts.config.lora, facts.model.auto_targets.in_short()
     if lora.target_modules != "auto" or not experts:
         return
     if lora.use_dora:
         yield Finding(
             "experts_dora",
             "error",
-            f"lora.use_dora=true: PEFT has no DoRA for fused experts ({', '.join(experts)})",
+            f"lora.use_dora=true: PEFT has no DoRA for what it reaches as parameters ({', '.join(experts)})",
             True,
             False,
             "lora.use_dora=false",
@@ -168,8 +170,8 @@ def check_experts(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "experts_without_dropout",
             "note",
-            f"lora.dropout={lora.dropout:g} is not applied to experts ({', '.join(experts)}): PEFT has none for fused "
-            "ones; the other layers keep it",
+            f"lora.dropout={lora.dropout:g} is not applied to {', '.join(experts)}: PEFT reaches them as parameters, "
+            "and has no dropout there; the other layers keep it",
             lora.dropout,
             0,
             None,

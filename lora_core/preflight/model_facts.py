@@ -8,7 +8,7 @@ from typing import Any
 from lora_core.config.schema import RunConfig
 from lora_core.configuration import with_overrides
 from lora_core.errors import ConfigError
-from lora_core.memory.without_storage import base_without_storage, num_hidden_layers
+from lora_core.memory.without_storage import base_without_storage, num_hidden_layers, quantized_without_storage
 from lora_core.model.base import add_adapter, load_model_config, resolve_name
 from lora_core.model.decoder import is_encoder, why_not_packed
 from lora_core.model.language_part import left_out
@@ -135,6 +135,7 @@ def _auto_targets(base: Any) -> Targets:
 def _without_adapter(base: Any, config: RunConfig) -> tuple[tuple[str, float], ...]:
     if config.lora.target_modules != "auto" or config.lora.exclude_modules or config.lora.layers_to_transform:
         return ()
+    base = quantized_without_storage(base, config.model)
     targets = _auto_targets(base)
     try:
         return tuple(without_adapter(add_adapter(base, config.lora, config.train.seed), targets).items())

@@ -31,9 +31,9 @@ def check_towers(facts: Facts) -> Iterator[Finding]:
 def check_without_adapter(facts: Facts) -> Iterator[Finding]:
     """Much of the decoder's layers gets no adapter, though `lora.target_modules: auto` is all of their linear layers.
 
-    PEFT reaches linear layers, and the stacked experts of the families that it knows. DBRX reads its experts past the
-    module that holds them. In DeepSeek's, GLM's and Qwen3-Next's mixtures, PEFT takes gate_proj, up_proj and down_proj
-    for the experts' alone, so that dense layers and shared experts of these names get none.
+    PEFT reaches linear layers, and stacked experts as parameters. DBRX reads its experts past the module that holds
+    them. In DeepSeek's, GLM's and Qwen3-Next's mixtures, PEFT takes gate_proj, up_proj and down_proj for the experts'
+    alone: dense layers and shared experts of these names are reached as parameters, but not in 4 or 8 bits.
 
     No action is needed: what has no adapter stays as it is. A larger `lora.rank` gives the others more room.
     """

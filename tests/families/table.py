@@ -16,6 +16,7 @@ import peft
 import torch
 import transformers
 
+from lora_core.model.targets import Targets
 from tests.families.build import families
 from tests.families.sweep import outcomes
 from tests.tiny import ROOT
@@ -36,10 +37,11 @@ model were used. Written by `make families`, or in part by `python -m tests.fami
 
 `lora.target_modules: auto` is all linear layers in the decoder's layers and its fused experts, without routers. A run
 prints how many of each name have an adapter. In families whose experts transformers stacks (DeepSeek's, GLM's and their
-kin), PEFT takes `gate_proj`, `up_proj` and `down_proj` for the experts' alone, so that dense layers and shared experts
-of these names get none, nor do DBRX's experts: preflight names them (`without_adapter`). PEFT has neither dropout nor
-DoRA for fused experts: the other layers keep `lora.dropout`, and DoRA on them is refused. What is trained is the loss
-of tokens alone, without a router's own loss: preflight says so where the model's config asks for it.
+kin), PEFT takes `gate_proj`, `up_proj` and `down_proj` for the experts': dense layers and shared experts of these names
+are reached as parameters (`shared_experts.up_proj.weight`), but not in 4 or 8 bits. DBRX's experts are not reached
+either: preflight names what is not (`without_adapter`). PEFT has neither dropout nor DoRA for parameters, as fused
+experts are: the other layers keep `lora.dropout`, and DoRA on them is refused. What is trained is the loss of tokens
+alone, without a router's own loss: preflight says so where the model's config asks for it.
 
 Checkpoints that also see or hear (`...ForConditionalGeneration`) are built whole, with their towers, and loaded without
 them: text passes none. The adapter has the names of the whole checkpoint, its `exclude_modules` keep adapters out of
@@ -61,9 +63,10 @@ or plain bfloat16 from float32; `ctrl`, `deepseek_v2` and `qwen2_moe` are beyond
 
 
 def line_of(row: dict[str, Any]) -> str:
-    modules, experts = row.get("targets") or ([], [])
+    targets = Targets(*(row.get("targets") or ([], [])))
     left = {name.rsplit(".", 1)[-1] for name in row.get("without", ())}
-    parts = [*dict.fromkeys(last for name in modules if (last := name.rsplit(".", 1)[-1]) not in left), *experts]
+    last_parts = dict.fromkeys(name.rsplit(".", 1)[-1] for name in targets.modules)
+    parts = [*(part for part in last_parts if part not in left), *targets.in_short()]
     why = str(row["why"]).translate({ord(mark): " " for mark in "|<>`\n"})
     why = f"`{why}`" if row["trains"].startswith("not") and why else why
     names = ", ".join(f"`{part}`" for part in parts)

@@ -15,12 +15,16 @@ from tests.families.sweep import LIMIT, outcome
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LATENT = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+DENSE, SHARED, SHARED_ONE = (
+    [f"{part}.{name}_proj.weight" for name in ("gate", "up", "down")]
+    for part in ("mlp", "shared_experts", "shared_expert")
+)
 BERT_DENSE = [
     f"bert.encoder.layer.{layer}.{part}.dense"
     for layer in range(2)
     for part in ("attention.output", "intermediate", "output")
 ]
-# family -> (how it trains, linear layers with an adapter, experts with one)
+# family -> (how it trains, linear layers with an adapter, experts and what is reached as a parameter beside them)
 EXPECTED: dict[str, tuple[str, list[str], list[str]]] = {
     "llama": ("packed", SEVEN, []),
     "qwen3": ("packed", SEVEN, []),
@@ -32,9 +36,9 @@ EXPECTED: dict[str, tuple[str, list[str], list[str]]] = {
     "mixtral": ("packed", SEVEN[:4], EXPERTS),
     "qwen3_moe": ("packed", SEVEN[:4], EXPERTS),
     "gpt_oss": ("padded", SEVEN[:4], EXPERTS),
-    "deepseek_v3": ("packed", [*LATENT, *SEVEN[4:]], EXPERTS),
+    "deepseek_v3": ("packed", LATENT, [*EXPERTS, *DENSE, *SHARED]),
     "llama4_text": ("padded", SEVEN, EXPERTS),
-    "qwen3_next": ("padded", [*SEVEN, "in_proj_qkvz", "in_proj_ba"], EXPERTS),
+    "qwen3_next": ("padded", [*SEVEN[:4], "in_proj_qkvz", "in_proj_ba"], [*EXPERTS, *SHARED_ONE]),
     "bert": ("packed", ["query", "key", "value", *BERT_DENSE], []),
     "lfm2": ("padded", [*SEVEN[:3], "in_proj", "out_proj", "w1", "w2", "w3"], []),
     "stablelm": ("padded", SEVEN, []),
@@ -53,7 +57,7 @@ def test_a_family_trains_as_plain_transformers_and_peft_do(family: str, tmp_path
     assert got["padded"] <= LIMIT
     assert got.get("packed", 0.0) <= LIMIT
     assert (sorted(got["targets"].modules), sorted(got["targets"].parameters)) == (sorted(modules), sorted(experts))
-    assert got["without_gradient"] == []
+    assert got["without_gradient"] == got["without"] == []
 
 
 def test_a_family_that_does_not_train_says_so_in_a_sentence(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from lora_core.configuration import load_config
 from lora_core.data.encoded import load_data
 from lora_core.errors import SimulationError
-from lora_core.model.base import load_tokenizer
+from lora_core.model.base import add_adapter, load_base_model, load_tokenizer
+from lora_core.model.targets import find_targets, without_adapter
 from lora_core.preflight.findings import Finding
 from lora_core.preflight.model_facts import model_facts, with_packing
 from lora_core.preflight.preflight import gather_facts, run_checks
@@ -65,7 +66,7 @@ def test_experts_have_neither_dropout_nor_dora(find: Any) -> None:
     assert found["experts_dora"].severity == "error"
     assert found["experts_dora"].fix == "lora.use_dora=false"
     found = find("mixtral", "lora.dropout=0.1")
-    assert "lora.dropout=0.1 is not applied to experts (experts." in found["experts_without_dropout"].message
+    assert "lora.dropout=0.1 is not applied to experts." in found["experts_without_dropout"].message
     others = {"experts_dora", "memory_unknown", "packing_off", "router_loss_off", "towers_left_out", "without_adapter"}
     assert not others & set(found)
 
@@ -73,7 +74,7 @@ def test_experts_have_neither_dropout_nor_dora(find: Any) -> None:
 def test_names_of_another_family_are_answered_with_all_of_this_one(find: Any) -> None:
     found = find("mixtral", "lora.target_modules=[q_proj,gate_proj]")
     assert found["targets_missing"].fix == "lora.target_modules=auto"
-    assert "its experts: experts." in found["targets_missing"].message
+    assert "by lora.target_modules=auto also experts." in found["targets_missing"].message
 
 
 def test_a_model_whose_layers_carry_a_state_is_padded_unless_packing_is_asked_for_by_name(find: Any) -> None:
@@ -104,9 +105,18 @@ def test_what_no_adapter_reaches_is_named(find: Any, config_of: Any) -> None:
     note = find("dbrx")["without_adapter"]
     assert (note.severity, note.fix, note.value) == ("note", None, ["mlp.w1", "mlp.v1", "mlp.w2"])
     assert not model_facts(config_of("dbrx", "lora.target_modules=[Wqkv]")).without_adapter
-    # Dense layers and shared experts.
-    left = dict(model_facts(config_of("deepseek_v3")).without_adapter)
+    # Dense layers and shared experts, whose names PEFT takes for the experts': as parameters, which 4 bits are not.
+    assert not model_facts(config_of("deepseek_v3")).without_adapter
+    left = dict(model_facts(config_of("deepseek_v3", "model.quantization=nf4")).without_adapter)
     assert left.keys() == {f"{of}.{name}_proj" for of in ("mlp", "shared_experts") for name in ("gate", "up", "down")}
+    assert "shared_experts.up_proj" in find("deepseek_v3", "lora.dropout=0.1")["experts_without_dropout"].message
+
+
+def test_what_is_said_to_be_without_adapter_in_4_bits_is_without(config_of: Any) -> None:
+    config = config_of("deepseek_v3", "model.quantization=nf4", "model.dtype=float32", "train.bf16=false")
+    adapted = add_adapter(load_base_model(config.model, torch.device("cpu"), packing=False), config.lora, seed=0)
+    said, seen = dict(model_facts(config).without_adapter), without_adapter(adapted, find_targets(adapted))
+    assert said.keys() == seen.keys()
 
 
 def test_tokens_that_the_model_has_no_embedding_for_are_refused_and_trained_once_it_has(
