@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -100,7 +99,8 @@ def after(run: Run) -> float:
 
 
 def change(run: Run) -> str:
-    return f"{after(run) / eval_losses(run)[0][1] - 1:+.1%}"
+    share = after(run) / eval_losses(run)[0][1] - 1
+    return f"{share:+.1%}" if abs(share) >= 0.001 else f"{share:+.2%}"
 
 
 Sweep = Mapping[tuple[str, str], Sequence[Run]]
@@ -203,7 +203,6 @@ def diagnosis_column(run: Run, padding: float) -> dict[str, str]:
         "padding": "none, packed" if data["packing"] else f"{padding:.1%} of all positions",
         "log lines": f"{len(learning_rates(run))} (`logging_steps` {train['logging_steps']})",
         "eval loss before -> after": f"{eval_losses(run)[0][1]:.4f} -> {after(run):.4f} ({change(run)})",
-        "training time": f"{run.summary['train_time_s']:.0f} s",
     }
 
 
@@ -266,11 +265,11 @@ def describe(run: Run, padding: float | None = None) -> dict[str, Any]:
         "eval_loss_before": eval_losses(run)[0][1],
         "eval_loss_after": after(run),
         "eval_loss_by_step": dict(eval_losses(run)),
+        "hardware": run.summary["hardware"],
     }
     if padding is not None:
         described |= {key: settings[key] for key in NOT_SWEPT}
         described |= {"padding_share": padding, "learning_rate_by_step": dict(learning_rates(run))}
-        described |= {"train_time_s": run.summary["train_time_s"]}
     return described
 
 
@@ -281,6 +280,7 @@ def describe_spread(rate: str, targets: str, runs: Sequence[Run]) -> dict[str, A
         "learning_rate": rate,
         "target_modules": TARGETS[targets],
         "seeds": [run.config["train"]["seed"] for run in runs],
+        "hardware": sorted({run.summary["hardware"] for run in runs}),
         "eval_loss_after": losses,
         "mean": statistics.mean(losses),
         "standard_deviation": statistics.stdev(losses),
@@ -344,10 +344,11 @@ def draw(theme: Theme, failure: Run, remedy: Run, sweep: Sweep) -> Figure:
     right.axhline(eval_losses(remedy)[0][1], color=theme.faint, linestyle="--", linewidth=1)
     label(right, "untrained", (2e-3, eval_losses(remedy)[0][1]), (0, -13), theme.faint, ha="right")
     rates = [float(rate) for rate in LEARNING_RATES]
-    for targets, color, marker in (("q, v", theme.q_v, "s"), ("all seven", theme.remedy, "o")):
+    styles = (("q, v", theme.q_v, "s", (6, 3), "left"), ("all seven", theme.remedy, "o", (-8, -8), "right"))
+    for targets, color, marker, offset, side in styles:
         losses = [mean_after(sweep[rate, targets]) for rate in LEARNING_RATES]
         right.plot(rates, losses, marker=marker, color=color, linewidth=2)
-        label(right, targets, (rates[1], losses[1]), (6, 3), color)
+        label(right, targets, (rates[2], losses[2]), offset, color, ha=side)
     right.set(xscale="log", xlim=(4.2e-5, 2.4e-3))
     right.set_xticks(rates, LEARNING_RATES)
     right.minorticks_off()
@@ -388,7 +389,6 @@ def main() -> None:
     finished = max((run.folder / "summary.json").stat().st_mtime for run in runs)
     result = {
         "date": time.strftime("%Y-%m-%d", time.gmtime(finished)),
-        "cpu_count": os.cpu_count(),
         "versions": remedy.summary["versions"],
         "model": remedy.config["model"]["name_or_path"],
         "train_file": remedy.config["data"]["train_file"],

@@ -170,7 +170,7 @@ def _beside_shipped(prescription: Prescription) -> list[str]:
             if values.get(key) != there
         ]
         measured = (
-            "; measured on a 135M model, 50 steps on 78 rows: eval loss 2.87 with 5e-5, 1.05 with 5e-4"
+            "; measured on a 135M model, 50 steps on 78 rows: eval loss 2.77 with 5e-5, 0.32 with 1e-3"
             if values["train.learning_rate"] != config.train.learning_rate
             else ""
         )
