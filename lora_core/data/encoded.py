@@ -28,7 +28,7 @@ from lora_core.data.split import hold_out
 from lora_core.encoding import chat, forms, prompts, provenance, reasoning, spans, template
 from lora_core.encoding.chat import ChatEncoder, EncodedChat
 from lora_core.errors import ConfigError, DataError, RowError
-from lora_core.rows import columns, json_values, keyed_parts, messages, tool_use, turns
+from lora_core.rows import columns, json_values, keyed_parts, messages, other_shapes, tool_use, turns
 from lora_core.rows.messages import Conversation, RowShape, TrainOn, one_for_each_reply, parse_json_row, shape_of
 from lora_core.sources.files import as_jsonl
 from lora_core.sources.places import Places
@@ -183,6 +183,7 @@ def _fingerprint(path: Path, encoder: ChatEncoder, settings: list[Any]) -> str:
         json_values,
         columns,
         keyed_parts,
+        other_shapes,
         tool_use,
         turns,
         messages,

@@ -413,8 +413,8 @@ def test_train_on_everything_is_all_that_the_template_writes() -> None:
         ({"messages": {"a": 1}}, "messages must be a list of turns, not an object"),
         ({"conversation": []}, "has no turns; it needs an assistant turn to train on"),
         (
-            {"messages": [{"input": "q", "output": "a"}]},
-            "turn 1 has no role, but the keys 'input', 'output'; fix: a role",
+            {"messages": [{"q": "q", "output": "a"}]},
+            "turn 1 has no role, but the keys 'q', 'output'; fix: a role",
         ),
         ({"messages": [USER]}, "has no assistant turn; it needs one to train on"),
         ({"messages": [USER], "response": "a"}, 'fix: "data.columns={prompt: messages, completion: response}"'),
