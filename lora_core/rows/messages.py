@@ -205,7 +205,7 @@ def parse_row(row: Any, shape: RowShape | None = None) -> Conversation:
     weights = tuple(
         turn.weight * weight if message["role"] == "assistant" else 1.0 for turn in turns for message in turn.messages
     )
-    tools_key = first(columns, TOOLS)
+    tools_key = first(columns, TOOLS if "tools" not in shape.columns else ("tools",))
     used |= {tools_key} if tools_key is not None else set()
     variables = _template_variables(columns.get(_TEMPLATE_VARIABLES))
     used |= {_TEMPLATE_VARIABLES} if variables else set()
