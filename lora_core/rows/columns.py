@@ -29,7 +29,7 @@ PAIRS = (
     ("input", "output"),
 )
 ANSWERS = frozenset(answer for _, answer in PAIRS)
-SYSTEM = ("system", "system_prompt")
+SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
 TOOLS = ("tools", "functions")
 _OPTIONAL = (*SYSTEM, *TOOLS, "history", "input", "reasoning")
 """Columns that some rows lack: Parquet and Arrow give a row without its null columns."""
@@ -57,7 +57,8 @@ _BESIDE = {
 _NAME = re.compile(r"[^\W\d][\w.]{,59}")
 """What stands in a list of `data.columns` as it is."""
 
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+_WEIGHTS_OF_ALL = ("weights", "loss_weights", "loss_mask", "train_mask", "mask")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
 def first(columns: Mapping[str, Any], keys: Sequence[str]) -> str | None:
@@ -86,7 +87,13 @@ def refuse_what_is_not_sft(columns: Mapping[str, Any], named: Collection[str]) -
                 f"has {key}={shown}: a reply that must not be learned; fix: leave such rows out (or that column, where "
                 "it says something else)"
             )
-    for key in _MEDIA:
+    for key in _WEIGHTS_OF_ALL:
+        if isinstance(columns.get(key), list) and columns[key]:
+            raise RowError(
+                f"has a list of {key}, which may leave some turns out of training; fix: weight: 0 or weight: 1 in each "
+                "turn"
+            )
+    for key in MEDIA:
         if not is_empty(columns.get(key)):
             raise RowError(f"holds {quoted(key)}; only text is trained; fix: leave such rows out")
 
@@ -188,6 +195,26 @@ def refuse_two_replies(columns: Mapping[str, Any], used: Collection[str], names:
             asked = names.get(question, question)
             fixes = [f'"data.columns={{prompt: {asked}, completion: {reply}}}"' for reply in (answer, other)]
             raise RowError(f"has two replies, {answer} and {other}, and they differ; fix: {fixes[0]}, or {fixes[1]}")
+
+
+def refuse_text_beside(columns: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    """Refuse a text, of which all is trained, beside a question or a reply that would be left out.
+
+    Args:
+        names: of `data.columns`; where they say what the text is, nothing is refused.
+
+    Raises:
+        RowError: names both.
+    """
+    questions = [question for question, _ in PAIRS if question != "input"]
+    for other in (*questions, *sorted(ANSWERS), "target", "summary"):
+        if "text" not in names and isinstance(columns.get(other), str) and columns[other].strip():
+            asked, replied = (other, "text") if other in questions else ("text", other)
+            raise RowError(
+                f"has a text and {other} beside it, which would be left out; fix: "
+                f'"data.columns={{prompt: {asked}, completion: {replied}}}", or "data.columns={{text: text}}" to train '
+                "the text alone"
+            )
 
 
 def unknown_names(columns: Mapping[str, Any]) -> RowError:

@@ -30,6 +30,7 @@ from lora_core.rows.columns import (
     TURNS,
     first,
     holds_turns_or_pair,
+    refuse_text_beside,
     refuse_two_replies,
     refuse_what_is_not_sft,
     under_our_names,
@@ -186,6 +187,7 @@ def parse_row(row: Any, shape: RowShape | None = None) -> Conversation:
         refuse_two_replies(columns, used, shape.columns)
     weight = _row_weight(columns, used)
     if used & {"text"}:
+        refuse_text_beside(columns, shape.columns)
         if weight != 1:
             raise RowError(f"is a text with the weight {weight:g}, and all of a text is trained; fix: leave it out")
         text = checked_text(columns["text"], "text")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_core.errors import RowError
-from lora_core.rows.columns import ROLE_KEYS
+from lora_core.rows.columns import MEDIA, ROLE_KEYS, first
 from lora_core.rows.json_values import checked_text, is_empty, key_names, kind
 from lora_core.rows.keyed_parts import with_types
 from lora_core.rows.tool_use import parse_call, parse_calls, tool_answer
@@ -49,6 +49,7 @@ WEIGHTS = ("weight", "loss_weight", "train", "training", "loss")
 """Whether a turn is trained on, or how much: OpenAI's `weight`, ms-swift's `loss`, Axolotl's `train` and `training`."""
 
 _MARKERS = ("mask", "loss_mask", "step_loss_mask", "train_detail", "training_detail", "train_on_turn", "trainable")
+_MARKERS += ("is_trainable", "masked", "is_masked", "ignore", "ignore_loss", "loss_weights")
 """Other tools' marks for what is trained of a turn: not read, so refused."""
 
 _CONTENT = ("content", "value", "text")
@@ -104,6 +105,9 @@ def parse_turn(turn: Any, where: str, roles: Mapping[str, str], unused: set[str]
             raise RowError(
                 f"{where} has {key}, which may leave some of it out of training; fix: weight: 0 or weight: 1"
             )
+    for key in MEDIA:
+        if not is_empty(turn.get(key)):
+            raise RowError(f"{where} holds {quoted(key)}; only text is trained; fix: leave such rows out")
     if role == "assistant" and turn.get("channel") in ("analysis", "commentary"):  # of gpt-oss
         raise RowError(
             f"{where} has the channel {turn['channel']}, so it is no reply; fix: its text as reasoning_content of the "
@@ -275,6 +279,8 @@ def _note_unused(part: Any, known: tuple[str, ...], unused: set[str]) -> None:
 
 def _refuse_media(part: Any, where: str) -> None:
     part_kind = part.get("type") if isinstance(part, Mapping) else None
+    if isinstance(part, Mapping) and part_kind is None and "text" not in part:  # {"image": "a.png"}
+        part_kind = first(part, MEDIA)
     if isinstance(part_kind, str) and part_kind.startswith(_MEDIA):
         raise RowError(
             f"{where} holds a part of type {quoted(part_kind)}; only text is trained; fix: leave such rows out"

@@ -28,6 +28,7 @@ _ROW_KEYS = {
 _ROW_KEYS |= {"prompt", "completion", "chosen", "rejected", "tool_calls"}
 _ROW_KEYS |= {"instruction", "output", "question", "answer", "query", "response", "text"}
 TURN_KEYS = {"role", "from", "content", "value"}
+_CHAT_KEYS = {"messages", "conversations", "conversation"}
 # What the list of rows is called in an object that says more: of other names, it is as likely a row with a list.
 _HOLDERS = {"data", "rows", "train", "training", "examples", "instances", "items", "records", "samples", "dataset"}
 _HOLDERS |= {"chats", "dialogues", "dialogs", "test", "validation", "dev", "eval"}
@@ -52,10 +53,12 @@ class OneObject:
     is_row: bool = False
     rows: list[str] = field(default_factory=list)
     """Keys of lists of objects."""
+    of_chats: list[str] = field(default_factory=list)
+    """Those of them whose objects hold turns, and so are rows: `{"conversations": [{"messages": ...`."""
     lists: dict[str, int] = field(default_factory=dict)
     """Keys of other lists, with the number of items."""
     holds_lists: bool = False
-    """The first item of one of those is a list."""
+    """The first item of one of those is a list of objects."""
     numbered: dict[str, list[str]] = field(default_factory=dict)
     """Keys of objects whose keys are numbers, with those: a column as pandas writes it."""
     objects: list[str] = field(default_factory=list)
@@ -114,14 +117,14 @@ def one_object(stream: JsonStream) -> OneObject:
         JsonProblem: it is not valid JSON.
     """
     found = OneObject()
-    has_row_key = False
+    row_keys = []
     stream.take("{")
     while stream.peek() != "}":
         key = json.loads(stream.value())
         if not isinstance(key, str):
             raise stream.problem("a key must be a string")
         stream.take(":")
-        has_row_key |= key in _ROW_KEYS
+        row_keys += [key] if key in _ROW_KEYS else []
         following = stream.peek()
         if following == "[":
             _look_into_list(stream, key, found)
@@ -137,7 +140,8 @@ def one_object(stream: JsonStream) -> OneObject:
         if stream.peek() != "}":
             stream.take(",")
     stream.take("}")
-    found.is_row |= has_row_key and bool(found.rows or found.others)  # a table has these names too
+    is_named_so = any(key not in found.of_chats for key in row_keys)
+    found.is_row |= is_named_so and bool(found.rows or found.others)  # a table has these names too
     return found
 
 
@@ -148,8 +152,10 @@ def _look_into_list(stream: JsonStream, key: str, found: OneObject) -> None:
         num_items += 1
         num_objects += item.startswith("{")
     if num_items and num_items == num_objects:
+        keys = set(json.loads(first, parse_int=str))
         found.rows.append(key)
-        found.is_row |= len(TURN_KEYS & set(json.loads(first, parse_int=str))) >= 2
+        found.of_chats += [key] if keys & _CHAT_KEYS else []
+        found.is_row |= len(TURN_KEYS & keys) >= 2
     else:
         found.lists[key] = num_items
-        found.holds_lists |= first.startswith("[")
+        found.holds_lists |= first.startswith("[") and first[1:].lstrip().startswith("{")

@@ -198,3 +198,20 @@ def test_two_replies_are_refused_unless_one_is_named(answer: str, other: str) ->
 def test_a_role_in_other_letters_is_named_in_the_fix() -> None:
     with pytest.raises(RowError, match=re.escape('fix: "data.roles={用户: user}"')):
         parse_row({"messages": [{"role": "用户", "content": "q"}, ASSISTANT]})
+
+
+@pytest.mark.parametrize(
+    ("row", "turns"),
+    [
+        ({"text": "q", "summary": "a"}, [USER, ASSISTANT]),
+        ({"text": "q", "completion": "a"}, [USER, ASSISTANT]),
+        ({"question": "q", "text": "a", "id": 1}, [USER, ASSISTANT]),
+    ],
+)
+def test_a_text_beside_a_question_or_a_reply_is_refused_unless_one_is_named(row: Row, turns: list[Row]) -> None:
+    with pytest.raises(RowError, match=r"has a text and \w+ beside it, which would be left out") as caught:
+        parse_row(row)
+    as_pair, as_text = re.findall(r"data\.columns=(\{.*?\})", str(caught.value))
+    assert fixed_by(row, as_pair).messages == turns
+    assert fixed_by(row, as_text).text == row["text"]
+    assert parse_row({"text": "x", "title": "t", "label": 1, "summary": " "}).text == "x"

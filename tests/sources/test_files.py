@@ -577,6 +577,12 @@ def test_one_row_with_a_list_is_a_row(tmp_path: Path, row: dict[str, Any]) -> No
         assert read(tmp_path / "row.json", tmp_path / "cache") == [row]
 
 
+@pytest.mark.parametrize("key", ["data", "conversations", "messages"])
+def test_a_list_of_chats_under_any_name_holds_rows(tmp_path: Path, key: str) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps({key: ROWS}), encoding="utf-8")
+    assert read(tmp_path / "rows.json", tmp_path / "cache") == ROWS
+
+
 def test_keys_beside_the_rows_of_an_object_are_named(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text(json.dumps({"version": "1", "tags": ["a"], "data": ROWS}), encoding="utf-8")
     places = as_jsonl(tmp_path / "rows.json", tmp_path / "cache")
