@@ -48,8 +48,21 @@ ROLES = {
 WEIGHTS = ("weight", "loss_weight", "train", "training", "loss")
 """Whether a turn is trained on, or how much: OpenAI's `weight`, ms-swift's `loss`, Axolotl's `train` and `training`."""
 
-_MARKERS = ("mask", "loss_mask", "step_loss_mask", "train_detail", "training_detail", "train_on_turn", "trainable")
-_MARKERS += ("is_trainable", "masked", "is_masked", "ignore", "ignore_loss", "loss_weights")
+_MARKERS = (
+    "mask",
+    "loss_mask",
+    "step_loss_mask",
+    "train_detail",
+    "training_detail",
+    "train_on_turn",
+    "trainable",
+    "is_trainable",
+    "masked",
+    "is_masked",
+    "ignore",
+    "ignore_loss",
+    "loss_weights",
+)
 """Other tools' marks for what is trained of a turn: not read, so refused."""
 
 _CONTENT = ("content", "value", "text")
