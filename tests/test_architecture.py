@@ -40,8 +40,8 @@ ORDER: dict[str, list[str]] = {
         "reader",
     ],
     "configuration": [],
-    "sources": ["places", "json_stream", "kinds", "readers", "hub", "files"],
-    "rows": ["json_values", "columns", "keyed_parts", "tool_use", "turns", "messages"],
+    "sources": ["places", "json_stream", "json_object", "kinds", "readers", "hub", "files"],
+    "rows": ["json_values", "keyed_parts", "columns", "other_shapes", "tool_use", "turns", "messages"],
     "encoding": [
         "template",
         "named_templates",

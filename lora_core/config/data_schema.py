@@ -26,7 +26,7 @@ class TrainFile(Section):
     max_rows: PositiveInt | None = Field(default=None, description="take the first so many rows; null is all")
 
 
-COLUMNS = ("messages", "prompt", "completion", "reasoning", "text", "system", "tools")
+COLUMNS = ("messages", "prompt", "input", "completion", "reasoning", "text", "system", "tools")
 # What transformers passes to a template itself, or takes for its own.
 NOT_TEMPLATE_VARIABLES = (
     *("self", "messages", "conversation", "tools", "documents", "chat_template", "tokenize", "tokenizer_kwargs"),
@@ -73,7 +73,8 @@ class DataConfig(Section):
     )
     columns: dict[str, str] = Field(
         default={},
-        description="names in the file for messages, prompt, completion, reasoning, text, system, tools: {text: body}",
+        description="names in the file for messages, prompt, input, completion, reasoning, text, system and tools: "
+        "{text: body}",
     )
     roles: dict[str, str] = Field(
         default={}, description="roles that the file calls otherwise: {customer: user, agent: assistant}"

@@ -119,6 +119,13 @@ class RowFacts:
     """The last turn is the user's."""
     changes_script: npt.NDArray[np.bool_]
     """A reply is in other letters than the turn before it."""
+    has_tools: npt.NDArray[np.bool_]
+    lists_tools_twice: npt.NDArray[np.bool_]
+    """In a system text too."""
+    wraps_answers: npt.NDArray[np.bool_]
+    """A tool's answer stands in <tool_response>."""
+    is_normalized: npt.NDArray[np.bool_]
+    """The tokenizer changes letters of it before it encodes them."""
     sketch: npt.NDArray[np.int64]
     """(num_rows_read, 8) the smallest hashes of the row's sequences of words; 0 where it has fewer."""
     reply_start: npt.NDArray[np.int64]
@@ -205,6 +212,10 @@ def account(
         repeats_prompt=column("repeats_prompt"),
         ends_unanswered=column("ends_unanswered"),
         changes_script=column("changes_script"),
+        has_tools=column("has_tools"),
+        lists_tools_twice=column("lists_tools_twice"),
+        wraps_answers=column("wraps_answers"),
+        is_normalized=column("is_normalized"),
         sketch=column("sketch"),
         reply_start=column("reply_start"),
         exact_key=column("exact_key"),

@@ -28,7 +28,7 @@ from lora_core.data.split import hold_out
 from lora_core.encoding import chat, forms, prompts, provenance, reasoning, spans, template
 from lora_core.encoding.chat import ChatEncoder, EncodedChat
 from lora_core.errors import ConfigError, DataError, RowError
-from lora_core.rows import columns, json_values, keyed_parts, messages, tool_use, turns
+from lora_core.rows import columns, json_values, keyed_parts, messages, other_shapes, tool_use, turns
 from lora_core.rows.messages import Conversation, RowShape, TrainOn, one_for_each_reply, parse_json_row, shape_of
 from lora_core.sources.files import as_jsonl
 from lora_core.sources.places import Places
@@ -183,6 +183,7 @@ def _fingerprint(path: Path, encoder: ChatEncoder, settings: list[Any]) -> str:
         json_values,
         columns,
         keyed_parts,
+        other_shapes,
         tool_use,
         turns,
         messages,
@@ -234,7 +235,8 @@ def _encode_lines(
             "has_placeholder": Value("bool"),
             "repeats_prompt": Value("bool"),
             "ends_unanswered": Value("bool"),
-            "changes_script": Value("bool"),
+            **dict.fromkeys(("changes_script", "has_tools", "lists_tools_twice", "wraps_answers"), Value("bool")),
+            "is_normalized": Value("bool"),
             "sketch": ListOf(Value("int64"), length=row_text.SKETCH),
             "reply_start": Value("int64"),
             "left_out": Value("string"),
@@ -349,6 +351,7 @@ def _row_columns(
         ids, mask = encoded.input_ids, [False, *encoded.loss_mask[1:]]
         encoded_or_not = encoded
     bos = encoder.tokenizer.bos_token_id
+    normalizer = encoder.tokenizer.backend_tokenizer.normalizer
     return {
         "input_ids": ids[:max_seq_length],
         "loss_mask": mask[:max_seq_length],
@@ -361,6 +364,7 @@ def _row_columns(
         "cut_at_border": encoded_or_not.cut_at_border,
         "has_doubled_bos": bos is not None and ids[:2] == [bos, bos],
         **row_text.signs(parsed if isinstance(parsed, Conversation) else None),
+        "is_normalized": isinstance(parsed, Conversation) and row_text.is_changed_by(normalizer, parsed),
         "left_out": _left_out(parsed, encoded_or_not),
         "exact_key": row_text.key(np.array(ids, dtype=np.int32).tobytes()),
         "sketch": row_text.sketch(parsed if isinstance(parsed, Conversation) else Conversation([])),

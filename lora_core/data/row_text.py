@@ -10,17 +10,25 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lora_core.rows.json_values import strings
 from lora_core.rows.messages import Conversation
 
+if TYPE_CHECKING:
+    from tokenizers.normalizers import Normalizer
+
 _WORD = re.compile(r"\w+")
 # A template that nobody filled in: {{name}}, ${name}, [INSERT NAME], [Your Name], <INSERT NAME>.
 _PLACEHOLDER = re.compile(
     r"\{\{\s*[A-Za-z_][\w. ]{0,40}\}\}|\$\{[A-Za-z_]\w{0,40}\}|[\[<](?:INSERT|YOUR|Insert|Your)[ _][\w ]{1,40}[\]>]"
 )
+# What a normalizer may write in another way and mean the same: SentencePiece's ▁ is a space.
+_ASCII = re.compile(r"[\x00-\x7f▁]+")
+_NAME_OF_A_SCHEMA = re.compile(r"""["']name["']\s*:\s*["']([\w.-]{1,64})["']""")
+_ANSWER_TAG = "<tool_response>"
 _WORDS_OF_A_START = 4
 # A shorter question is repeated by good replies too.
 _WORDS_REPEATED = 6
@@ -49,6 +57,9 @@ def signs(conversation: Conversation | None) -> dict[str, bool | int]:
         "repeats_prompt": repeats_prompt(conversation),
         "ends_unanswered": ends_unanswered(conversation),
         "changes_script": changes_script(conversation),
+        "has_tools": bool(conversation.tools),
+        "lists_tools_twice": lists_tools_twice(conversation),
+        "wraps_answers": wraps_answers(conversation),
         "reply_start": key(start.encode()) if start else 0,
     }
 
@@ -94,6 +105,28 @@ def changes_script(conversation: Conversation) -> bool:
             if asked and said and asked != said:
                 return True
     return False
+
+
+def lists_tools_twice(conversation: Conversation) -> bool:
+    """A system text that lists tools of the row too, as rows of Hermes do: `"name": "clock"`."""
+    names = {tool["function"].get("name") for tool in conversation.tools or ()}
+    systems = [message["content"] for message in conversation.messages if message["role"] == "system"] if names else []
+    return any(not names.isdisjoint(_NAME_OF_A_SCHEMA.findall(text)) for text in systems)
+
+
+def wraps_answers(conversation: Conversation) -> bool:
+    """A tool's answer in the tags that templates write around it."""
+    answers = (message["content"] for message in conversation.messages if message["role"] == "tool")
+    return any(answer.lstrip().startswith(_ANSWER_TAG) for answer in answers)
+
+
+def is_changed_by(normalizer: Normalizer | None, conversation: Conversation) -> bool:
+    """Whether a tokenizer changes letters beyond ASCII before it encodes a row: NFC makes one é of e and an accent."""
+    if normalizer is None:
+        return False
+    texts = strings([conversation.messages, conversation.tools, conversation.text])
+    beyond = (text for text in texts if not text.isascii())
+    return any(_ASCII.sub("", text) != _ASCII.sub("", normalizer.normalize_str(text)) for text in beyond)
 
 
 def script_of(text: str) -> str:

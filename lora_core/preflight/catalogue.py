@@ -74,7 +74,13 @@ from lora_core.preflight.schedule import (
     check_warmup_past_end,
 )
 from lora_core.preflight.serving import check_serving_prompt
-from lora_core.preflight.template import check_folded_system, check_template_end_token, check_vocabulary
+from lora_core.preflight.template import (
+    check_folded_system,
+    check_normalized,
+    check_template_end_token,
+    check_tools_twice,
+    check_vocabulary,
+)
 from lora_core.preflight.untrained import check_router_loss, check_towers, check_without_adapter
 
 Check = Callable[[Facts], Iterator[Finding]]
@@ -108,6 +114,8 @@ CHECKS: list[tuple[Check, dict[str, Severity]]] = [
     (check_scripts, {"scripts_differ": "note"}),
     (check_near_duplicates, {"rows_alike": "note", "eval_alike": "note"}),
     (check_special_text, {"special_tokens_in_text": "warning"}),
+    (check_tools_twice, {"tools_shown_twice": "warning", "answers_wrapped_twice": "warning"}),
+    (check_normalized, {"text_normalized": "note"}),
     (check_doubled_bos, {"bos_doubled": "warning"}),
     (check_borders, {"tokens_cut_at_border": "note"}),
     (check_template_system, {"template_adds_system": "note"}),

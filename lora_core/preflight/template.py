@@ -1,7 +1,9 @@
-"""Checks of how the chat template fits the tokenizer and the rows."""
+"""Checks of how the chat template and the tokenizer fit the rows."""
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Iterator
 
 from lora_core.encoding.named_templates import folds_system, missing_end_token
@@ -50,6 +52,70 @@ def check_folded_system(facts: Facts) -> Iterator[Finding]:
             0,
             None,
         )
+
+
+def check_tools_twice(facts: Facts) -> Iterator[Finding]:
+    """Rows have tools, and say them in their texts too: the schemas in a system text, or a tool's answer in
+    `<tool_response>` where the chat template writes that tag itself.
+
+    The model is shown them twice, in two forms; in use it is shown them once. Files in the form of Hermes have both.
+
+    Leave one out: `data.columns` can give the tools a name that no column has, or take them out of the texts.
+    """
+    rows, places = facts.train_data.rows, facts.train_data.places
+    is_twice = rows.lists_tools_twice & ~rows.is_bad
+    lines = rows.lines(is_twice)
+    if lines:
+        columns = json.dumps({**facts.config.data.columns, "tools": "in_the_text"}, ensure_ascii=False)
+        are_all = bool((is_twice == (rows.has_tools & ~rows.is_bad)).all())
+        yield Finding(
+            "tools_shown_twice",
+            "warning",
+            f"{counted(len(lines), 'row')} with tools that a system text lists too, so that the model is shown them "
+            f"twice ({places.listed(lines)})",
+            len(lines),
+            0,
+            f"data.columns={shlex.quote(columns)}" if are_all else None,
+        )
+    wrapped = rows.lines(rows.wraps_answers & ~rows.is_bad)
+    if wrapped and "<tool_response>" in str(facts.tokenizer.chat_template):
+        yield Finding(
+            "answers_wrapped_twice",
+            "warning",
+            f"{counted(len(wrapped), 'row')} with a tool's answer in <tool_response>, which the chat template writes "
+            f"around it once more ({places.listed(wrapped)})",
+            len(wrapped),
+            0,
+            None,
+        )
+
+
+def check_normalized(facts: Facts) -> Iterator[Finding]:
+    """The tokenizer changes letters of rows before it encodes them: its normalizer makes one é of an e and an accent
+    (NFC), say, or small letters of capitals.
+
+    What is trained is not what the file says. It is what the model would read in use, too, and it writes such letters
+    only as the tokenizer leaves them.
+
+    No action is needed, unless it is these letters that should be learned.
+    """
+    rows = facts.train_data.rows
+    lines = rows.lines(rows.is_normalized & ~rows.is_bad)
+    if lines:
+        yield Finding(
+            "text_normalized",
+            "note",
+            f"{counted(len(lines), 'row')} with letters that the tokenizer changes before it encodes them (its "
+            f"normalizer: {_normalizer_name(facts)}; {facts.train_data.places.listed(lines)})",
+            len(lines),
+            0,
+            None,
+        )
+
+
+def _normalizer_name(facts: Facts) -> str:
+    name = type(facts.tokenizer.backend_tokenizer.normalizer).__name__
+    return "several" if name == "Sequence" else name
 
 
 def check_vocabulary(facts: Facts) -> Iterator[Finding]:

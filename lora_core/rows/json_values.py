@@ -25,6 +25,23 @@ def read_json(text: str) -> Any:
     return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_number, object_pairs_hook=_unique_keys)
 
 
+def read_json_values(text: str) -> list[Any]:
+    """Strict JSON values one after another, with white space between.
+
+    Raises:
+        ValueError, RecursionError: as `read_json`.
+    """
+    decoder = json.JSONDecoder(
+        parse_constant=_refuse_constant, parse_float=_finite_number, object_pairs_hook=_unique_keys
+    )
+    values, rest = [], text.strip()
+    while rest:
+        value, end = decoder.raw_decode(rest)
+        values.append(value)
+        rest = rest[end:].lstrip()
+    return values
+
+
 def from_json(value: Any, what: str) -> Any:
     """The value; read from JSON first if it is a string.
 

@@ -22,18 +22,30 @@ from typing import Any, Literal
 
 from lora_core.config.schema import NOT_TEMPLATE_VARIABLES, DataConfig
 from lora_core.errors import RowError
-from lora_core.rows.columns import ANSWERS, PAIRS, TURNS, first, refuse_what_is_not_sft
+from lora_core.rows.columns import (
+    ANSWERS,
+    PAIRS,
+    SYSTEM,
+    TOOLS,
+    TURNS,
+    first,
+    holds_turns_or_pair,
+    refuse_text_beside,
+    refuse_two_replies,
+    refuse_what_is_not_sft,
+    under_our_names,
+    unknown_names,
+)
 from lora_core.rows.json_values import (
     as_number,
     checked_text,
     from_json,
     is_empty,
     json_reason,
-    key_names,
     kind,
     read_json,
 )
-from lora_core.rows.keyed_parts import with_our_names
+from lora_core.rows.other_shapes import turns_of_rounds, with_turns
 from lora_core.rows.tool_use import parse_tools
 from lora_core.rows.turns import Message, Turn, parse_turn
 from lora_core.untrusted.text import quoted
@@ -49,8 +61,6 @@ __all__ = [
     "trained_messages",
 ]
 
-_SYSTEM = ("system", "system_prompt")
-_TOOLS = ("tools", "functions")
 _INPUT = {
     "instruction": ("input", "context"),
     "question": ("context", "input"),
@@ -166,20 +176,25 @@ def parse_row(row: Any, shape: RowShape | None = None) -> Conversation:
     if not isinstance(row, Mapping):
         raise RowError(f"must be a JSON object, not {kind(row)}")
     shape = shape or RowShape()
-    columns = _columns(row, shape)
+    columns = under_our_names(row, shape.columns)
+    if not holds_turns_or_pair(columns):
+        columns = with_turns(columns)
     refuse_what_is_not_sft(columns, set(shape.columns.values()))
     # A column of a name that data.columns gives to another one.
     unused = {key for key in shape.columns if key not in shape.columns.values() and not is_empty(row.get(key))}
     used, prompt, completion = _turns(columns, "reasoning" in shape.columns)
+    if "completion" not in shape.columns:
+        refuse_two_replies(columns, used, shape.columns)
     weight = _row_weight(columns, used)
     if used & {"text"}:
+        refuse_text_beside(columns, shape.columns)
         if weight != 1:
             raise RowError(f"is a text with the weight {weight:g}, and all of a text is trained; fix: leave it out")
         text = checked_text(columns["text"], "text")
         return Conversation([], text=text, unused_keys=_sorted(columns.keys() - used, columns, unused))
     numbered = [*prompt, *completion]
     turns = [parse_turn(turn, f"turn {i}", shape.roles, unused) for i, turn in enumerate(numbered, start=1)]
-    system = first(columns, _SYSTEM)
+    system = first(columns, SYSTEM)
     if system is not None:
         used.add(system)
         (told,) = parse_turn({"role": "system", "content": columns[system]}, system, {}, unused).messages
@@ -192,7 +207,7 @@ def parse_row(row: Any, shape: RowShape | None = None) -> Conversation:
     weights = tuple(
         turn.weight * weight if message["role"] == "assistant" else 1.0 for turn in turns for message in turn.messages
     )
-    tools_key = first(columns, _TOOLS)
+    tools_key = first(columns, TOOLS if "tools" not in shape.columns else ("tools",))
     used |= {tools_key} if tools_key is not None else set()
     variables = _template_variables(columns.get(_TEMPLATE_VARIABLES))
     used |= {_TEMPLATE_VARIABLES} if variables else set()
@@ -214,19 +229,6 @@ def _is_new_system(told: Message, turns: Sequence[Turn], key: str) -> bool:
     if first["content"] != told["content"]:
         raise RowError(f"has both a {key} key and a system turn, and they differ; keep one")
     return False
-
-
-def _columns(row: Mapping[str, Any], shape: RowShape) -> dict[str, Any]:
-    """The row under our names, without its null columns."""
-    # Rows of Parquet and Arrow come without their null columns.
-    optional = (*_SYSTEM, *_TOOLS, "history", "input", "reasoning")
-    missing = [theirs for ours, theirs in shape.columns.items() if theirs not in row and ours not in optional]
-    if missing:
-        raise RowError(f"has no {quoted(missing[0])}, which data.columns names; it has the keys {key_names(row)}")
-    taken = set(shape.columns.values()) | set(shape.columns)
-    columns = {key: item for key, item in row.items() if key not in taken}
-    columns |= {ours: row.get(theirs) for ours, theirs in shape.columns.items()}
-    return with_our_names({str(key): item for key, item in columns.items() if item is not None})
 
 
 def _reply_beside(columns: Mapping[str, Any]) -> str:
@@ -256,11 +258,7 @@ def _turns(columns: Mapping[str, Any], takes_reasoning: bool) -> tuple[set[str],
         )
     if "text" in columns:
         return {"text"}, [], []
-    raise RowError(
-        f"has the keys {key_names(columns)}; needs 'messages', 'conversations', 'text', or a pair such as 'prompt' and "
-        "'completion', 'instruction' and 'output', 'question' and 'answer'; fix: \"data.columns={messages: NAME}\" (or "
-        "{prompt: NAME, completion: NAME}, or {text: NAME})"
-    )
+    raise unknown_names(columns)
 
 
 def _list_of_turns(value: Any, key: str) -> list[Any]:
@@ -277,7 +275,7 @@ def _list_of_turns(value: Any, key: str) -> list[Any]:
         )
     if not turns:
         raise RowError("has no turns; it needs an assistant turn to train on")
-    return turns
+    return turns_of_rounds(turns)
 
 
 def _question_and_answer(
@@ -320,7 +318,7 @@ def _history(value: Any) -> list[Any]:
     if not isinstance(value, list):
         raise RowError(f"history must be a list of rounds, not {kind(value)}")
     turns: list[Any] = []
-    for number, item in enumerate(value, start=1):
+    for number, item in enumerate(turns_of_rounds(value), start=1):
         if isinstance(item, list) and len(item) == 2:
             turns += [{"role": "user", "content": item[0]}, {"role": "assistant", "content": item[1]}]
         elif isinstance(item, Mapping):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_core.errors import RowError
+from lora_core.rows.columns import MEDIA, ROLE_KEYS, first
 from lora_core.rows.json_values import checked_text, is_empty, key_names, kind
 from lora_core.rows.keyed_parts import with_types
 from lora_core.rows.tool_use import parse_call, parse_calls, tool_answer
@@ -47,7 +48,21 @@ ROLES = {
 WEIGHTS = ("weight", "loss_weight", "train", "training", "loss")
 """Whether a turn is trained on, or how much: OpenAI's `weight`, ms-swift's `loss`, Axolotl's `train` and `training`."""
 
-_MARKERS = ("mask", "loss_mask", "step_loss_mask", "train_detail", "training_detail", "train_on_turn", "trainable")
+_MARKERS = (
+    "mask",
+    "loss_mask",
+    "step_loss_mask",
+    "train_detail",
+    "training_detail",
+    "train_on_turn",
+    "trainable",
+    "is_trainable",
+    "masked",
+    "is_masked",
+    "ignore",
+    "ignore_loss",
+    "loss_weights",
+)
 """Other tools' marks for what is trained of a turn: not read, so refused."""
 
 _CONTENT = ("content", "value", "text")
@@ -58,7 +73,7 @@ _CALL_PARTS = ("tool_use", "tool_call", "function_call", "function")
 _CALLS_IN_PARTS = ("tool_call", "function_call")
 _CALL_ROLES = ("function_call", "tool_call", "tool_calls", "tool_use")
 _MEDIA = ("image", "audio", "video", "file", "document", "input_image", "input_audio", "input_file")
-_BESIDE = ("role", "from", "tool_calls", "function_call", "name", "tool_call_id", "tools")
+_BESIDE = (*ROLE_KEYS, "tool_calls", "function_call", "name", "tool_call_id", "tools")
 _KEYS = frozenset({*_BESIDE, *_CONTENT, "parts", *_REASONING, *WEIGHTS})
 
 
@@ -103,6 +118,14 @@ def parse_turn(turn: Any, where: str, roles: Mapping[str, str], unused: set[str]
             raise RowError(
                 f"{where} has {key}, which may leave some of it out of training; fix: weight: 0 or weight: 1"
             )
+    for key in MEDIA:
+        if not is_empty(turn.get(key)):
+            raise RowError(f"{where} holds {quoted(key)}; only text is trained; fix: leave such rows out")
+    if role == "assistant" and turn.get("channel") in ("analysis", "commentary"):  # of gpt-oss
+        raise RowError(
+            f"{where} has the channel {turn['channel']}, so it is no reply; fix: its text as reasoning_content of the "
+            "reply that follows it"
+        )
     content = with_types(_one_of(turn, (*_CONTENT, "parts"), where))
     result = Turn(weight=_weight(turn, role, where), tools=turn.get("tools"))
     known = _KEYS
@@ -140,18 +163,17 @@ def parse_turn(turn: Any, where: str, roles: Mapping[str, str], unused: set[str]
 
 def _role(turn: Mapping[str, Any], where: str, roles: Mapping[str, str], unused: set[str]) -> tuple[str, str]:
     """(the role in small letters, what templates call it)."""
-    given = [key for key in ("role", "from") if not is_empty(turn.get(key))]
+    given = [key for key in ROLE_KEYS if not is_empty(turn.get(key))]
     if not given:
         raise RowError(f"{where} has no role, but the keys {key_names(turn)}; fix: a role and a content in each turn")
     said = turn[given[0]]
-    if given == ["role", "from"] and turn["from"] != said:
-        unused.add("messages.from")
+    unused |= {f"messages.{key}" for key in given[1:] if turn[key] != said}
     named = roles.get(str(said), said)
     role_key = named.strip().lower().replace("-", "_") if isinstance(named, str) else ""
     role = ROLES.get(role_key)
     if role is None:
         of_settings = f" ({quoted(named)} by data.roles)" if named != said else ""
-        name = said if isinstance(said, str) and re.fullmatch(r"[A-Za-z_]\w{,39}", said, re.ASCII) else "NAME"
+        name = said if isinstance(said, str) and re.fullmatch(r"[^\W\d]\w{,39}", said) else "NAME"
         raise RowError(
             f"{where} has the role {quoted(said)}{of_settings}; known roles: {', '.join(ROLES)}; fix: "
             f'"data.roles={{{name}: user}}" (or assistant, system, tool)'
@@ -270,6 +292,8 @@ def _note_unused(part: Any, known: tuple[str, ...], unused: set[str]) -> None:
 
 def _refuse_media(part: Any, where: str) -> None:
     part_kind = part.get("type") if isinstance(part, Mapping) else None
+    if isinstance(part, Mapping) and part_kind is None and "text" not in part:  # {"image": "a.png"}
+        part_kind = first(part, MEDIA)
     if isinstance(part_kind, str) and part_kind.startswith(_MEDIA):
         raise RowError(
             f"{where} holds a part of type {quoted(part_kind)}; only text is trained; fix: leave such rows out"

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
 from lora_core.errors import DataError
+from lora_core.sources.json_object import TURN_KEYS, NotRead, one_object
 from lora_core.sources.json_stream import MAX_VALUE_CHARACTERS, JsonProblem, JsonStream
 
 Name = Literal[
@@ -39,21 +40,8 @@ Name = Literal[
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
 COMPRESSED_ENDINGS = (".gz", ".zst", ".xz", ".bz2")
 _COMPRESSIONS = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst", b"\xfd7zXZ": "xz", b"BZh": "bz2"}
+_TOOLS = {"gz": "gzip", "zst": "zstd", "xz": "xz", "bz2": "bzip2"}
 _HEAD_BYTES = 1 << 16
-# Keys of a row whose values are lists of objects; an object that has one is a row, and not a holder of rows.
-_ROW_KEYS = {
-    "messages",
-    "contents",
-    "conversations",
-    "conversation",
-    "dialog",
-    "turns",
-    "history",
-    "tools",
-    "functions",
-}
-_ROW_KEYS |= {"prompt", "completion", "chosen", "rejected", "tool_calls"}
-_TURN_KEYS = {"role", "from", "content", "value"}
 _COLUMNS = {
     "prompt",
     "completion",
@@ -78,6 +66,8 @@ class Kind:
     """gz, zst, xz or bz2."""
     key: str = ""
     """Of a JSON object: where its rows are."""
+    beside: str = ""
+    """Of a JSON object: its other keys, which are not read."""
     delimiter: str = ""
     """Of CSV and TSV: what separates cells."""
 
@@ -87,7 +77,8 @@ class Kind:
         return "line" if self.name in ("JSONL", "JSON objects") else "row"
 
     def __str__(self) -> str:
-        text = f"{self.name} (its key {self.key!r})" if self.key else str(self.name)
+        beside = f"; not read: {self.beside}" if self.beside else ""
+        text = f"{self.name} (its key {self.key!r}{beside})" if self.key else str(self.name)
         return f"{text}, {self.compression}" if self.compression else text
 
 
@@ -115,11 +106,10 @@ def kind_of(path: Path, shown: str) -> Kind:
     binary = _binary_kind(head, compression)
     if binary is not None:
         if compression is not None:
-            tool = {"gz": "gzip", "zst": "zstd", "xz": "xz", "bz2": "bzip2"}[compression]
-            target = _new_path(path, "." + binary.split()[0].lower())
+            target = new_path(path, "." + binary.split()[0].lower())
             raise DataError(
-                f"{shown}: {binary} inside {compression}, which cannot be read in parts; fix: {tool} -dc "
-                f"{_quoted(path)} > {_quoted(target)}, and name that file",
+                f"{shown}: {binary} inside {compression}, which cannot be read in parts; fix: "
+                f"{_TOOLS[compression]} -dc {shell_path(path)} > {shell_path(target)}, and name that file",
                 "data_kind_unknown",
             )
         return Kind(binary)
@@ -199,24 +189,31 @@ def _json_kind(path: Path, compression: str | None, shown: str) -> Kind:
     try:
         with open_file(path, compression, shown) as file:
             stream = JsonStream(file, shown)
-            keys = _keys_with_rows(stream)
+            found = one_object(stream)
             more_follows = stream.peek() != ""
     except JsonProblem:
         if _is_object(second) or len(first) > MAX_VALUE_CHARACTERS:
             return Kind("JSONL", compression)  # of which the first line is broken; each line is reported by itself
         raise
-    if keys and not more_follows:
-        if len(keys) > 1:
-            names = ", ".join(map(repr, keys))
+    if not more_follows:
+        refusal = found.refusal()
+        if refusal is not None:
             raise DataError(
-                f"{shown}: one JSON object with lists of rows under {len(keys)} keys ({names}), and 1 is read; fix: "
-                f'python -c "import json, sys; [print(json.dumps(row)) for row in json.load(open(sys.argv[1], '
-                f"encoding='utf-8'))[sys.argv[2]]]\" {_quoted(path)} {shlex.quote(keys[0])} > "
-                f"{_quoted(_new_path(path, '.rows.jsonl'))}, and name that file",
-                "data_kind_unknown",
+                f"{shown}: {refusal.what}; fix: {_as_lines(path, compression, refusal)}", "data_kind_unknown"
             )
-        return Kind("a JSON object", compression, key=keys[0])
+        if found.keys:
+            return Kind("a JSON object", compression, key=found.keys[0], beside=found.beside)
     return Kind("JSONL" if alone else "JSON objects", compression)
+
+
+def _as_lines(path: Path, compression: str | None, found: NotRead) -> str:
+    """The command that writes the rows of one object as JSONL."""
+    load = f"import json, sys; c = json.load(sys.stdin.buffer); [print(json.dumps(row)) for row in {found.rows}]"
+    python = f'python -c "{load}"' + (f" {shlex.quote(found.argument)}" if found.argument else "")
+    source, target = shell_path(path), shell_path(new_path(path, ".rows.jsonl"))
+    if compression is not None:
+        return f"{_TOOLS[compression]} -dc {source} | {python} > {target}, and name that file"
+    return f"{python} < {source} > {target}, and name that file"
 
 
 def _first_lines(file: BinaryIO) -> tuple[bytes, bytes]:
@@ -243,9 +240,7 @@ def _is_object(line: bytes) -> bool:
 def _is_chat(line: bytes) -> bool:
     """Whether it is a whole list of turns, without a key for it."""
     turns = _json_of(line)
-    return isinstance(turns, list) and all(
-        isinstance(turn, dict) and len(_TURN_KEYS & set(turn)) >= 2 for turn in turns
-    )
+    return isinstance(turns, list) and all(isinstance(turn, dict) and len(TURN_KEYS & set(turn)) >= 2 for turn in turns)
 
 
 def _begins_with_objects(line: bytes) -> bool:
@@ -260,45 +255,13 @@ def _begins_with_objects(line: bytes) -> bool:
         return False
 
 
-def _keys_with_rows(stream: JsonStream) -> list[str]:
-    """Go through one object; its keys whose values are lists of objects, unless it is a row itself.
-
-    Raises:
-        JsonProblem: it is not valid JSON.
-    """
-    found: list[str] = []
-    is_row = False
-    stream.take("{")
-    while stream.peek() != "}":
-        key = json.loads(stream.value())
-        if not isinstance(key, str):
-            raise stream.problem("a key must be a string")
-        stream.take(":")
-        is_row |= key in _ROW_KEYS
-        if stream.peek() == "[":
-            num_items, num_objects, first = 0, 0, ""
-            for _, item in stream.items():
-                first = first or item
-                num_items += 1
-                num_objects += item.startswith("{")
-            if num_items and num_items == num_objects:
-                found.append(key)
-                is_row |= len(_TURN_KEYS & set(json.loads(first, parse_int=str))) >= 2
-        else:
-            stream.value()
-        if stream.peek() != "}":
-            stream.take(",")
-    stream.take("}")
-    return [] if is_row else found
-
-
 def _table_kind(text: bytes, path: Path, compression: str | None) -> Kind | None:
     """CSV or TSV: the file's name says so, or its first line names columns that rows have."""
     name = path.name.lower()
     for ending in COMPRESSED_ENDINGS:
         name = name.removesuffix(ending)
     header = re.split(rb"[\r\n]", text, maxsplit=1)[0].decode("utf-8", errors="replace")
-    separators = {",": "CSV", ";": "CSV", "\t": "TSV"}
+    separators = {",": "CSV", ";": "CSV", "\t": "TSV", "|": "CSV"}
     columns = {separator: next(csv.reader([header], delimiter=separator), []) for separator in separators}
     separator = max(separators, key=lambda each: len(columns[each]))
     if name.endswith(".tsv"):
@@ -332,18 +295,18 @@ _NEEDED = "rows are read from JSONL, JSON, CSV, TSV, Parquet and Arrow; fix: sav
 
 def _refusal(head: bytes, path: Path) -> str | None:
     """What the file is, if it is known to be no rows, and the fix."""
-    file = _quoted(path)
+    file = shell_path(path)
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:200].lower()
     if head.startswith(b"PK\x03\x04"):
         if b"[Content_Types].xml" in head[:4096] or path.suffix.lower() in (".xlsx", ".docx", ".ods"):
             return "an Office file (.xlsx, .docx), not rows; fix: save the sheet as CSV UTF-8 and name that file"
-        folder = _quoted(_new_path(path, ".files"))
+        folder = shell_path(new_path(path, ".files"))
         return f"a zip archive; fix: python -m zipfile -e {file} {folder}, and name that folder"
     if head[257:262] == b"ustar":
-        folder = _quoted(_new_path(path, ".files"))
+        folder = shell_path(new_path(path, ".files"))
         return f"a tar archive; fix: mkdir {folder} && tar -xf {file} -C {folder}, and name that folder"
     if start.startswith(b"version https://git-lfs"):
-        target = _quoted(_new_path(path, ".lfs"))
+        target = shell_path(new_path(path, ".lfs"))
         return (
             "a Git LFS pointer, which names the file that Git did not fetch; fix: "
             f"git lfs smudge < {file} > {target}, and name that file"
@@ -359,7 +322,7 @@ def _refusal(head: bytes, path: Path) -> str | None:
         return "only zero bytes: a copy or download that did not end; fix: fetch the file anew"
     encoding = _wide_encoding(head)
     if encoding is not None:
-        target = _quoted(_new_path(path, f".utf8{path.suffix}"))
+        target = shell_path(new_path(path, f".utf8{path.suffix}"))
         command = f"iconv -f {encoding} -t UTF-8 {file} > {target}"
         return f"{encoding} text, not UTF-8; fix: {command}, and name that file"
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
@@ -382,7 +345,7 @@ def _wide_encoding(head: bytes) -> str | None:
     return None
 
 
-def _new_path(path: Path, ending: str) -> Path:
+def new_path(path: Path, ending: str) -> Path:
     """A name beside the file that nothing has yet."""
     base = path.name.split(".")[0] or "rows"
     number = 1
@@ -391,7 +354,7 @@ def _new_path(path: Path, ending: str) -> Path:
     return new
 
 
-def _quoted(path: Path) -> str:
+def shell_path(path: Path) -> str:
     # A name such as -rf is a path, and no option.
     text = str(path)
     return shlex.quote(f"./{text}" if text.startswith("-") else text)

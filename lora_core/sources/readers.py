@@ -8,6 +8,7 @@ import decimal
 import io
 import json
 import math
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lora_core.errors import DataError
 from lora_core.sources.json_stream import JsonStream, on_one_line
-from lora_core.sources.kinds import Kind, damage_errors, open_file
+from lora_core.sources.kinds import Kind, damage_errors, new_path, open_file, shell_path
 from lora_core.untrusted.text import quoted
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def read_rows(path: Path, kind: Kind, shown: str) -> Iterator[Row]:
         else:
             with open_file(path, kind.compression, shown) as file:
                 yield from _text_rows(file, kind, shown)
-    except (*damage_errors(), pa.ArrowException) as error:
+    except (*damage_errors(), pa.ArrowException, KeyError) as error:  # KeyError: an Arrow map with a key twice
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
             f"{shown}: cannot be read as {kind}: {reason[:300]}; fix: download or copy the file anew"
@@ -60,7 +61,7 @@ def dataset_rows(dataset: Dataset | IterableDataset, shown: str) -> Iterator[Row
     """Every row of a loaded dataset."""
     number = 0
     for batch in dataset.with_format("arrow").iter(batch_size=_BATCH_ROWS):
-        for row in batch.to_pylist():
+        for row in batch.to_pylist(maps_as_pydicts="strict"):
             number += 1
             yield number, _as_json(row, f"{shown}:row {number}")
 
@@ -183,9 +184,9 @@ def _parquet(path: Path, shown: str) -> Iterator[Row]:
     with pq.ParquetFile(path) as file:
         _check_header(list(file.schema_arrow.names), shown)
         for batch in file.iter_batches(batch_size=_BATCH_ROWS):
-            for row in batch.to_pylist():
+            for row in batch.to_pylist(maps_as_pydicts="strict"):
                 number += 1
-                yield number, _as_json(row, f"{shown}:row {number}")
+                yield number, _as_json(row, f"{shown}:row {number}", path)
 
 
 def _arrow(path: Path, kind: Kind, shown: str) -> Iterator[Row]:
@@ -202,12 +203,12 @@ def _arrow(path: Path, kind: Kind, shown: str) -> Iterator[Row]:
         _check_header(list(reader.schema.names), shown)
         for batch in batches:
             for start in range(0, batch.num_rows, _BATCH_ROWS):
-                for row in batch.slice(start, _BATCH_ROWS).to_pylist():
+                for row in batch.slice(start, _BATCH_ROWS).to_pylist(maps_as_pydicts="strict"):
                     number += 1
                     yield number, _as_json(row, f"{shown}:row {number}")
 
 
-def _as_json(row: Mapping[str, Any], place: str) -> bytes:
+def _as_json(row: Mapping[str, Any], place: str, parquet: Path | None = None) -> bytes:
     """Without the columns that are null in this row: Arrow fills in what a row does not have."""
     parts = []
     for name, value in row.items():
@@ -218,10 +219,21 @@ def _as_json(row: Mapping[str, Any], place: str) -> bytes:
             parts.append(f"{json.dumps(name, ensure_ascii=False)}: {text}".encode())
         except (TypeError, ValueError, RecursionError) as error:
             what = "a number that is not finite" if _is_not_finite(value) else str(error)
+            command = "" if parquet is None else f": {_without_column(parquet, name)}"
             raise DataError(
-                f"{place}: the column {quoted(name)} holds {what}; fix: leave that column out of the file"
+                f"{place}: the column {quoted(name)} holds {what}; fix: leave that column out of the file{command}"
             ) from error
     return b"{" + b", ".join(parts) + b"}"
+
+
+def _without_column(path: Path, name: str) -> str:
+    """The command that writes a Parquet file without a column."""
+    target = shell_path(new_path(path, ".rows.parquet"))
+    python = (
+        "import sys, pyarrow.parquet as pq; "
+        "pq.write_table(pq.read_table(sys.argv[1]).drop_columns(sys.argv[2]), sys.argv[3])"
+    )
+    return f'python -c "{python}" {shell_path(path)} {shlex.quote(name)} {target}, and name that file'
 
 
 def _plain(value: Any) -> str:

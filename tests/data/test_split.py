@@ -51,7 +51,7 @@ def file_of(rows: list[tuple[str, int, int]]) -> EncodedFile:
         "truncated_supervised": [n % 2 for n in num_tokens],
         **dict.fromkeys(("has_empty_reply", "holds_special_text", "cut_at_border", "has_doubled_bos"), no),
         **dict.fromkeys(("has_system_turn", "has_placeholder", "repeats_prompt", "ends_unanswered"), no),
-        "changes_script": no,
+        **dict.fromkeys(("changes_script", "has_tools", "lists_tools_twice", "wraps_answers", "is_normalized"), no),
         "sketch": [[0] * 8] * len(rows),
         "reply_start": [0] * len(rows),
         "exact_key": [exact for _, exact, _ in rows],

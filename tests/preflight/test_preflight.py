@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.normalizers import NFC, Lowercase, Normalizer, Prepend, Replace, Sequence
 from transformers import PreTrainedTokenizerFast
 
 from lora_core.config.schema import ALL_SEVEN_PROJECTIONS
@@ -203,9 +204,18 @@ def base(tmp_path: Path, one_layer_dir: Path, write_rows: Any, cache_dir: Path) 
 
 @pytest.fixture
 def look(base: list[str], tokenizer: PreTrainedTokenizerFast) -> Any:
-    def run(*overrides: str, cfg: str = "qwen0.5b", num_processes: int = 1, template: str = "", **around: Any) -> Facts:
+    def run(
+        *overrides: str,
+        cfg: str = "qwen0.5b",
+        num_processes: int = 1,
+        template: str = "",
+        normalizer: Normalizer | None = None,
+        **around: Any,
+    ) -> Facts:
         config = load_config(cfg, [*base, *overrides])
-        with_template = make_tokenizer(template) if template else tokenizer
+        with_template = make_tokenizer(template or CHATML) if template or normalizer else tokenizer
+        if normalizer is not None:
+            with_template.backend_tokenizer.normalizer = normalizer
         train_data, eval_data = load_data(config, with_template)
         environment = replace(look_around(config, num_processes), bf16="native", asked_processes=None)
         return gather_facts(config, replace(environment, **around), with_template, train_data, eval_data)
@@ -375,6 +385,60 @@ def test_with_auto_batch_size_smaller_micro_batches_are_noted_where_they_fit(
     assert "memory_too_small" in find(*overrides, device=too_small)
 
 
+TOOLS = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}"
+WITH_TAGS = CHATML.replace(
+    "{{ message.content }}",
+    "{% if message.role == 'tool' %}<tool_response>{{ message.content }}</tool_response>"
+    "{% else %}{{ message.content }}{% endif %}",
+)
+
+
+def with_tools(system: str, answer: str = "12:00") -> dict[str, Any]:
+    turns = [("system", system), ("user", "what time is it?"), ("assistant", "let me see"), ("tool", answer)]
+    messages = [{"role": role, "content": content} for role, content in [*turns, ("assistant", "noon")]]
+    return {"messages": messages, "tools": [{"type": "function", "function": {"name": "clock"}}]}
+
+
+def test_tools_that_are_shown_twice(find: Any, write_rows: Any) -> None:
+    hermes = with_tools('<tools> [{"name": "clock", "parameters": {}}] </tools>')
+    path = write_rows([*TRAIN, hermes, with_tools("{'name': 'clock'}")], "twice.jsonl")
+    twice = find(f"data.train_file={path}", template=TOOLS + CHATML)["tools_shown_twice"]
+    assert (twice.severity, twice.value) == ("warning", 2)
+    assert "2 rows with tools that a system text lists too" in twice.message
+    assert "lines 79, 80" in twice.message
+    assert twice.fix is not None
+    fixed = find(f"data.train_file={path}", *shlex.split(twice.fix), template=TOOLS + CHATML)
+    assert "tools_shown_twice" not in fixed
+    assert fixed["parts_left_out"].value == {"tools": 2}
+    # Where some rows have them in the column alone, leaving it out would lose those.
+    path = write_rows([*TRAIN, hermes, with_tools('Call "clock", and "name": no other.')], "once.jsonl")
+    once = find(f"data.train_file={path}", template=TOOLS + CHATML)["tools_shown_twice"]
+    assert (once.value, once.fix) == (1, None)
+
+
+def test_answers_that_are_wrapped_twice(find: Any, write_rows: Any) -> None:
+    rows = [with_tools("s", "<tool_response>\n12:00\n</tool_response>"), with_tools("t", "12:00")]
+    given = f"data.train_file={write_rows([*TRAIN, *rows], 'wrapped.jsonl')}"
+    wrapped = find(given, template=TOOLS + WITH_TAGS)["answers_wrapped_twice"]
+    assert (wrapped.severity, wrapped.value) == ("warning", 1)
+    assert "line 79" in wrapped.message
+    assert "answers_wrapped_twice" not in find(given, template=TOOLS + CHATML)
+
+
+def test_letters_that_the_tokenizer_changes_are_counted(find: Any, write_rows: Any) -> None:
+    rows = [chat("who?", "Rene\u0301"), chat("where?", "Orl\u00e9ans"), chat("WHO?", "\u00c9mile")]
+    given = f"data.train_file={write_rows([*TRAIN, *rows], 'accents.jsonl')}"
+    found = find(given, normalizer=NFC())["text_normalized"]
+    assert (found.severity, found.value, found.fix) == ("note", 1, None)
+    assert (
+        "1 row with letters that the tokenizer changes before it encodes them (its normalizer: NFC; " in found.message
+    )
+    assert "line 79" in found.message
+    assert find(given, normalizer=Lowercase())["text_normalized"].value == 1
+    spaces = Sequence([Prepend("\u2581"), Replace(" ", "\u2581")])  # how SentencePiece writes a space
+    assert "text_normalized" not in {*find(given, normalizer=spaces), *find(given)}
+
+
 def test_every_finding_that_a_check_may_yield_is_tripped_here() -> None:
     elsewhere = {
         # In tests/preflight/test_serving.py and tests/data/test_split.py.
@@ -386,6 +450,9 @@ def test_every_finding_that_a_check_may_yield_is_tripped_here() -> None:
         "turn_end_not_eos",
         "template_adds_system",
         "template_uses_date",
+        "tools_shown_twice",
+        "answers_wrapped_twice",
+        "text_normalized",
         "bos_doubled",
         "tokens_cut_at_border",
         # In tests/training/test_continue.py.

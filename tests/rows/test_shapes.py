@@ -11,6 +11,7 @@ from lora_core.config.schema import DataConfig
 from lora_core.encoding.chat import ChatEncoder, EncodedChat
 from lora_core.errors import RowError
 from lora_core.rows.columns import PAIRS, TURNS
+from lora_core.rows.columns import SYSTEM as SYSTEM_KEYS
 from lora_core.rows.messages import Conversation, RowShape, parse_row, shape_of
 from lora_core.rows.turns import ROLES, WEIGHTS
 from tests.conftest import make_tokenizer
@@ -85,7 +86,7 @@ def test_history_comes_first(history: Any) -> None:
     assert parse_row({**row, "history": []}).messages == [SYSTEM, *expected[3:]]
 
 
-@pytest.mark.parametrize("key", ["system", "system_prompt"])
+@pytest.mark.parametrize("key", SYSTEM_KEYS)
 @pytest.mark.parametrize("text", ["s", [{"type": "text", "text": "s"}]])
 def test_a_system_text_beside_the_turns(key: str, text: Any) -> None:
     assert messages_of(USER, ASSISTANT, **{key: text}) == [SYSTEM, USER, ASSISTANT]
@@ -413,8 +414,8 @@ def test_train_on_everything_is_all_that_the_template_writes() -> None:
         ({"messages": {"a": 1}}, "messages must be a list of turns, not an object"),
         ({"conversation": []}, "has no turns; it needs an assistant turn to train on"),
         (
-            {"messages": [{"input": "q", "output": "a"}]},
-            "turn 1 has no role, but the keys 'input', 'output'; fix: a role",
+            {"messages": [{"q": "q", "output": "a"}]},
+            "turn 1 has no role, but the keys 'q', 'output'; fix: a role",
         ),
         ({"messages": [USER]}, "has no assistant turn; it needs one to train on"),
         ({"messages": [USER], "response": "a"}, 'fix: "data.columns={prompt: messages, completion: response}"'),

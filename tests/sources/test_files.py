@@ -467,6 +467,40 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         json.dumps({"train": ROWS, "test": ROWS}).encode(),
         "one JSON object with lists of rows under 2 keys ('train', 'test'), and 1 is read; fix: python -c ",
     ),
+    "two lists of odd names": (
+        json.dumps({"it's $HOME": ROWS, "`b`": ROWS}).encode(),
+        "one JSON object with lists of rows under 2 keys (\"it's $HOME\", '`b`'), and 1 is read; fix: python -c ",
+    ),
+    "two lists, gz": (
+        gzip.compress(json.dumps({"train": ROWS, "test": ROWS}).encode()),
+        "one JSON object with lists of rows under 2 keys ('train', 'test'), and 1 is read; fix: gzip -dc ",
+    ),
+    "a list beside texts": (
+        json.dumps({"title": "t", "parts": ROWS}).encode(),
+        "one JSON object with a list of objects under 'parts', beside other keys ('title'); fix: python -c ",
+    ),
+    "columns": (
+        json.dumps({"messages": [row["messages"] for row in ROWS]}).encode(),
+        "one JSON object of columns, each a list; fix: python -c ",
+    ),
+    "columns over lines": (
+        json.dumps({"messages": [row["messages"] for row in ROWS]}, indent=1).encode(),
+        "one JSON object of columns, each a list; fix: python -c ",
+    ),
+    "columns of pandas": (
+        json.dumps({"messages": {i: row["messages"] for i, row in enumerate(ROWS)}}).encode(),
+        "one JSON object of columns, each an object with a number for each row; fix: python -c ",
+    ),
+    "rows of pandas": (
+        json.dumps(dict(enumerate(ROWS))).encode(),
+        "one JSON object with a number for each row; fix: python -c ",
+    ),
+    "a table of pandas": (
+        json.dumps(
+            {"columns": ["messages"], "index": [*range(7)], "data": [[row["messages"]] for row in ROWS]}
+        ).encode(),
+        "one JSON object with a table in parts: columns, and data; fix: python -c ",
+    ),
 }
 
 
@@ -478,7 +512,12 @@ def test_what_is_no_data_file_is_named(tmp_path: Path, name: str) -> None:
         as_jsonl(tmp_path / "rows.jsonl", tmp_path / "cache")
 
 
-@pytest.mark.parametrize("name", ["tar", "tar.gz", "UTF-16", "gzipped Parquet", "two lists", "zip"])
+WITH_A_COMMAND = ["tar", "tar.gz", "UTF-16", "gzipped Parquet", "zip", "two lists", "two lists of odd names"]
+WITH_A_COMMAND += ["two lists, gz", "a list beside texts", "columns", "columns over lines", "columns of pandas"]
+WITH_A_COMMAND += ["rows of pandas", "a table of pandas"]
+
+
+@pytest.mark.parametrize("name", WITH_A_COMMAND)
 def test_a_fix_works_when_pasted_and_writes_to_no_file_that_is_there(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -494,6 +533,68 @@ def test_a_fix_works_when_pasted_and_writes_to_no_file_that_is_there(
     assert {each: each.read_bytes() for each in before} == before
     (new,) = set(Path().iterdir()) - set(before) - {Path("cache")}
     assert read(new, tmp_path / "cache") == ROWS
+
+
+@pytest.mark.parametrize("value", [b"\x89PNG", {"bytes": b"x", "path": "a.png"}, [float("nan")]])
+def test_a_column_that_json_cannot_hold_is_refused_with_a_command_that_leaves_it_out(
+    tmp_path: Path, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path("it's $HOME.parquet")
+    path.write_bytes(parquet([{**row, "a column": value} for row in ROWS]))
+    with pytest.raises(DataError, match=r"row 1: the column 'a column' holds .*out of the file: python -c ") as caught:
+        as_jsonl(path, tmp_path / "cache")
+    command = re.split(r", and name that", str(caught.value).split("out of the file: ", 1)[1])[0]
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # its Python has Arrow
+    subprocess.run(command, shell=True, check=True, capture_output=True)
+    (new,) = set(Path().iterdir()) - {path, Path("cache")}
+    assert read(new, tmp_path / "cache") == ROWS
+
+
+def test_a_map_of_arrow_is_an_object_and_a_key_twice_is_refused(tmp_path: Path) -> None:
+    turns = [[[*turn.items()] for turn in row["messages"]] for row in ROWS]
+    kind = pa.list_(pa.map_(pa.string(), pa.string()))
+    pq.write_table(pa.table({"messages": pa.array(turns, kind)}), tmp_path / "maps.parquet")
+    assert read(tmp_path / "maps.parquet", tmp_path / "cache") == ROWS
+    turns[0][0] += [("role", "assistant")]
+    pq.write_table(pa.table({"messages": pa.array(turns, kind)}), tmp_path / "twice.parquet")
+    with pytest.raises(DataError, match=r"cannot be read as Parquet: .*duplicate key was 'role'"):
+        as_jsonl(tmp_path / "twice.parquet", tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "q", "answer": "a", "sources": [{"url": "x"}]},
+        {"text": "t", "links": [{"url": "x"}]},
+        {"id": "0", "data": ["q", "a"]},
+        {"messages": [{"role": "user", "content": "q"}], "tools": [{"name": "f"}]},
+    ],
+)
+def test_one_row_with_a_list_is_a_row(tmp_path: Path, row: dict[str, Any]) -> None:
+    for indent in (None, 1):
+        (tmp_path / "row.json").write_text(json.dumps(row, indent=indent), encoding="utf-8")
+        assert read(tmp_path / "row.json", tmp_path / "cache") == [row]
+
+
+@pytest.mark.parametrize("key", ["data", "conversations", "messages"])
+def test_a_list_of_chats_under_any_name_holds_rows(tmp_path: Path, key: str) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps({key: ROWS}), encoding="utf-8")
+    assert read(tmp_path / "rows.json", tmp_path / "cache") == ROWS
+
+
+def test_keys_beside_the_rows_of_an_object_are_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps({"version": "1", "tags": ["a"], "data": ROWS}), encoding="utf-8")
+    places = as_jsonl(tmp_path / "rows.json", tmp_path / "cache")
+    assert content(places) == ROWS
+    assert places.notes == (
+        f"{tmp_path / 'rows.json'}: 7 rows, read as a JSON object (its key 'data'; not read: 'tags', 'version')",
+    )
+
+
+def test_cells_may_be_kept_apart_by_bars(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text('prompt|completion\n"q|, 1"|a\n', encoding="utf-8")
+    assert read(tmp_path / "rows.csv", tmp_path / "cache") == [{"prompt": "q|, 1", "completion": "a"}]
 
 
 def test_zst_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
