@@ -8,6 +8,7 @@ and line, what is allowed, and the nearest key that exists; all problems are rep
 from __future__ import annotations
 
 import difflib
+import shlex
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,9 @@ from lora_core.errors import ConfigError, counted, problem_list
 from lora_core.other_tools.reader import translate_script, translation_of
 from lora_core.other_tools.translation import Translation
 from lora_core.untrusted.text import quoted
+
+# A file of these is given in place of a configuration by mistake. Not .json, which TRL's saved settings are in.
+_SUFFIXES_OF_ROWS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 
 
 def _check(settings: Mapping[str, Setting], problems: list[str]) -> RunConfig | None:
@@ -84,15 +88,23 @@ def find_config(name: str) -> Path:
     """The file that `--cfg NAME` means: a path, a name in `configs/` of this folder, or a shipped configuration.
 
     Raises:
-        ConfigError: there is no such file; names the configs that there are.
+        ConfigError: there is no such file, and the configs that there are are named; or it is something else.
     """
     as_path = Path(name).expanduser()
     if as_path.is_file():
+        if as_path.suffix in _SUFFIXES_OF_ROWS:
+            fix = f"--cfg base {shlex.quote(f'data.train_file={name}')}"
+            raise ConfigError(f"--cfg {name}: holds rows and no configuration; fix: {fix}")
         return as_path
     folders = [Path("configs"), shipped_file("configs")]
     for folder in folders:
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
+    if (as_path / "config.yaml").is_file():
+        raise ConfigError(f"--cfg {name}: is a run's folder; fix: --cfg {shlex.quote(str(as_path / 'config.yaml'))}")
+    if (as_path / "config.json").is_file():
+        fix = f"--cfg base {shlex.quote(f'model.name_or_path={name}')}"
+        raise ConfigError(f"--cfg {name}: is a model's folder; fix: {fix}")
     names = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
     close = difflib.get_close_matches(name, names, n=1)
     raise ConfigError(

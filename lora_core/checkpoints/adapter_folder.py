@@ -48,10 +48,12 @@ def adapter_on(base: nn.Module, adapter_dir: str | Path, is_trainable: bool = Fa
 
     Raises:
         ConfigError: PEFT finds no weights in the file for some of its layers, which it only warns of: it looks for them
-            by the names of another version of the model's family.
+            by the names of another version of the model's family. Or there is no file of weights.
     """
     import peft
 
+    if not any((Path(adapter_dir) / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
+        raise ConfigError(f"{adapter_dir}: holds no adapter_model.safetensors; fix: a checkpoint of the run, or a copy")
     with towers_may_be_out():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:

@@ -308,6 +308,8 @@ def _identity(file: Path) -> dict[str, Any]:
 
 def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint; None if it is whole."""
+    if not path.is_dir():
+        return "no such folder"
     try:
         text = (path / "manifest.json").read_text(encoding="utf-8")
         manifest = json.loads(text)

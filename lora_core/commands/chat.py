@@ -103,7 +103,8 @@ def _read_tools(path: Path) -> list[dict[str, Any]] | None:
     try:
         return parse_tools(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, RowError) as error:
-        raise ConfigError(f"--tools {path}: {error}; fix: a JSON list of tool schemas") from error
+        reason = str(error).partition("; fix:")[0]  # of a row
+        raise ConfigError(f"--tools {path}: {reason}; fix: a JSON list of tool schemas") from error
 
 
 def _precision(loaded: LoadedModel) -> str:

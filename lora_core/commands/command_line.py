@@ -8,6 +8,7 @@ import errno
 import gc
 import itertools
 import logging
+import math
 import os
 import re
 import shlex
@@ -131,6 +132,35 @@ def add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
     keys = "\n".join(f"  {key}\n      {text}" for key, text in config_keys().items())
     parser.epilog = f"keys, for key=value and for the YAML file:\n{keys}"
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"override any key: {example}")
+
+
+def add_base_overrides(parser: argparse.ArgumentParser) -> None:
+    """`[key=value ...]` of a command that reads a run's settings and has few of its own."""
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="in place of a setting of the run: model.name_or_path=FOLDER where the base model has moved",
+    )
+
+
+def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--num-processes` and `--gpu-memory-gib`; see `check_machine`."""
+    parser.add_argument("--num-processes", type=int, default=1, metavar="N", help="devices of the run to plan for")
+    parser.add_argument("--gpu-memory-gib", type=float, metavar="GIB", help="plan for a GPU of this size, not for here")
+
+
+def check_machine(arguments: argparse.Namespace) -> None:
+    """Refuse what no machine has.
+
+    Raises:
+        ConfigError: there are no processes, or the GPU has no memory.
+    """
+    if arguments.num_processes < 1:
+        raise ConfigError(f"--num-processes {arguments.num_processes}: must be at least 1")
+    memory = arguments.gpu_memory_gib
+    if memory is not None and not 0 < memory < math.inf:
+        raise ConfigError(f"--gpu-memory-gib {memory:g}: must be above 0; fix: --gpu-memory-gib 24")
 
 
 def new_file(option: str, given: str | None) -> Path | None:

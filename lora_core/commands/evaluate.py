@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Mapping
 from dataclasses import replace
@@ -112,8 +113,8 @@ def _open(arguments: Namespace) -> Opened:
     path = given or str(Path(config.output_dir).expanduser() / "adapter")
     if given is None and not (Path(path) / "adapter_config.json").is_file():
         raise ConfigError(
-            f"{path}: holds no adapter_config.json; fix: --adapter FOLDER, such as outputs/demo/adapter, or --adapter "
-            "none for the base model alone"
+            f"{path}: there is no adapter yet; fix: lora-core train --cfg {shlex.quote(arguments.cfg)}, or --adapter "
+            "none for the base model alone, or --adapter RUN for another run"
         )
     return open_model(path, config=config)
 

@@ -6,7 +6,7 @@ import tempfile
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from lora_core.commands.command_line import Command, heavy_imports, quiet_libraries
+from lora_core.commands.command_line import Command, add_base_overrides, heavy_imports, quiet_libraries
 from lora_core.errors import ConfigError
 from lora_core.untrusted.text import showable
 
@@ -21,6 +21,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--adapter-only", action="store_true", help="the adapter alone, for a GGUF of the base model")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in DIR")
     parser.add_argument("--rows", metavar="FILE", help="rows to compare logits on before merging, as for merge")
+    add_base_overrides(parser)
 
 
 def _say(line: str) -> None:
@@ -32,7 +33,7 @@ def _run(arguments: Namespace) -> None:
         quiet_libraries()
         import torch
 
-        from lora_core.export.as_adapter import as_adapter
+        from lora_core.export.as_adapter import as_adapter, model_folder
         from lora_core.export.gguf import check_family, find_converter
         from lora_core.export.merge import merge
         from lora_core.export.ollama import export_adapter, export_model
@@ -41,14 +42,12 @@ def _run(arguments: Namespace) -> None:
         from lora_core.runtime.run_folder import check_output
 
     output = arguments.output.expanduser()
-    check_output(output, arguments.overwrite)
-    opened = open_model(arguments.run)
+    opened = open_model(arguments.run, arguments.overrides)
+    check_output(output, arguments.overwrite, opened.weights or model_folder(opened))
     if opened.kind == "model":
-        folder = Path(arguments.run).expanduser()
+        folder = model_folder(opened)
         if arguments.adapter_only:
             raise ConfigError(f"--adapter-only: {arguments.run} is a model without an adapter; fix: name a run")
-        if not folder.is_dir():
-            raise ConfigError(f"{arguments.run}: is no folder; fix: a run, or a folder that lora-core merge wrote")
         written = export_model(folder, output, arguments.type, _say)
     else:
         with as_adapter(opened) as source, tempfile.TemporaryDirectory(prefix="lora_core_merged_") as name:

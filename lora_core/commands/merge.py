@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from lora_core.commands.command_line import Command, heavy_imports, quiet_libraries
+from lora_core.commands.command_line import Command, add_base_overrides, heavy_imports, quiet_libraries
 from lora_core.untrusted.text import showable
 
 
@@ -25,6 +25,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--rows", metavar="FILE", help="rows to compare logits on; default: the run's eval set, or its training rows"
     )
+    add_base_overrides(parser)
 
 
 def _run(arguments: Namespace) -> None:
@@ -36,7 +37,7 @@ def _run(arguments: Namespace) -> None:
         from lora_core.export.merge import merge
         from lora_core.inference.opened import open_model
 
-    with as_adapter(open_model(arguments.run)) as source:
+    with as_adapter(open_model(arguments.run, arguments.overrides)) as source:
         done = merge(
             source,
             arguments.output.expanduser(),

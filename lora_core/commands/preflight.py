@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
 from lora_core.commands.command_line import (
     Command,
     add_config_arguments,
+    add_machine_arguments,
+    check_machine,
     heavy_imports,
     load_config_of,
+    new_file,
     quiet_libraries,
 )
 from lora_core.configuration import read_translation
@@ -20,21 +22,22 @@ from lora_core.errors import ConfigError, LoraCoreError
 
 def _add_arguments(parser: ArgumentParser) -> None:
     add_config_arguments(parser, None, "--from")
-    parser.add_argument("--num-processes", type=int, default=1, metavar="N", help="devices of the run to plan for")
+    add_machine_arguments(parser)
     parser.add_argument("--num-machines", type=int, default=1, metavar="M", help="machines that these devices are in")
-    parser.add_argument("--gpu-memory-gib", type=float, metavar="GIB", help="plan for a GPU of this size, not for here")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument("--write", metavar="FILE.yaml", help="write the configuration with the fixes applied")
+    parser.add_argument(
+        "--write", metavar="FILE.yaml", help="write the configuration with the fixes; a file that exists is refused"
+    )
 
 
 def _run(arguments: Namespace) -> None:
-    if arguments.num_processes < 1:
-        raise ConfigError(f"--num-processes {arguments.num_processes}: must be at least 1")
+    check_machine(arguments)
     if arguments.num_machines < 1 or arguments.num_processes % arguments.num_machines != 0:
         raise ConfigError(
             f"--num-machines {arguments.num_machines}: {arguments.num_processes} processes cannot be spread evenly "
             f"over so many; fix: --num-processes {max(1, arguments.num_machines) * 8}, 8 on each, or --num-machines 1"
         )
+    target = new_file("--write", arguments.write)
     run = (arguments.num_processes, arguments.gpu_memory_gib, arguments.num_machines)
     with heavy_imports():
         quiet_libraries()
@@ -73,10 +76,10 @@ def _run(arguments: Namespace) -> None:
         lines = [str(finding) for finding in findings if finding not in refused] if findings else ["nothing found"]
         of_ranks = [] if ranks is None else [str(ranks)]
         print(showable("\n".join([describe(facts), *of_ranks, *lines])))
-    if arguments.write:
+    if target is not None:
         fixed, applied = apply_fixes(arguments.cfg, arguments.overrides, arguments.model, *run)
-        write_text(Path(arguments.write), fixed.to_yaml())
-        written = f"wrote {arguments.write}: {' '.join(applied) or 'no fix to apply'}"
+        write_text(target, fixed.to_yaml())
+        written = f"wrote {target}: {' '.join(applied) or 'no fix to apply'}"
         print(showable(written), file=sys.stderr if arguments.json else sys.stdout)
     refuse_errors(findings, config.preflight.allow)
 

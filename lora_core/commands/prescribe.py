@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_core.commands.command_line import Command, heavy_imports, quiet_libraries, say_first
+from lora_core.commands.command_line import (
+    Command,
+    add_machine_arguments,
+    check_machine,
+    heavy_imports,
+    new_file,
+    quiet_libraries,
+    say_first,
+)
 from lora_core.config.layers import parse_overrides
 from lora_core.config.schema import ALL_SEVEN_PROJECTIONS, RunConfig
 from lora_core.configuration import load_config, shipped_file
-from lora_core.errors import ConfigError, LoraCoreError
+from lora_core.errors import ConfigError, DataError, LoraCoreError
 from lora_core.other_tools.translation import short
 from lora_core.untrusted.text import showable
 
@@ -27,8 +34,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="ID", help="hub id or local folder, as model.name_or_path")
     parser.add_argument("--data", required=True, metavar="FILE", help="rows, as data.train_file takes them")
     parser.add_argument("--eval-data", metavar="FILE", help="the eval set; else a share of the rows, of enough rows")
-    parser.add_argument("--num-processes", type=int, default=1, metavar="N", help="devices of the run to plan for")
-    parser.add_argument("--gpu-memory-gib", type=float, metavar="GIB", help="plan for a GPU of this size, not for here")
+    add_machine_arguments(parser)
     parser.add_argument("--write", metavar="FILE.yaml", help="write the configuration; a file that exists is refused")
     parser.add_argument(
         "overrides", nargs="*", metavar="data.key=value", help="how rows are read: data.columns, data.train_on, ..."
@@ -36,14 +42,11 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 
 def _run(arguments: Namespace) -> None:
-    if arguments.num_processes < 1:
-        raise ConfigError(f"--num-processes {arguments.num_processes}: must be at least 1")
+    check_machine(arguments)
     chosen = [o for o in arguments.overrides if not o.startswith("data.") or o.startswith("data.max_seq_length")]
     if chosen:
         raise ConfigError(f"{chosen[0]}: is what prescribe chooses; fix: --write FILE.yaml, and change it there")
-    target = Path(arguments.write).expanduser() if arguments.write else None
-    if target is not None and target.exists():
-        raise ConfigError(f"--write {target}: exists, and would be lost; fix: another name")
+    target = new_file("--write", arguments.write)
     say_first("reading the model's config and the rows ...")
     with heavy_imports():
         quiet_libraries()
@@ -57,7 +60,11 @@ def _run(arguments: Namespace) -> None:
     def look(overrides: list[str]) -> Facts:
         return look_at_run(load_config("base", [*given, *overrides]), *machine)
 
-    facts = _facts(arguments, load_config("base", given), look)
+    try:
+        facts = _facts(arguments, load_config("base", given), look)
+    except DataError as error:  # rows are named by options here
+        message = str(error).replace("fix: data.train_file=PATH", "fix: --data PATH")
+        raise DataError(message.replace("fix: data.eval_file=PATH", "fix: --eval-data PATH")) from error
     looked: list[Facts] = []
 
     def memory_fits(candidate: Prescription) -> bool:

@@ -31,14 +31,14 @@ def _say(line: str) -> None:
 def _run(arguments: Namespace) -> None:
     with heavy_imports():
         quiet_libraries()
-        from lora_core.export.as_adapter import as_adapter
+        from lora_core.export.as_adapter import as_adapter, model_folder
         from lora_core.export.hub import adapter_files, model_files, push
         from lora_core.inference.opened import open_model
 
     opened = open_model(arguments.run)
     message = "Pushed by lora_core"
     if opened.kind == "model":
-        address = push(model_files(Path(arguments.run).expanduser()), arguments.repo, arguments.public, message, _say)
+        address = push(model_files(model_folder(opened)), arguments.repo, arguments.public, message, _say)
     else:
         with as_adapter(opened) as source, tempfile.TemporaryDirectory(prefix="lora_core_merged_") as folder:
             if arguments.merged:

@@ -55,9 +55,10 @@ def as_adapter(opened: Opened) -> Iterator[Adapter]:
     """What was opened, as an adapter; a checkpoint is written as one into a folder that is there for the block.
 
     Raises:
-        ConfigError: it is a model without an adapter.
+        ConfigError: it is a model without an adapter, or not on this machine.
     """
     if opened.weights is None:
+        model_folder(opened)
         raise ConfigError(f"{opened.given}: a model without an adapter; fix: name a run, an adapter or a checkpoint")
     run = _run_of(opened)
     is_known = opened.kind == "checkpoint" or run is not None
@@ -68,6 +69,21 @@ def as_adapter(opened: Opened) -> Iterator[Adapter]:
         folder = Path(name) / "adapter"
         _write_checkpoint(opened.config, opened.weights, folder)
         yield Adapter(folder, opened.config, run, None, is_known)
+
+
+def model_folder(opened: Opened) -> Path:
+    """The folder of a model without an adapter.
+
+    Raises:
+        ConfigError: it is not on this machine.
+    """
+    folder = Path(opened.given).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{opened.given}: no such folder (working folder: {Path.cwd()}); fix: a run, such as outputs/demo, or a "
+            "folder that lora-core merge wrote"
+        )
+    return folder
 
 
 def _run_of(opened: Opened) -> Path | None:

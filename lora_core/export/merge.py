@@ -86,7 +86,8 @@ def merge(
         DataError: there are no rows to compare on.
         TrainingError: the merged model is not base + adapter; nothing is written.
     """
-    check_output(output, overwrite)
+    base_folder = Path(source.config.model.name_or_path).expanduser()
+    check_output(output, overwrite, source.folder, *([base_folder] if base_folder.is_dir() else []))
     base_config = load_model_config(source.config.model)
     _refuse_quantized_base(base_config, source)
     tokenizer = source.load_tokenizer()
@@ -347,6 +348,8 @@ def rows_to_compare(source: Adapter, tokenizer: PreTrainedTokenizerBase, rows: s
     try:
         train_data, eval_data = load_data(config, tokenizer)
     except (ConfigError, DataError) as error:
+        if rows is not None:
+            raise DataError(f"--rows {str(error).partition('; fix: data.')[0]}; fix: --rows FILE.jsonl") from error
         raise DataError(
             f"logits are compared on rows, and those of the run cannot be read: {error}\nFix: --rows FILE.jsonl, or "
             "run the command in the folder that the run was started in"

@@ -10,6 +10,7 @@ Settings decide the base model, how it was quantized and in what precision it tr
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -201,6 +202,12 @@ def _check_name(given: str, folder: Path) -> None:
             f"{given}: is no run, adapter, checkpoint or model (no config.yaml, adapter_config.json, manifest.json or "
             "config.json in it); fix: a folder such as outputs/demo"
         )
+    if folder.is_file():
+        raise ConfigError(f"{given}: is a file; fix: a folder such as outputs/demo, or a model's hub id")
+    runs = sorted(path.parent.name for path in folder.parent.glob("*/config.yaml"))
+    if not folder.is_dir() and runs and folder.parent.name:
+        near = difflib.get_close_matches(folder.name, runs, n=1, cutoff=0)[0]
+        raise ConfigError(f"{given}: no such run; {folder.parent} holds {len(runs)}; fix: {folder.parent / near}")
     if not folder.is_dir() and (given.startswith(("/", "~", ".")) or given.count("/") > 1):
         raise ConfigError(f"{given}: no such folder (working folder: {Path.cwd()}); fix: a folder, or a model's hub id")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -225,6 +227,7 @@ def _let_go_of_files(model: nn.Module) -> None:
 def resolve_name(config: ModelConfig) -> str:
     """`name_or_path` with `~` resolved; what looks like a path must exist."""
     name = config.name_or_path
+    _refuse_other_paths(name)
     if not name.startswith(("~", "/", "./", "../")):
         return name
     path = Path(name).expanduser()
@@ -236,6 +239,23 @@ def resolve_name(config: ModelConfig) -> str:
         )
         raise ConfigError(f"model.name_or_path={name}: no such folder{hint}", "model_unreadable")
     return str(path)
+
+
+def _refuse_other_paths(name: str) -> None:
+    """Refuse a file, and a run or an adapter, of which transformers would only say that it knows no such model."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        fix = "model.name_or_path=FOLDER or a hub id"
+        raise ConfigError(f"model.name_or_path={name}: is a file; fix: {fix}", "model_unreadable")
+    adapter = next((place for place in (path, path / "adapter") if (place / "adapter_config.json").is_file()), None)
+    if adapter is None or (path / "config.json").is_file():
+        return
+    try:
+        base = str(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError):
+        base = "NAME"
+    fix = shlex.join([f"model.name_or_path={base}", f"model.adapter={name}"])
+    raise ConfigError(f"model.name_or_path={name}: is an adapter and no model; fix: {fix}", "model_unreadable")
 
 
 def cannot_load(what: str, name: str, error: Exception) -> ConfigError:
@@ -255,8 +275,9 @@ def cannot_load(what: str, name: str, error: Exception) -> ConfigError:
         )
     absent = "" if Path(name).is_dir() else f"no such folder here (working folder: {Path.cwd()}), and from the hub "
     return ConfigError(
-        f"model.name_or_path={name}: {absent}the {what} cannot be loaded: {reason.rstrip('.')}; fix: a hub id or a "
-        "local folder; `hf auth login` for a gated model; unset HF_HUB_OFFLINE if it is not cached",
+        f"model.name_or_path={name}: {absent}the {what} cannot be loaded: {reason.rstrip('.')}; fix: "
+        "model.name_or_path=NAME, a hub id or a local folder; `hf auth login` for a gated model; unset HF_HUB_OFFLINE "
+        "if it is not cached",
         "model_unreadable",
     )
 

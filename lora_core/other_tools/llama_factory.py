@@ -146,7 +146,7 @@ _DEFAULTS = TRANSFORMERS_DEFAULTS | {
 del _DEFAULTS["gradient_checkpointing"]  # it has a switch of its own, and is on
 
 _GENERATES = "is of generation, evaluation or export, and not of training"
-_FIXED = "is decided by this, and the rest of the file is read for it"
+_FIXED = "says what kind of training the file asks for, and is no setting here"
 _LOGGED = "changes where, how fast or with what log it runs, and not what is learned"
 _METHOD = "changes how the model is trained, and has no counterpart here"
 _NOT_OFFERED = NOT_OFFERED | several(

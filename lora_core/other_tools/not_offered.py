@@ -61,7 +61,7 @@ NOT_OFFERED = several(
 
 _PLACE = "changes where, how fast or with what log it runs, and not what is learned"
 _TRAINS = "changes how the model is trained, and has no counterpart here"
-_DECIDES = "is decided by this, and the rest of the file is read for it"
+_DECIDES = "says what kind of training the file asks for, and is no setting here"
 AXOLOTL_NOT_OFFERED = NOT_OFFERED | several(
     {
         "adapter rl pretraining_dataset reward_model process_reward_model num_labels trl ebft vllm "

@@ -6,6 +6,7 @@ takes where its file says nothing, what has no counterpart. `translate` applies 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -251,7 +252,10 @@ _OFF: tuple[Any, ...] = (None, False, 0, "", "none", "no", "off", "null", "disab
 def _not_taken(key: str, setting: Setting, tool: Tool) -> Reading:
     reason = tool.not_offered.get(key, tool.not_offered.get(key.split(".")[0]))
     if reason is None:
-        return Reading(key, setting.value, setting.source, "unknown", f"no key of {tool.name} that is known here")
+        known = {*tool.not_offered, *(name for rule in tool.rules for name in rule.keys)}
+        near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.8)
+        note = f"no key of {tool.name} that is known here{f'; nearest: {near[0]}' if near else ''}"
+        return Reading(key, setting.value, setting.source, "unknown", note)
     is_off = setting.value in ([], {}) or any(setting.value == off for off in _OFF)
     return Reading(key, setting.value, setting.source, "as here" if is_off else "not offered", "" if is_off else reason)
 

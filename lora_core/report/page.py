@@ -348,6 +348,8 @@ def write_page(path: Path, **parts: Any) -> Path:
     )
     page = environment.get_template("report.html.jinja").render(parts)
     problem = "is a folder" if path.is_dir() else None
+    if path.is_file() and not _is_page(path):
+        problem = "exists, is no report, and would be lost"
     if problem is None:
         try:
             write_text(path, page)
@@ -356,3 +358,9 @@ def write_page(path: Path, **parts: Any) -> Path:
     if problem:
         raise ConfigError(f"{path}: cannot be written: {problem}; fix: --output FILE.html")
     return path
+
+
+def _is_page(path: Path) -> bool:
+    """Whether a file may be replaced: an HTML page is an earlier report, and anything else somebody's rows or notes."""
+    with path.open("rb") as file:
+        return file.read(100).lstrip().lower().startswith(b"<!doctype html")

@@ -205,7 +205,6 @@ def look_around(
         check_run_folder(config.output_dir, config.overwrite_output_dir)
     except ConfigError as error:
         problem = str(error)
-    free_names = (f"{config.output_dir.rstrip('/')}-{n}" for n in range(2, 1000))
     return Environment(
         device=device_memory(num_processes // num_machines)
         if gpu_memory_gib is None
@@ -218,11 +217,22 @@ def look_around(
         has_schedulefree=find_spec("schedulefree") is not None,
         free_disk_bytes=shutil.disk_usage(existing).free,
         output_dir_problem=problem,
-        free_output_dir=next((name for name in free_names if not Path(name).expanduser().exists()), None),
+        free_output_dir=_free_output_dir(config.output_dir),
         each_rank_loads=uses_fsdp() and not loads_on_first_rank(),
         missing_trackers=tuple(name for name in config.train.trackers if find_spec(name) is None),
         num_machines=num_machines,
     )
+
+
+def _free_output_dir(asked: str) -> str | None:
+    """A folder that a run may have in place of the one that is taken: beside it, or in outputs/."""
+    for stem in (asked.rstrip("/"), f"outputs/{Path(asked).name}"):
+        for number in range(2, 1000):
+            name = f"{stem}-{number}"
+            with suppress(ConfigError):
+                if not check_run_folder(name, overwrite=False).exists():
+                    return name
+    return None
 
 
 def device_memory(num_local_processes: int = 1) -> DeviceMemory:

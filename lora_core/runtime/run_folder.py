@@ -41,15 +41,29 @@ def check_run_folder(output_dir: str | Path, overwrite: bool) -> Path:
     return folder
 
 
-def check_output(output: Path, overwrite: bool) -> None:
+def check_output(output: Path, overwrite: bool, *needed: Path) -> None:
     """Refuse a folder to write to that holds something, unless it may be replaced. Changes nothing.
 
+    Args:
+        overwrite: replace a merged model or an export. Anything else, such as a run, is kept all the same.
+        needed: folders that are read meanwhile; the output may hold none of them.
+
     Raises:
-        ConfigError: it is taken.
+        ConfigError: it is taken, or cannot be made.
     """
-    if output.is_file():
-        raise ConfigError(f"--output {output}: is a file; fix: another name")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
+    parent = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not parent.is_dir():
+        raise ConfigError(f"--output {output}: {parent} is a file; fix: another name")
+    if not os.access(parent, os.W_OK):
+        raise ConfigError(f"--output {output}: {parent} is not writable; fix: another folder")
+    for path in needed:
+        if path.resolve().is_relative_to(output.resolve()):
+            raise ConfigError(f"--output {output}: holds {path}, which is read for it; fix: another folder")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if not any((output / name).is_file() for name in ("config.json", "Modelfile")):
+        raise ConfigError(f"--output {output}: holds files that are no merged model and no export; fix: another folder")
+    if not overwrite:
         raise ConfigError(
             f"--output {output}: is not empty; fix: another folder, or --overwrite to replace what is there"
         )
