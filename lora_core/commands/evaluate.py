@@ -112,9 +112,10 @@ def _open(arguments: Namespace) -> Opened:
         return open_base(config)
     path = given or str(Path(config.output_dir).expanduser() / "adapter")
     if given is None and not (Path(path) / "adapter_config.json").is_file():
+        train = shlex.join(["lora-core", "train", "--cfg", arguments.cfg, *arguments.overrides])
         raise ConfigError(
-            f"{path}: there is no adapter yet; fix: lora-core train --cfg {shlex.quote(arguments.cfg)}, or --adapter "
-            "none for the base model alone, or --adapter RUN for another run"
+            f"{path}: there is no adapter yet; fix: {train}, or --adapter none for the base model alone, or --adapter "
+            "RUN for another run"
         )
     return open_model(path, config=config)
 

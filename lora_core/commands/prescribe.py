@@ -63,8 +63,10 @@ def _run(arguments: Namespace) -> None:
     try:
         facts = _facts(arguments, load_config("base", given), look)
     except DataError as error:  # rows are named by options here
-        message = str(error).replace("fix: data.train_file=PATH", "fix: --data PATH")
-        raise DataError(message.replace("fix: data.eval_file=PATH", "fix: --eval-data PATH")) from error
+        message = str(error).partition(", or data.eval_file=null")[0]
+        for key, option in (("data.train_file", "--data"), ("data.eval_file", "--eval-data")):
+            message = message.replace(f"fix: {key}=", f"fix: {option} ")
+        raise DataError(message) from error
     looked: list[Facts] = []
 
     def memory_fits(candidate: Prescription) -> bool:

@@ -349,7 +349,7 @@ def rows_to_compare(source: Adapter, tokenizer: PreTrainedTokenizerBase, rows: s
         train_data, eval_data = load_data(config, tokenizer)
     except (ConfigError, DataError) as error:
         if rows is not None:
-            raise DataError(f"--rows {str(error).partition('; fix: data.')[0]}; fix: --rows FILE.jsonl") from error
+            raise DataError(f"--rows {error}".replace("fix: data.train_file=", "fix: --rows ")) from error
         raise DataError(
             f"logits are compared on rows, and those of the run cannot be read: {error}\nFix: --rows FILE.jsonl, or "
             "run the command in the folder that the run was started in"

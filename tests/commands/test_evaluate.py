@@ -83,7 +83,10 @@ def test_another_file_and_fewer_replies(evaluate: Any, finished_run: Path, write
     [
         ([], "which model? fix: --cfg NAME, or --adapter RUN with a run's folder"),
         (["--adapter", "none"], "which model? fix: --cfg NAME"),
-        (["--cfg", "demo", "output_dir=nowhere"], "nowhere/adapter: holds no adapter_config.json; fix: --adapter"),
+        (
+            ["--cfg", "demo", "output_dir=nowhere"],
+            "no adapter yet; fix: lora-core train --cfg demo output_dir=nowhere",
+        ),
         (["--adapter", "RUN", "data.eval_file=null"], "there is no eval set; fix: data.eval_file=PATH"),
         (["--adapter", "RUN", "--max-new-tokens", "0"], "--max-new-tokens 0: must be 1 or more"),
         (["--adapter", "RUN", "--output", "nowhere/x.jsonl"], "no folder nowhere; fix: make it first"),

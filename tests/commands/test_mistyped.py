@@ -5,10 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from lora_core.checkpoints.adapter_folder import adapter_on
+from lora_core.checkpoints.checkpoint import find_checkpoint
 from lora_core.commands.main import main
+from lora_core.config.schema import ModelConfig
 from lora_core.configuration import load_config
 from lora_core.errors import ConfigError, DataError
+from lora_core.inference.opened import open_model
+from lora_core.model.base import load_model_config
 from lora_core.sources.files import as_jsonl
 from tests.conftest import chat
 
@@ -88,3 +94,99 @@ def test_rows_names_the_file_beside(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["convert", str(tmp_path / "row.jsonl"), "--output", str(new)]) == 2
     assert f"fix: {tmp_path / 'rows.jsonl'}\n" in capsys.readouterr().err
     assert not new.exists()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with rows, a run and a model's config."""
+    monkeypatch.chdir(tmp_path)
+    Path("my chats.jsonl").write_text("{}")
+    Path("model").mkdir()
+    Path("model/config.json").write_text("{}")
+    Path("outputs/demo/adapter").mkdir(parents=True)
+    Path("outputs/demo/config.yaml").write_text("extends: demo\n")
+    Path("outputs/demo/adapter/adapter_config.json").write_text('{"base_model_name_or_path": "my model"}')
+    return tmp_path
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("my chats.jsonl", "holds rows and no configuration; fix: --cfg base 'data.train_file=my chats.jsonl'"),
+        ("outputs/demo", "is a run's folder; fix: --cfg outputs/demo/config.yaml"),
+        ("model", "is a model's folder; fix: --cfg base model.name_or_path=model"),
+    ],
+)
+def test_another_thing_in_place_of_a_configuration(name: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(name)
+    assert str(caught.value) == f"--cfg {name}: {expected}"
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("my chats.jsonl", "is a file; fix: model.name_or_path=FOLDER or a hub id"),
+        ("outputs/demo", "is an adapter and no model; fix: 'model.name_or_path=my model' model.adapter=outputs/demo"),
+        ("./outputs/demo/adapter", "fix: 'model.name_or_path=my model' model.adapter=./outputs/demo/adapter"),
+    ],
+)
+def test_another_thing_in_place_of_a_model(name: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_model_config(ModelConfig(name_or_path=name))
+    assert str(caught.value).endswith(expected)
+
+
+@pytest.mark.usefixtures("folder")
+def test_another_thing_in_place_of_a_run() -> None:
+    with pytest.raises(ConfigError, match="no such run; outputs holds 1; fix: outputs/demo"):
+        open_model("outputs/demos")
+    Path("chats").touch()
+    with pytest.raises(ConfigError, match="chats: is a file; fix: a folder such as outputs/demo"):
+        open_model("chats")
+    with pytest.raises(ConfigError, match="holds no adapter_model"):
+        adapter_on(torch.nn.Linear(1, 1), "outputs/demo/adapter")
+    with pytest.raises(ConfigError, match="--resume outputs/none: no such folder; fix: --resume without a path"):
+        find_checkpoint(Path("outputs/demo"), Path("outputs/none"), print, may_rename=False)
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["merge", "gone", "--output", "merged"], "gone: no such folder"),
+        (["push", "gone", "a/b"], "gone: no such folder"),
+        (["export", "gone", "--gguf", "--output", "gguf"], "gone: no such folder"),
+        (
+            ["preflight", "--cfg", "demo", "--write", "my chats.jsonl"],
+            "chats.jsonl: exists, and would be lost",
+        ),
+        (["preflight", "--cfg", "demo", "--write", "none/a.yaml"], "--write none/a.yaml: no folder none; fix: make it"),
+        (["preflight", "--cfg", "demo", "--gpu-memory-gib", "0"], "--gpu-memory-gib 0: must be above 0; fix: --gpu"),
+        (["prescribe", "--model", "model", "--data", "a", "--write", "none/a.yaml"], "--write none/a.yaml: no folder"),
+        (["prescribe", "--model", "model", "--data", "a", "--gpu-memory-gib", "-3"], "--gpu-memory-gib -3: must be"),
+    ],
+)
+def test_what_cannot_be_read_or_written_is_a_sentence(
+    given: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(given) == 2
+    assert expected in capsys.readouterr().err
+    assert Path("my chats.jsonl").read_text() == "{}"
+
+
+def test_tools_that_are_no_list_have_one_fix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tools.jsonl").write_text('{"name": "a"}\n{"name": "b"}\n')
+    assert main(["chat", "outputs/demo", "--tools", str(tmp_path / "tools.jsonl")]) == 2
+    assert capsys.readouterr().err.count("fix: ") == 1
+
+
+def test_prescribe_names_its_own_option(
+    tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("chats.jsonl").write_text("{}")
+    assert main(["prescribe", "--model", str(tiny_model_dir), "--data", "chat.jsonl"]) == 2
+    assert capsys.readouterr().err.endswith("fix: --data chats.jsonl\n")

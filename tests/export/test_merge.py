@@ -168,7 +168,11 @@ def test_what_cannot_be_merged_is_refused(
 
 
 def test_a_run_with_its_tokenizer_stops_and_card(
-    short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    short_run: Path,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "merged"
     assert main(["merge", str(short_run), "--output", str(output)]) == 0
@@ -186,13 +190,20 @@ def test_a_run_with_its_tokenizer_stops_and_card(
     assert "base_model" not in card  # a local folder
     assert "vllm serve PATH_OF_THIS_FOLDER" in body
 
+    base, moved = "model.name_or_path", tmp_path_factory.mktemp("elsewhere") / "moved"
+    shutil.copytree(tiny_model_dir, moved)
     assert main(["merge", str(short_run), "--output", str(output)]) == 2
     assert "is not empty; fix: another folder, or --overwrite" in capsys.readouterr().err
-    assert main(["merge", str(short_run / "adapter"), "--output", str(output), "--overwrite"]) == 0
+    assert main(["merge", str(short_run / "adapter"), "--output", str(output), "--overwrite", f"{base}={moved}"]) == 0
+    assert main(["merge", str(short_run), "--output", str(tmp_path / "a"), f"{base}={tmp_path / 'gone'}"]) == 2
+    assert f"fix: {base}=FOLDER" in capsys.readouterr().err
+    for kept in (short_run, short_run.parent, short_run / "adapter", moved):
+        assert main(["merge", str(short_run), "--output", str(kept), "--overwrite", f"{base}={moved}"]) == 2
+        assert f"--output {kept}: holds " in capsys.readouterr().err
     assert main(["merge", str(short_run), "--output", str(tmp_path / "a"), "--max-shard-size", "many"]) == 2
     assert "--max-shard-size many" in capsys.readouterr().err
     assert main(["merge", str(short_run), "--output", str(tmp_path / "a"), "--rows", "no.jsonl"]) == 2
-    assert "--rows FILE.jsonl" in capsys.readouterr().err
+    assert "fix: --rows PATH" in capsys.readouterr().err
     assert main(["merge", str(output), "--output", str(tmp_path / "a")]) == 2
     assert "a model without an adapter" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
@@ -238,5 +249,5 @@ def test_without_a_run_shipped_rows_are_compared(base: Path, tmp_path: Path) -> 
         batch = rows_to_compare(source, source.load_tokenizer(), None)
         assert len(batch["input_ids"]) == 4
         assert shipped_file("examples/eval.jsonl").is_file()
-        with pytest.raises(DataError, match="--rows FILE"):
+        with pytest.raises(DataError, match="fix: --rows PATH"):
             rows_to_compare(source, source.load_tokenizer(), str(tmp_path / "none.jsonl"))

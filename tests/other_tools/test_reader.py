@@ -88,6 +88,11 @@ def outcomes(translation: Translation) -> dict[str, str]:
     return {reading.key: reading.outcome for reading in translation.readings}
 
 
+def test_an_unknown_key_is_answered_with_the_nearest_one(tmp_path: Path) -> None:
+    (reading,) = translated(write(tmp_path, FACTORY | {"cutof_len": 512})).of("unknown")
+    assert reading.note.endswith("that is known here; nearest: cutoff_len")
+
+
 def test_llama_factory(tmp_path: Path) -> None:
     path = write(tmp_path, FACTORY | {"val_size": 0.1, "quantization_bit": 4, "pissa_init": True, "wibble": 3})
     config, said = load_config(path), translated(path)

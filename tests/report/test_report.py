@@ -277,6 +277,11 @@ def test_mistakes_are_named_with_their_fix(tmp_path: Path, monkeypatch: pytest.M
     folder = make_run(tmp_path / "run")
     with pytest.raises(ConfigError, match="run: cannot be written: is a folder; fix: --output"):
         write_report(folder, folder)
+    (tmp_path / "rows.jsonl").write_text("{}")
+    with pytest.raises(ConfigError, match="is no report, and would be lost; fix: --output"):
+        write_report(folder, tmp_path / "rows.jsonl")
+    assert (tmp_path / "rows.jsonl").read_text() == "{}"
+    assert write_report(folder, write_report(folder)) == folder / "report.html"
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match=r"fix: pip install 'lora_core\[report\]'"):
         write_report(folder)

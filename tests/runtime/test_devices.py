@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from lora_core.config.schema import RunConfig, TrainConfig
-from lora_core.runtime.devices import build_accelerator, random_states, set_random_states
+from lora_core.runtime.devices import build_accelerator, look_around, random_states, set_random_states
 
 
 def test_accelerates_variables_change_neither_gradients_nor_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,6 +19,18 @@ def test_accelerates_variables_change_neither_gradients_nor_what_is_compiled(mon
     accelerator = build_accelerator(RunConfig(train=TrainConfig(bf16=False)))
     assert accelerator.gradient_accumulation_steps == 1
     assert accelerator.state.dynamo_plugin.backend.value == "NO"
+
+
+def test_the_folder_that_a_fix_names_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text("{}")
+    Path("outputs/run").mkdir(parents=True)
+    Path("outputs/run/config.yaml").touch()
+    for asked, named in (("outputs/run/", "outputs/run-2"), ("rows.jsonl/run", "outputs/run-2")):
+        environment = look_around(RunConfig(output_dir=asked), 1)
+        assert environment.output_dir_problem is not None
+        assert environment.free_output_dir == named
+        assert look_around(RunConfig(output_dir=named), 1).output_dir_problem is None
 
 
 def test_random_states_are_put_back() -> None:

@@ -9,6 +9,7 @@ import pytest
 from lora_core.errors import ConfigError
 from lora_core.runtime.run_folder import (
     MetricsFile,
+    check_output,
     check_run_folder,
     clear_run_folder,
     remove_leftovers,
@@ -68,6 +69,25 @@ def test_folders_that_a_run_cannot_have(tmp_path: Path) -> None:
     for path in (tmp_path / "thesis.txt", tmp_path / "thesis.txt" / "run"):
         with pytest.raises(ConfigError, match=r"thesis\.txt is a file; fix: output_dir="):
             check_run_folder(path, overwrite=True)
+
+
+def test_an_output_replaces_only_what_such_a_command_wrote(tmp_path: Path) -> None:
+    for name in ("merged/config.json", "gguf/Modelfile", "thesis/text.txt", "outputs/run/config.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("x")
+    check_output(tmp_path / "new" / "deep", overwrite=False)
+    for name in ("merged", "gguf"):
+        check_output(tmp_path / name, overwrite=True)
+        with pytest.raises(ConfigError, match="is not empty; fix: another folder, or --overwrite"):
+            check_output(tmp_path / name, overwrite=False)
+        with pytest.raises(ConfigError, match="which is read for it; fix: another folder"):
+            check_output(tmp_path / name, True, tmp_path / name)
+    for name in ("thesis", "outputs", "outputs/run"):
+        with pytest.raises(ConfigError, match="no merged model and no export; fix: another folder"):
+            check_output(tmp_path / name, overwrite=True)
+    for name in ("thesis/text.txt", "thesis/text.txt/merged"):
+        with pytest.raises(ConfigError, match=r"text\.txt is a file; fix: another name"):
+            check_output(tmp_path / name, overwrite=True)
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
