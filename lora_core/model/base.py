@@ -273,11 +273,12 @@ def cannot_load(what: str, name: str, error: Exception) -> ConfigError:
             "code; fix: a model of a family that transformers supports itself",
             "model_needs_code",
         )
-    absent = "" if Path(name).is_dir() else f"no such folder here (working folder: {Path.cwd()}), and from the hub "
+    is_here = Path(name).is_dir()
+    absent = "" if is_here else f"no such folder here (working folder: {Path.cwd()}), and from the hub "
+    another = "" if is_here else "model.name_or_path=NAME, "
     return ConfigError(
-        f"model.name_or_path={name}: {absent}the {what} cannot be loaded: {reason.rstrip('.')}; fix: "
-        "model.name_or_path=NAME, a hub id or a local folder; `hf auth login` for a gated model; unset HF_HUB_OFFLINE "
-        "if it is not cached",
+        f"model.name_or_path={name}: {absent}the {what} cannot be loaded: {reason.rstrip('.')}; fix: {another}a hub id "
+        "or a local folder; `hf auth login` for a gated model; unset HF_HUB_OFFLINE if it is not cached",
         "model_unreadable",
     )
 
