@@ -104,7 +104,12 @@ def _over_fitting(found: OverFitting | None) -> str | None:
 
 def _sample(sample: dict[str, Any]) -> dict[str, Any]:
     """The texts of a reply; an earlier version recorded fewer of them."""
-    return {key: sample.get(key, "not recorded") or "(empty)" for key in ("prompt", "before", "after", "expected")}
+
+    def text(key: str) -> str:
+        shown: str = sample.get(key, "not recorded") or "(empty)"
+        return shown + (" … (cut off)" if sample.get(f"{key}_ended") is False else "")
+
+    return {key: text(key) for key in ("prompt", "before", "after", "expected")}
 
 
 def _film(run: Run) -> dict[str, Any] | None:

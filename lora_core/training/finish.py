@@ -49,7 +49,8 @@ def finish(run: Run, started: float) -> Summary:
             run.journal.record("sample", sample)
             say(f"\nuser:     {printable(sample['prompt'])}", "event")
             for name in ("before", "after", "expected"):
-                say(f"{name + ':':<9} {printable(sample[name])}", "event")
+                cut_off = " (cut off)" if sample.get(f"{name}_ended") is False else ""
+                say(f"{name + ':':<9} {printable(sample[name])}{cut_off}", "event")
         run.journal.metrics.close()
         summary = _summary(run, adapter_step, adapter_dir, comparison, started)
         seen = replace(read_run(run.folder), summary=summary.to_dict())
@@ -99,11 +100,14 @@ def take_best_adapter(run: Run) -> int:
 def _samples(run: Run, replies: list[Reply]) -> list[dict[str, Any]]:
     """Each prompt with the replies before and after, and with what its example says."""
     before = dict(enumerate(run.progress.replies_before or []))
+    ended_before = dict(enumerate(run.progress.ended_before or []))
     return [
         {
             "prompt": prompt["messages"][-1]["content"],
             "before": before.get(number, "(not recorded: train.num_sample_replies was lower when the run began)"),
+            "before_ended": ended_before.get(number),
             "after": reply.text,
+            "after_ended": reply.is_whole,
             "expected": prompt["expected"],
             "from": prompt["from"],
             "line": prompt["line"],

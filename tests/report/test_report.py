@@ -92,7 +92,9 @@ def make_run(folder: Path, **config: Any) -> Path:
             "event": "sample",
             "prompt": HOSTILE,
             "before": "before\u2028",
+            "before_ended": False,
             "after": HOSTILE,
+            "after_ended": True,
             "expected": f"expected {HOSTILE}",
         }
     )
@@ -174,6 +176,8 @@ def test_the_page_says_first_whether_it_worked_then_shows_loss_then_replies(tmp_
         ("after", "&lt;sc"),
         ("expected", "expect"),
     ]
+    assert replies.count(" … (cut off)</div>") == 1
+    assert replies.index("(cut off)") < replies.index(">after<")
 
 
 def test_loss_tokens_are_marked_and_the_examples_are_folded(tmp_path: Path) -> None:
