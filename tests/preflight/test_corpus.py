@@ -62,7 +62,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "blank lines": (b"\n  \n", "data_file_empty"),
     "one JSON array": (b'[{"prompt": "a", "completion": "b"}, {"prompt": "a"}]', "rows_unreadable"),
     "an open JSON array": (b'[{"prompt": "a", "completion": "b"},', "data_not_json"),
-    "pretty-printed JSON": (json.dumps({"text": [ROWS[0]["messages"]]}, indent=1).encode(), "rows_unreadable"),
+    "one object of columns": (json.dumps({"text": [ROWS[0]["messages"]]}, indent=1).encode(), "data_kind_unknown"),
     "CSV": (b"left,right\nHi,Ho\n", "rows_unreadable"),
     "CSV with a cell too few": (b"prompt,completion\nHi\n", "data_not_table"),
     "a zip archive": (b"PK\x03\x04", "data_kind_unknown"),
