@@ -16,6 +16,7 @@ from lora_core.model.attention import causal_lm_of
 from lora_core.model.decoder import own_positions, padding_masked
 from lora_core.model.loss import CausalLMLoss
 from lora_core.rows.messages import Conversation
+from lora_core.runtime.faults import is_of_the_machine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TextStreamer
@@ -123,8 +124,10 @@ def _generate(
             **(drawn if temperature > 0 else greedy),
             **how,
         )
-    except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
-        # Some families' caches do not suit all that their configs allow. What a device says is a RuntimeError.
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        # Some families' caches do not suit all that their configs allow.
+        if isinstance(error, RuntimeError) and is_of_the_machine(error):
+            raise
         reason = (str(error).strip().splitlines() or [""])[0]
         raise TrainingError(
             f"{type(causal_lm_of(_inner(model))).__name__} does not generate with this version of transformers "

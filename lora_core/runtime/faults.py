@@ -94,6 +94,14 @@ def naming_lost_ranks(accelerator: Accelerator, timeout_s: int) -> Iterator[None
         ) from error
 
 
+def is_of_the_machine(error: RuntimeError) -> bool:
+    """Whether a device, its driver or another rank failed, and not the code that called them: torch says all of it, and
+    that shapes do not match too, as a RuntimeError."""
+    is_plain = type(error) in (RuntimeError, NotImplementedError)  # devices and ranks have their own, since torch 2.8
+    named = any(words in str(error) for words in ("CUDA error", "CUDA driver", "cuDNN error", "NCCL"))
+    return not is_plain or named or is_out_of_memory(error) or _is_connection_failure(error)
+
+
 def _is_connection_failure(error: RuntimeError) -> bool:
     said = str(error)
     return isinstance(error, torch.distributed.DistError) or "gloo" in said or "Connection" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -170,13 +171,42 @@ def test_a_reply_is_made_at_the_positions_that_the_model_is_trained_at(tokenizer
     assert generate_reply(model, tokenizer, prompt, 6).text == wanted
 
 
-class _WithoutCache(Qwen2ForCausalLM):
+class _Raises(Qwen2ForCausalLM):
+    error: Exception
+
     def forward(self, *args: object, **kwargs: object) -> object:
-        raise ValueError("no such cache")
+        raise self.error
 
 
-def test_a_model_that_does_not_generate_is_told_in_a_sentence(tokenizer: PreTrainedTokenizerFast) -> None:
-    model = _WithoutCache(make_model(len(tokenizer)).config)
-    prompt = encode_prompt(tokenizer, Conversation([{"role": "user", "content": "Hi"}]))
-    with pytest.raises(TrainingError, match=r"_WithoutCache does not generate .*no such cache.*num_sample_replies=0"):
+@pytest.fixture
+def reply_despite(tokenizer: PreTrainedTokenizerFast) -> Any:
+    def answer(error: Exception) -> None:
+        model = _Raises(make_model(len(tokenizer)).config)
+        model.error = error
+        prompt = encode_prompt(tokenizer, Conversation([{"role": "user", "content": "Hi"}]))
         generate_reply(model, tokenizer, prompt, 4)
+
+    return answer
+
+
+def test_a_model_that_does_not_generate_is_told_in_a_sentence(reply_despite: Any) -> None:
+    for error in (ValueError("no such cache"), RuntimeError("no such cache: size 8 is not 16"), NotImplementedError()):
+        with pytest.raises(TrainingError, match=r"_Raises does not generate .*num_sample_replies=0"):
+            reply_despite(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        torch.distributed.DistBackendError("NCCL timeout"),
+    ],
+    ids=["GPU memory", "GPU", "rank", "memory", "NCCL"],
+)
+def test_what_the_machine_says_is_not_the_models_fault(reply_despite: Any, error: RuntimeError) -> None:
+    with pytest.raises(type(error)) as raised:
+        reply_despite(error)
+    assert raised.value is error
