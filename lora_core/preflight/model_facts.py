@@ -70,6 +70,8 @@ def model_facts(config: RunConfig) -> ModelFacts:
     start = find_starting_adapter(config.model)
     num_layers = num_hidden_layers(config)
     base = base_without_storage(config, num_layers) if differs_by_layer(config.lora) else base_of_each_kind(config)
+    dtype, packing_problem = str(base.dtype).removeprefix("torch."), why_not_packed(base)
+    base = quantized_without_storage(base, config.model)  # PEFT reaches less of it then; it does not run here
     text_config = base.config.get_text_config()
     named = dict(base.named_modules())
     targeted = targeted_names(base, config.lora)
@@ -88,8 +90,8 @@ def model_facts(config: RunConfig) -> ModelFacts:
         without_match=tuple((key, tuple(map(str, values))) for key, values in unmatched if values),
         linear_names=tuple(linear_names(base)),
         adapter_differences=tuple(differing_settings(start, config.lora)) if start is not None else (),
-        dtype=str(base.dtype).removeprefix("torch."),
-        packing_problem=why_not_packed(base),
+        dtype=dtype,
+        packing_problem=packing_problem,
         is_encoder=is_encoder(base),
         has_checkpointing=bool(base.supports_gradient_checkpointing),
         auto_targets=_auto_targets(base),
@@ -135,7 +137,6 @@ def _auto_targets(base: Any) -> Targets:
 def _without_adapter(base: Any, config: RunConfig) -> tuple[tuple[str, float], ...]:
     if config.lora.target_modules != "auto" or config.lora.exclude_modules or config.lora.layers_to_transform:
         return ()
-    base = quantized_without_storage(base, config.model)
     targets = _auto_targets(base)
     try:
         return tuple(without_adapter(add_adapter(base, config.lora, config.train.seed), targets).items())

@@ -36,6 +36,7 @@ VOCABULARY = 128
 LENGTHS = (9, 17, 6)
 LIMIT = 1e-5
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+torch.backends.cudnn.allow_tf32 = False  # convolutions of float32 are rounded to ten bits otherwise
 
 
 def outcome(family: str, folder: Path) -> dict[str, Any]:
@@ -182,12 +183,11 @@ def away_from_zero(model: torch.nn.Module) -> None:
 
 
 def quiet() -> None:
-    """Without the libraries' own words, and in full float32."""
+    """Without the libraries' own words."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
-    torch.backends.cudnn.allow_tf32 = False  # convolutions of float32 are rounded to ten bits otherwise
 
 
 def outcomes(names: list[str]) -> Iterator[dict[str, Any]]:

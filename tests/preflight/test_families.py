@@ -107,7 +107,9 @@ def test_what_no_adapter_reaches_is_named(find: Any, config_of: Any) -> None:
     assert not model_facts(config_of("dbrx", "lora.target_modules=[Wqkv]")).without_adapter
     # Dense layers and shared experts, whose names PEFT takes for the experts': as parameters, which 4 bits are not.
     assert not model_facts(config_of("deepseek_v3")).without_adapter
-    left = dict(model_facts(config_of("deepseek_v3", "model.quantization=nf4")).without_adapter)
+    facts = model_facts(config_of("deepseek_v3", "model.quantization=nf4"))
+    left = dict(facts.without_adapter)
+    assert not left.keys() & {*facts.auto_targets.in_short()}
     assert left.keys() == {f"{of}.{name}_proj" for of in ("mlp", "shared_experts") for name in ("gate", "up", "down")}
     assert "shared_experts.up_proj" in find("deepseek_v3", "lora.dropout=0.1")["experts_without_dropout"].message
 
