@@ -3,14 +3,67 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
-from lora_core.config.schema import TrainConfig
 from lora_core.errors import counted
 from lora_core.preflight.findings import Facts, Finding
 
 ENOUGH_STEPS = 30
-_MOST_EPOCHS = 5  # that are usual on few rows
+_FEW_ROWS = 500
+_FEWEST_EPOCHS, _MOST_EPOCHS = 3, 5  # that are usual on few rows
+
+
+@dataclass(frozen=True)
+class _Remedy:
+    """Overrides for a step and a length that leave none of the findings below, so that their fixes agree."""
+
+    step: str
+    length: str
+    is_enough: bool
+    """Whether the run then has enough steps; otherwise it needs more rows."""
+
+
+def _remedy(facts: Facts) -> _Remedy:
+    """Smaller steps first, then more epochs, up to the usual."""
+    plan, train = facts.plan, facts.config.train
+    batch_size, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
+
+    def rows_a_step(size: int, micro_batches: int) -> int:
+        return size * micro_batches * plan.num_processes
+
+    def steps_an_epoch(size: int, micro_batches: int) -> int:
+        return math.ceil(math.ceil(plan.num_rows / (size * plan.num_processes)) / micro_batches)
+
+    step_sizes = [(batch_size, n) for n in range(accumulation, 0, -1)] + [(n, 1) for n in range(batch_size - 1, 0, -1)]
+    # An epoch of four steps, where there are as many examples.
+    step_sizes = [pair for pair in step_sizes if 4 * rows_a_step(*pair) <= plan.num_rows] or [(1, 1)]
+    fewest_epochs = _MOST_EPOCHS if train.max_steps else train.num_train_epochs
+    if _is_single_pass(facts):
+        fewest_epochs = max(fewest_epochs, _FEWEST_EPOCHS)
+    lengths = ((epochs, pair) for epochs in range(fewest_epochs, _MOST_EPOCHS + 1) for pair in step_sizes)
+    enough = next((each for each in lengths if each[0] * steps_an_epoch(*each[1]) >= ENOUGH_STEPS), None)
+    epochs, (size, micro_batches) = enough or (fewest_epochs, step_sizes[0])
+    changed = {
+        "train.per_device_train_batch_size": (batch_size, size),
+        "train.gradient_accumulation_steps": (accumulation, micro_batches),
+    }
+    if train.max_steps:
+        passes = _FEWEST_EPOCHS * steps_an_epoch(size, micro_batches) if _is_single_pass(facts) else 0
+        length = {"train.max_steps": (train.max_steps, max(train.max_steps, ENOUGH_STEPS, passes))}
+    else:
+        length = {"train.num_train_epochs": (train.num_train_epochs, epochs)}
+    return _Remedy(_overrides(changed), _overrides(length), enough is not None)
+
+
+def _overrides(changed: Mapping[str, tuple[int, int]]) -> str:
+    """What differs, as the command line takes it."""
+    return " ".join(f"{key}={value}" for key, (before, value) in changed.items() if value != before)
+
+
+def _is_single_pass(facts: Facts) -> bool:
+    plan = facts.plan
+    return 1 < plan.num_rows < _FEW_ROWS and plan.total_optimizer_steps <= plan.optimizer_steps_per_epoch
 
 
 def check_warmup_past_end(facts: Facts) -> Iterator[Finding]:
@@ -94,15 +147,16 @@ def check_single_pass(facts: Facts) -> Iterator[Finding]:
 
     More epochs, and an eval set to see when it is enough.
     """
-    plan, train = facts.plan, facts.config.train
-    if plan.num_rows < 500 and plan.total_optimizer_steps <= plan.optimizer_steps_per_epoch and plan.num_rows > 1:
+    plan = facts.plan
+    if _is_single_pass(facts):
         yield Finding(
             "single_pass",
             "warning",
-            f"the {plan.num_rows} examples are seen once at most; 3 to 5 epochs are usual for so few",
+            f"the {plan.num_rows} examples are seen once at most; {_FEWEST_EPOCHS} to {_MOST_EPOCHS} epochs are usual "
+            "for so few",
             plan.total_optimizer_steps / plan.optimizer_steps_per_epoch,
-            3,
-            f"train.max_steps={3 * plan.optimizer_steps_per_epoch}" if train.max_steps else "train.num_train_epochs=3",
+            _FEWEST_EPOCHS,
+            _remedy(facts).length,
         )
 
 
@@ -115,7 +169,7 @@ def check_few_steps(facts: Facts) -> Iterator[Finding]:
     """
     plan = facts.plan
     if plan.total_optimizer_steps < ENOUGH_STEPS:
-        fix = _more_steps(facts)
+        remedy = _remedy(facts)
         smallest = math.ceil(plan.num_rows / plan.num_processes)
         yield Finding(
             "few_steps",
@@ -124,38 +178,14 @@ def check_few_steps(facts: Facts) -> Iterator[Finding]:
             "steps rarely change an adapter"
             + (
                 ""
-                if fix
+                if remedy.is_enough
                 else f", and {counted(plan.num_rows, 'example')} give at most {_MOST_EPOCHS * smallest} in the usual "
                 f"{_MOST_EPOCHS} epochs: it needs more rows"
             ),
             plan.total_optimizer_steps,
             ENOUGH_STEPS,
-            fix,
+            f"{remedy.step} {remedy.length}".strip() if remedy.is_enough else None,
         )
-
-
-def _more_steps(facts: Facts) -> str | None:
-    """The overrides for enough steps: smaller steps first, then more epochs, up to the usual; None if those are few."""
-    plan, train = facts.plan, facts.config.train
-    batch_size, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
-    step_sizes = [(batch_size, n) for n in range(accumulation, 0, -1)] + [(n, 1) for n in range(batch_size - 1, 0, -1)]
-    fewest_epochs = _MOST_EPOCHS if train.max_steps else train.num_train_epochs
-    for epochs in range(fewest_epochs, max(fewest_epochs, _MOST_EPOCHS) + 1):
-        for size, micro_batches in step_sizes:
-            per_epoch = math.ceil(math.ceil(plan.num_rows / (size * plan.num_processes)) / micro_batches)
-            if per_epoch * epochs >= ENOUGH_STEPS:
-                length = f"train.num_train_epochs={epochs}" if epochs != train.num_train_epochs else ""
-                if train.max_steps:
-                    length = f"train.max_steps={ENOUGH_STEPS}"
-                return " ".join(filter(None, [_step_size_fix(train, size, micro_batches), length]))
-    return None
-
-
-def _step_size_fix(train: TrainConfig, batch_size: int, accumulation: int) -> str | None:
-    """The overrides that change what a step takes; None if nothing changes."""
-    settings = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
-    changed = [f"train.{name}={value}" for name, value in settings.items() if value != getattr(train, name)]
-    return " ".join(changed) or None
 
 
 def check_batch_larger_than_data(facts: Facts) -> Iterator[Finding]:
@@ -165,11 +195,8 @@ def check_batch_larger_than_data(facts: Facts) -> Iterator[Finding]:
 
     Fewer accumulation steps, a smaller batch, or fewer processes.
     """
-    plan, train = facts.plan, facts.config.train
+    plan = facts.plan
     if plan.rows_per_optimizer_step > plan.num_rows:
-        # A quarter of the rows per step: four steps per epoch.
-        per_device = max(1, plan.num_rows // 4 // plan.num_processes)
-        batch_size = min(train.per_device_train_batch_size, per_device)
         yield Finding(
             "batch_larger_than_data",
             "warning",
@@ -177,7 +204,7 @@ def check_batch_larger_than_data(facts: Facts) -> Iterator[Finding]:
             f"{'is' if plan.num_rows == 1 else 'are'} only {plan.num_rows}: every epoch is a single step",
             plan.rows_per_optimizer_step,
             plan.num_rows,
-            _step_size_fix(train, batch_size, per_device // batch_size),
+            _remedy(facts).step or None,
         )
 
 
@@ -192,8 +219,6 @@ def check_batch_large_for_rows(facts: Facts) -> Iterator[Finding]:
     plan, train = facts.plan, facts.config.train
     per_device = train.per_device_train_batch_size * train.gradient_accumulation_steps
     if per_device > 1 and plan.num_rows < 4 * plan.rows_per_optimizer_step <= 4 * plan.num_rows:
-        fewer = max(1, plan.num_rows // 4 // plan.num_processes)
-        batch_size = min(train.per_device_train_batch_size, fewer)
         yield Finding(
             "batch_large_for_rows",
             "warning",
@@ -201,7 +226,7 @@ def check_batch_large_for_rows(facts: Facts) -> Iterator[Finding]:
             f"is {counted(plan.optimizer_steps_per_epoch, 'step')}, and LoRA learns less from few large steps",
             plan.rows_per_optimizer_step,
             plan.num_rows // 4,
-            _step_size_fix(train, batch_size, fewer // batch_size),
+            _remedy(facts).step,
         )
 
 

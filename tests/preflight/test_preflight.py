@@ -6,9 +6,12 @@ import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers.normalizers import NFC, Lowercase, Normalizer, Prepend, Replace, Sequence
 from transformers import PreTrainedTokenizerFast
 
@@ -18,7 +21,14 @@ from lora_core.data.encoded import load_data
 from lora_core.errors import ConfigError, PreflightError
 from lora_core.preflight.catalogue import CHECKS, ERROR_IDS, documentation
 from lora_core.preflight.findings import Facts, Finding
+from lora_core.preflight.plan import plan_for
 from lora_core.preflight.preflight import apply_fixes, gather_facts, refuse_errors, run_checks
+from lora_core.preflight.schedule import (
+    check_batch_large_for_rows,
+    check_batch_larger_than_data,
+    check_few_steps,
+    check_single_pass,
+)
 from lora_core.runtime.devices import DeviceMemory, look_around
 from tests.conftest import CHATML, ROOT, chat, make_tokenizer
 from tests.forked import python
@@ -539,6 +549,37 @@ def test_fixes_for_one_cause_do_not_add_up(base: list[str], find: Any, write_row
     train = config.train
     epochs_and_step = (train.num_train_epochs, train.per_device_train_batch_size, train.gradient_accumulation_steps)
     assert epochs_and_step == (5, 1, 1)  # 35 steps of one row, each row five times
+
+
+@given(
+    st.integers(1, 600),
+    st.integers(1, 8),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.integers(1, 8),
+    st.none() | st.integers(1, 60),
+)
+def test_the_fixes_of_one_plan_agree_and_pasted_together_leave_nothing_to_fix(
+    num_rows: int, num_processes: int, batch_size: int, accumulation: int, epochs: int, max_steps: int | None
+) -> None:
+    checks = (check_single_pass, check_few_steps, check_batch_larger_than_data, check_batch_large_for_rows)
+    settings = [
+        f"train.per_device_train_batch_size={batch_size}",
+        f"train.gradient_accumulation_steps={accumulation}",
+        f"train.num_train_epochs={epochs}",
+        *([f"train.max_steps={max_steps}"] if max_steps else []),
+    ]
+
+    def found(overrides: list[str]) -> list[Finding]:
+        config = load_config("base", ["data.train_file=rows.jsonl", *overrides])
+        facts = SimpleNamespace(config=config, plan=plan_for(config, num_rows, num_processes))
+        return [finding for check in checks for finding in check(cast(Facts, facts))]
+
+    fixes = [part for finding in found(settings) for part in (finding.fix or "").split()]
+    assert len({fix.partition("=")[0] for fix in fixes}) == len(set(fixes))
+    left = found([*settings, *fixes])
+    assert [finding for finding in left if finding.fix] == []
+    assert all("needs more rows" in finding.message for finding in left if finding.id == "few_steps")
 
 
 @pytest.mark.parametrize("length", ["train.num_train_epochs=1", "train.max_steps=3"])
