@@ -343,8 +343,10 @@ def add_adapter(
                 f"train.gradient_checkpointing=true: transformers has none for {type(base).__name__}; fix: "
                 "train.gradient_checkpointing=false"
             )
+        # transformers has called it so since 5.24, and warns of the older name.
+        enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
         # Non-reentrant: the reentrant kind needs gradients on its inputs, which a frozen embedding does not give.
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable({"use_reentrant": False})
     return model
 
 

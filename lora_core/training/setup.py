@@ -112,6 +112,9 @@ def train(
         LoraCoreError: and nothing else for a mistake in configuration or data; the message names value, limit and fix.
     """
     started = time.monotonic()
+    if not isinstance(config, RunConfig):
+        fix = f"load_config({str(config)!r})" if isinstance(config, (str, Path)) else 'load_config("qwen0.5b", [...])'
+        raise ConfigError(f"train() takes a RunConfig, not a {type(config).__name__}; fix: train({fix})")
     end_with_launcher()
     check_restarts()
     config, precision = with_precision(with_rows(config, rows, eval_rows))

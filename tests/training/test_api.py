@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from lora_core import Callback, DataError, RunConfig, load_config, train, with_overrides
+from lora_core import Callback, ConfigError, DataError, RunConfig, load_config, train, with_overrides
 from lora_core.data.in_memory import with_rows
 from tests.conftest import chat
 
@@ -68,6 +68,15 @@ def test_rows_from_memory_train_as_the_same_rows_in_a_file_and_callbacks_are_tol
     adapter = (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes()
     train(with_overrides(config, [*files, f"output_dir={tmp_path / 'second'}"]))
     assert (tmp_path / "second/adapter/adapter_model.safetensors").read_bytes() == adapter
+
+
+@pytest.mark.parametrize(
+    ("given", "fix"),
+    [("qwen0.5b", r"train\(load_config\('qwen0.5b'\)\)"), ({"model": {}}, r'train\(load_config\("qwen0.5b", \[')],
+)
+def test_what_is_no_configuration_is_refused_with_the_call_that_makes_one(given: Any, fix: str) -> None:
+    with pytest.raises(ConfigError, match=rf"takes a RunConfig, not a {type(given).__name__}; fix: {fix}"):
+        train(given)
 
 
 def test_a_dataset_is_rows_and_the_same_rows_are_the_same_file(config: RunConfig) -> None:
