@@ -116,7 +116,7 @@ def model_without_storage(config: RunConfig, device_kind: str, packed: bool, num
         # Whatever A and B begin with: there are no weights here to take it from.
         lora = config.lora.model_copy(update={"init_lora_weights": True})
         model: PeftModel = add_adapter(base, lora, config.train.seed, config.train.gradient_checkpointing)
-    use_lean_lora(model, ByteMask if device_kind == "cuda" else _BitMaskWithoutStorage)
+    use_lean_lora(model, _BitMaskWithoutStorage if device_kind == "cpu" else ByteMask)
     return model
 
 

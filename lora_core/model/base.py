@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import patch_environment
 from torch import nn
 
 from lora_core.config.schema import DataConfig, LoraConfig, ModelConfig
@@ -138,7 +139,8 @@ def _read_base_model(config: ModelConfig, device: torch.device, attention: str) 
     name = resolve_name(config)
     model_config = load_model_config(config)
     try:
-        with _one_tensor_at_a_time(device):
+        # Under FSDP transformers would leave part of it, in other ranks than the first, to what Accelerate sends later.
+        with _one_tensor_at_a_time(device), patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
             model, found = model_class(model_config).from_pretrained(
                 name,
                 revision=config.revision,

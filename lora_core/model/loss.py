@@ -128,12 +128,13 @@ class CausalLMLoss(nn.Module):
         row, position = loss_mask[:, 1:].nonzero(as_tuple=True)  # (N,) each
         targets = input_ids[row, position + 1]  # (N,)
         if targets.numel() == 0:
-            # A filler micro-batch: still a function of the parameters, so that ranks can synchronise.
+            # A filler micro-batch: still a function of all parameters, so that ranks can synchronise.
             zero = torch.zeros((), dtype=torch.long, device=targets.device)
-            return LossSums(hidden.float().sum() * 0.0, zero, zero, torch.zeros(0, device=targets.device))
+            reached = self._head(hidden[:1, 0]) if self._head_trains(self._head) else hidden
+            return LossSums(reached.float().sum() * 0.0, zero, zero, torch.zeros(0, device=targets.device))
         weights = None if loss_weights is None else loss_weights[row, position + 1]  # (N,)
         states = hidden[row, position]  # (N, H)
-        if any(parameter.requires_grad for parameter in parameters_of(self._head, self.model)):
+        if self._head_trains(self._head):
             # A head that trains needs its own gradient, so all logits are kept.
             logits = self._head(states).float()
             losses = nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=self._smoothing)
@@ -150,6 +151,9 @@ class CausalLMLoss(nn.Module):
             )
         num_tokens = torch.tensor(targets.numel(), device=targets.device)
         return LossSums(loss_sum, num_tokens, num_correct, token_losses)
+
+    def _head_trains(self, head: Head) -> bool:
+        return any(parameter.requires_grad for parameter in parameters_of(head, self.model))
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -18,14 +18,14 @@ import psutil  # comes with Accelerate
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, parse_flag_from_env
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor
 
 from lora_core.config.schema import RunConfig
 from lora_core.configuration import with_overrides
 from lora_core.errors import ConfigError, counted
 from lora_core.runtime import ranks
-from lora_core.runtime.launcher import asked_processes, omp_num_threads
+from lora_core.runtime.launcher import asked_processes, omp_num_threads, refuse_settings_of_the_shell
 from lora_core.runtime.run_folder import check_run_folder
 from lora_core.runtime.sharding import fsdp_plugin, loads_on_first_rank, uses_fsdp
 from lora_core.untrusted.limits import allowed_cores
@@ -54,23 +54,23 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         ConfigError: bf16 is set and the device does not have it, or the launcher's backend is not supported.
     """
     config, _ = with_precision(config)
-    if config.train.bf16 is True and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+    refuse_settings_of_the_shell()
+    if config.train.bf16 is True and _bf16() == "none":
         raise ConfigError(
             f"train.bf16=true: {torch.cuda.get_device_name()} has no bfloat16; fix: train.bf16=false",
             "bf16_unsupported",
         )
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    on_gpus = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
-    if on_gpus and local_processes > torch.cuda.device_count():
+    if _on_cuda() and local_processes > torch.cuda.device_count():
         raise ConfigError(
             f"{local_processes} processes were started on this machine, which has "
             f"{counted(torch.cuda.device_count(), 'GPU')}: each needs one of its own; fix: accelerate launch "
             f"--num_processes {torch.cuda.device_count()} (times the number of machines)"
         )
-    if not torch.accelerator.is_available():
+    if ranks.on_cpu():
         use_all_cores()
         bound_shape_caches()
-    if torch.cuda.is_available():
+    if _on_cuda():
         # It makes a plan for each new length, and packed examples are all of another: 0.1 s an example on an H100.
         torch.backends.cuda.enable_cudnn_sdp(False)
     # A second run in one process may ask for another precision; the process group stays.
@@ -83,9 +83,11 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         dynamo_backend="no",
         fsdp_plugin=fsdp_plugin(config),
         # Not said, Accelerate runs each rank of a CPU launch as if it were alone.
-        cpu=not torch.accelerator.is_available(),
+        cpu=ranks.on_cpu(),
         kwargs_handlers=[
-            InitProcessGroupKwargs(ranks.backend(), timeout=timedelta(seconds=config.train.rank_timeout_s))
+            InitProcessGroupKwargs(ranks.backend(), timeout=timedelta(seconds=config.train.rank_timeout_s)),
+            # The same in all ranks: sent, each forward would wait for the slowest, evaluation's too.
+            DistributedDataParallelKwargs(broadcast_buffers=False),
         ],
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -105,7 +107,7 @@ def build_accelerator(config: RunConfig) -> Accelerator:
             "train.fp16=true: loss scaling is not supported with FSDP or on MPS; fix: train.bf16=true",
             "fp16_unsupported",
         )
-    if accelerator.distributed_type.value in ("DEEPSPEED", "MEGATRON_LM", "TP"):
+    if accelerator.distributed_type.value in ("DEEPSPEED", "MEGATRON_LM", "TP", "XLA"):  # of a program of its own
         raise ConfigError(
             f"distributed_type {accelerator.distributed_type.value}: not supported, its engine counts optimizer steps "
             "on its own; fix: MULTI_GPU (DDP) or FSDP in the accelerate config"
@@ -237,10 +239,10 @@ def _free_output_dir(asked: str) -> str | None:
 
 def device_memory(num_local_processes: int = 1) -> DeviceMemory:
     """The memory of this machine's device for each of so many processes on it (of a GPU, each has its own)."""
-    if torch.cuda.is_available():
+    if _on_cuda():
         free_bytes, _ = torch.cuda.mem_get_info()
         return DeviceMemory("cuda", free_bytes)
-    if torch.backends.mps.is_available():
+    if _on_mps():
         return DeviceMemory("mps", torch.mps.recommended_max_memory())
     process_bytes = psutil.Process().memory_info().rss
     limit = psutil.virtual_memory().available + process_bytes
@@ -249,10 +251,18 @@ def device_memory(num_local_processes: int = 1) -> DeviceMemory:
     return DeviceMemory("cpu", limit // num_local_processes, process_bytes, platform.system() == "Linux")
 
 
+def _on_cuda() -> bool:
+    return torch.cuda.is_available() and not ranks.on_cpu()
+
+
+def _on_mps() -> bool:
+    return torch.backends.mps.is_available() and not ranks.on_cpu()
+
+
 def _bf16() -> Literal["native", "emulated", "none"]:
-    if torch.cuda.is_available():
+    if _on_cuda():
         return "native" if torch.cuda.is_bf16_supported(including_emulation=False) else "none"
-    if torch.backends.mps.is_available():
+    if _on_mps():
         return "native"
     return (
         "native"
@@ -282,7 +292,7 @@ def set_random_states(states: dict[str, Tensor]) -> None:
 
 def _accelerator() -> tuple[str | None, Any]:
     """("cuda", torch.cuda) where there is such a device, as for xpu, mps, npu; (None, None) where there is none."""
-    if not torch.accelerator.is_available():
+    if ranks.on_cpu():
         return None, None
     device = torch.accelerator.current_accelerator()
     assert device is not None

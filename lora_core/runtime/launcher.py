@@ -97,6 +97,34 @@ def check_restarts() -> None:
         )
 
 
+# Variables that Accelerate reads besides what it is told here, with what each would do to a run.
+_SETTINGS_REFUSED = {
+    "ACCELERATE_USE_DEEPSPEED": "its engine counts optimizer steps on its own",
+    "ACCELERATE_USE_MEGATRON_LM": "its engine counts optimizer steps on its own",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "ranks that share an example would be counted as ranks with their own",
+    "ACCELERATE_USE_SAGEMAKER": "its own library would exchange gradients",
+    "ACCELERATE_FP8_BACKEND": "it puts layers of 8 bits in place of the model's",
+    "ACCELERATE_TORCH_DEVICE": "all ranks would compute on one device, and random states be those of another",
+}
+
+
+def refuse_settings_of_the_shell() -> None:
+    """Refuse what the environment may tell Accelerate of how to train, where it does not go by our settings.
+
+    ACCELERATE_MIXED_PRECISION, ACCELERATE_GRADIENT_ACCUMULATION_STEPS and ACCELERATE_DYNAMO_* it does not read, as it
+    is told these; FSDP's are looked at where FSDP is set up. The others that it has (Accelerate 1.15) change no number.
+
+    Raises:
+        ConfigError: one is set.
+    """
+    for name, reason in _SETTINGS_REFUSED.items():
+        value = os.environ.get(name, "")
+        if value.lower() not in ("", "0", "false", "no"):
+            fix = "export CUDA_VISIBLE_DEVICES=1, or another number" if name == "ACCELERATE_TORCH_DEVICE" else ""
+            fix = fix or "distributed_type: MULTI_GPU (DDP) or FSDP in the accelerate config"
+            raise ConfigError(f"{name}={value}: not supported, {reason}; fix: unset {name}, and {fix}")
+
+
 def omp_num_threads() -> int | None:
     """OMP_NUM_THREADS as the user exported it; None where it is not set, or a launcher set it."""
     value = os.environ.get("OMP_NUM_THREADS", "")

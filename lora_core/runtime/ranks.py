@@ -29,11 +29,16 @@ def backend() -> str | None:
 
     Accelerate takes a backend for a process of a launch alone, and none of a GPU where it was told to use the CPU.
     """
-    if "LOCAL_RANK" not in os.environ or parse_flag_from_env("ACCELERATE_USE_CPU"):
+    if "LOCAL_RANK" not in os.environ or on_cpu():
         return None
     if torch.cuda.is_available():
         return "cuda:nccl,cpu:gloo"
     return "xpu:xccl,cpu:gloo" if torch.xpu.is_available() else None
+
+
+def on_cpu() -> bool:
+    """Whether the run computes on the CPU: the machine has nothing else, or `accelerate launch` was told so."""
+    return not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def several() -> bool:

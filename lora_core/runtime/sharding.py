@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,10 +11,11 @@ from accelerate.utils import is_torch_version, parse_flag_from_env
 from torch import Tensor, nn
 
 from lora_core.config.schema import RunConfig
-from lora_core.errors import ConfigError
+from lora_core.errors import ConfigError, counted
 from lora_core.runtime.ranks import from_first_rank
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from accelerate.utils import FullyShardedDataParallelPlugin
 
 
@@ -45,16 +47,33 @@ def fsdp_plugin(config: RunConfig) -> FullyShardedDataParallelPlugin | None:
 
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise _unsupported("fsdp_version: 1", "shards the adapter together with the frozen weights", "fsdp_version: 2")
-    plugin = FullyShardedDataParallelPlugin(
-        # Not set, the whole model would be one unit, gathered at once.
-        auto_wrap_policy=os.environ.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP"),
-        # Inputs stay as they are: loss weights have no exact value in bfloat16.
-        mixed_precision_policy=MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
+    units = os.environ.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
+    if units.upper() != "TRANSFORMER_BASED_WRAP":
+        raise _unsupported(
+            f"fsdp_auto_wrap_policy: {units}",
+            "gathers other parts than decoder layers, a LoRA layer without its adapter among them",
+            "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP",
         )
-        if config.train.bf16 is True
-        else MixedPrecisionPolicy(),
-    )
+    if ignored := os.environ.get("FSDP_IGNORED_MODULES", ""):
+        raise _unsupported(
+            f"fsdp_ignored_modules: {ignored}",
+            "leaves what trains in these modules to each rank alone",
+            "no line fsdp_ignored_modules",
+        )
+    try:
+        plugin = FullyShardedDataParallelPlugin(
+            auto_wrap_policy=units,
+            # Inputs stay as they are: loss weights have no exact value in bfloat16.
+            mixed_precision_policy=MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
+            )
+            if config.train.bf16 is True
+            else MixedPrecisionPolicy(),
+        )
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            f"FSDP: Accelerate does not take its settings: {error}; fix: configs/accelerate/fsdp2.yaml"
+        ) from error
     if plugin.activation_checkpointing:
         raise _unsupported(
             "fsdp_activation_checkpointing: true",
@@ -78,6 +97,39 @@ def fsdp_plugin(config: RunConfig) -> FullyShardedDataParallelPlugin | None:
             "one type a layer before torch 2.9); fix: pip install 'torch>=2.9', or distributed_type: MULTI_GPU"
         )
     return plugin
+
+
+def check_sharding(accelerator: Accelerator) -> None:
+    """Check that a run that is to be sharded will be.
+
+    Raises:
+        ConfigError: it is on CPUs, or no launcher started it.
+    """
+    if uses_fsdp() and accelerator.distributed_type.value != "FSDP":
+        raise ConfigError(
+            "ACCELERATE_USE_FSDP=true: Accelerate shards what a launcher starts on GPUs, and this run is "
+            f"{counted(accelerator.num_processes, 'process', 'processes')} on {accelerator.device}; fix: unset "
+            "ACCELERATE_USE_FSDP, or another distributed_type in the accelerate config"
+        )
+
+
+def check_units(accelerator: Accelerator, layers: Sequence[str]) -> None:
+    """Check that the accelerate config names no class of modules to gather at once but the decoder layers.
+
+    Args:
+        layers: the names of their classes.
+
+    Raises:
+        ConfigError: it names another.
+    """
+    plugin = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else None
+    named = None if plugin is None else plugin.transformer_cls_names_to_wrap
+    if named is not None and set(named) != set(layers):
+        raise _unsupported(
+            f"fsdp_transformer_layer_cls_to_wrap: {','.join(named)}",
+            f"names other parts than this model's decoder layers ({', '.join(layers)})",
+            "no line fsdp_transformer_layer_cls_to_wrap",
+        )
 
 
 def _unsupported(setting: str, reason: str, fix: str) -> ConfigError:

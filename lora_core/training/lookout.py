@@ -127,7 +127,8 @@ class Lookout:
 
     def _update_norm(self) -> float:
         """Frobenius norm of the change of the remembered values, over all ranks."""
-        squares = [(_values(parameter) - start).double().square().sum().cpu() for parameter, start in self._adapter]
+        # On the CPU: MPS has no float64.
+        squares = [(_values(parameter) - start).cpu().double().square().sum() for parameter, start in self._adapter]
         return math.sqrt(float(sum_over_ranks(torch.stack(squares).sum())))
 
 

@@ -208,7 +208,9 @@ class Run:
                 if not is_out_of_memory(error):
                     raise
                 smaller = self.batching.halved(taken.cuts, lengths)
-                if smaller is None or self.accelerator.num_processes > 1 or not self.config.train.auto_batch_size:
+                # FSDP keeps what a failed step gathered and summed up, where no `zero_grad` reaches it.
+                alone = self.accelerator.num_processes == 1 and not self.accelerator.is_fsdp2
+                if smaller is None or not alone or not self.config.train.auto_batch_size:
                     raise self.out_of_memory(error) from error
             # Past the except, whose traceback would hold the step's tensors.
             self.optimizer.zero_grad()

@@ -56,7 +56,7 @@ from lora_core.preflight.preflight import (
 )
 from lora_core.runtime.console import Console
 from lora_core.runtime.devices import build_accelerator, build_scaler, look_around, seed_everything, with_precision
-from lora_core.runtime.faults import naming_lost_ranks
+from lora_core.runtime.faults import naming_lack_of_memory, naming_lost_ranks
 from lora_core.runtime.launcher import check_restarts, end_with_launcher, num_machines
 from lora_core.runtime.ranks import first_on_each_machine, from_first_rank, meet
 from lora_core.runtime.run_folder import (
@@ -67,6 +67,7 @@ from lora_core.runtime.run_folder import (
     write_json,
     write_text,
 )
+from lora_core.runtime.sharding import check_sharding, check_units
 from lora_core.schedule import SchedulePlan
 from lora_core.training.build import build_model, fill, settle_exchange
 from lora_core.training.end import RecordedEnd, recorded_end
@@ -120,10 +121,15 @@ def train(
     config, precision = with_precision(with_rows(config, rows, eval_rows))
     config = with_packing(config)
     accelerator = build_accelerator(config)
+    check_sharding(accelerator)
     console = console or Console()
     if precision is not None:
         console.say(precision)
-    with naming_lost_ranks(accelerator, config.train.rank_timeout_s), recorded_end(config, console) as end:
+    with (
+        naming_lost_ranks(accelerator, config.train.rank_timeout_s),
+        recorded_end(config, console) as end,
+        naming_lack_of_memory(accelerator),
+    ):
         run = _set_up(config, accelerator, resume, callbacks, console, end)
         run.train()
         return finish(run, started)
@@ -207,6 +213,7 @@ def _set_up(
     optimizer = build_optimizer(adapted, config.train, accelerator.device, config.lora.loraplus_lr_ratio)
     scheduler = build_scheduler(optimizer, plan)
     loss = CausalLMLoss(adapted, accelerator.device.type, config.train)
+    check_units(accelerator, loss._no_split_modules)
     model, optimizer = accelerator.prepare(loss, optimizer)
     for method in ("generate", "check_weights"):  # they gather embedding and head; without FSDP this does nothing
         register_fsdp_forward_method(model, method)

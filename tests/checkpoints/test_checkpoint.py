@@ -15,8 +15,15 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from torch import nn
 
-from lora_core.checkpoints.checkpoint import CheckpointWriter, find_checkpoint, take_snapshot
+from lora_core.checkpoints.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    _restore_optimizer,
+    find_checkpoint,
+    take_snapshot,
+)
 from lora_core.configuration import load_config
 from lora_core.errors import ConfigError, RunStopped
 from lora_core.model.base import add_adapter, load_base_model
@@ -265,6 +272,20 @@ def test_an_automatic_rate_is_a_number_in_the_run_folder_and_the_run_resumes(
     shutil.rmtree(folder / "adapter")
     train(config, "newest")
     assert (folder / "adapter").is_dir()
+
+
+def test_the_state_of_an_optimizer_goes_where_its_parameter_is() -> None:
+    """The counter of steps too, which a fused optimizer on a GPU refuses on the CPU."""
+    parameter = nn.Parameter(torch.zeros(2, 3, device="meta"))
+    optimizer = torch.optim.SGD([parameter])
+    tensors = {"a/step": torch.tensor(4.0), "a/exp_avg": torch.ones(2, 3), "a/qmap1": torch.ones(256)}
+    checkpoint = Checkpoint(Path("step-000004"), {"optimizer": {}}, {"optimizer.safetensors": tensors})
+    _restore_optimizer(checkpoint, {"a": parameter}, optimizer)
+    assert {key: value.device.type for key, value in optimizer.state[parameter].items()} == {
+        "step": "meta",
+        "exp_avg": "meta",
+        "qmap1": "meta",
+    }
 
 
 def test_resuming_nothing_says_so(settings: list[str]) -> None:

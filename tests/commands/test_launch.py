@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from lora_core.commands.command_line import heavy_imports
+from lora_core.commands.command_line import heavy_imports, run_command
+from lora_core.commands.main import main
 from lora_core.configuration import load_config
+from lora_core.errors import ConfigError, LoraCoreError, RankFault
+from lora_core.runtime.ranks import leave
 from tests.conftest import ROOT, chat
 from tests.evaluation.test_evaluate import losses_one_by_one
 from tests.forked import on_ranks, python
@@ -110,6 +114,43 @@ def test_train_then_evaluate_and_all_that_is_printed_is_ours(settings: list[str]
     again = launch("-c", f"{summary['command']} overwrite_output_dir=false", cwd=tmp_path, prefix=["bash"])
     assert again.stdout.count("plan:") == 1
     assert f"output_dir={folder}: contains an earlier run; fix: output_dir=" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "error", "speaks"),
+    [
+        ("8", "0", ConfigError("train.jsonl: no such file; fix: x"), True),  # the first of the second machine
+        ("1", "1", ConfigError("train.jsonl: no such file; fix: x"), False),
+        ("1", "1", RankFault("rank 0 of 2 died; fix: x"), True),
+    ],
+)
+def test_a_mistake_is_said_once_a_machine_and_a_fault_where_it_is(
+    rank: str,
+    local_rank: str,
+    error: LoraCoreError,
+    speaks: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which the command sets
+
+    def fail() -> None:
+        raise error
+
+    assert run_command(fail) == error.exit_code
+    assert capsys.readouterr().err == (f"\nerror: {error}\n" if speaks else "")
+
+
+@pytest.mark.usefixtures("without_page")
+def test_a_command_that_has_trained_ends_the_process_group(settings: list[str], tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        main(["train", "--cfg", "demo", *settings])
+        assert not torch.distributed.is_initialized()
+    finally:
+        leave()
 
 
 def test_an_override_after_resume_is_not_taken_for_a_checkpoint() -> None:

@@ -81,6 +81,16 @@ def test_a_filler_adds_nothing_and_still_reaches_the_parameters() -> None:
     assert model.model.layers[0].mlp.up_proj.weight.grad is not None
 
 
+def test_a_filler_reaches_a_head_that_trains() -> None:
+    """A parameter without a gradient in one rank would keep the others waiting."""
+    model = make_model(300)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # not tied
+    inputs = batch()
+    inputs["loss_mask"][:] = False
+    CausalLMLoss(model)(**inputs).loss_sum.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
 @pytest.mark.parametrize("head", ["trains", "frozen"])
 def test_a_weight_scales_the_loss_of_its_token_and_its_gradient(head: str) -> None:
     torch.manual_seed(0)

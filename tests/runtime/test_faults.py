@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ import torch
 
 from lora_core.configuration import load_config
 from lora_core.errors import RankFault
+from lora_core.runtime.devices import random_states
 from lora_core.runtime.faults import is_out_of_memory
 from lora_core.runtime.launcher import _ACCELERATE
 from lora_core.training.setup import train
@@ -46,16 +48,49 @@ def test_only_a_lack_of_memory_is_taken_for_one() -> None:
     with pytest.raises(RuntimeError) as no_memory:
         torch.empty(2**50)
     assert is_out_of_memory(no_memory.value)
-    for said in (
-        "CUDA error: out of memory",
-        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-        "NCCL error: unhandled cuda error. Last error: Cuda failure 2 'out of memory'",
-        "MPS backend out of memory (MPS allocated: 18.00 GB)",
-    ):
-        assert is_out_of_memory(RuntimeError(said))
+    assert is_out_of_memory(MemoryError())
     with pytest.raises(RuntimeError) as wrong_shapes:
         torch.ones(2, 3) @ torch.ones(2, 3)
     assert not is_out_of_memory(wrong_shapes.value)
+    for said in (
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`",
+        "NCCL error: unhandled cuda error. ncclUnhandledCudaError: Last error: Cuda failure 1 'invalid argument'",
+        "NCCL error: remote process exited or there was a network error. ncclRemoteError",
+        "out of resource: shared memory, Required: 163840, Hardware limit: 101376",  # Triton, of one kernel
+        "Native API failed. Native API returns: 20 (UR_RESULT_ERROR_DEVICE_LOST)",
+        "CUDA error: device-side assert triggered",
+    ):
+        assert not is_out_of_memory(RuntimeError(said)), said
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in the CUDA documentation",
+        "CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "NCCL error: unhandled cuda error. Last error: Cuda failure 2 'out of memory'",
+        "NCCL error: ncclUnhandledCudaError: Call to CUDA function failed.\nFailed to CUDA calloc 6291456 bytes",
+        "HIP error: out of memory",
+        "HIP error: hipErrorOutOfMemory",
+        "CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`",
+        "rocblas_status_memory_error",
+        "miopenStatusAllocFailed",
+        "Native API failed. Native API returns: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)",
+        "level_zero backend failed with error: 40 (UR_RESULT_ERROR_OUT_OF_RESOURCES)",
+        "MPS backend out of memory (MPS allocated: 18.00 GB)",
+        "Invalid buffer size: 24.00 GiB",
+        "NPU out of memory. Tried to allocate 2.00 GiB",
+        "FATAL ERROR :: MODULE:PT_DEVMEM Allocation failed for size::1073741824",
+        "DefaultCPUAllocator: not enough memory: you tried to allocate 1024 bytes.",
+        "unable to mmap 1024 bytes from file: Cannot allocate memory (12)",
+        "std::bad_alloc",
+    ],
+)
+def test_a_lack_of_memory_is_known_by_all_the_names_that_it_has(said: str) -> None:
+    assert is_out_of_memory(RuntimeError(said))
 
 
 @pytest.fixture
@@ -87,6 +122,18 @@ def test_memory_that_runs_out_says_what_was_predicted_and_what_to_do(
     assert "train.auto_batch_size=true" in said
 
 
+def test_memory_that_runs_out_between_steps_is_a_sentence_too(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(*_: Any) -> None:
+        torch.empty(2**50)
+
+    monkeypatch.setattr(sys.modules["lora_core.training.loop"], "evaluate_examples", evaluate)
+    with pytest.raises(RankFault, match=r"out of memory on cpu \(rank 0\): .*; fix: .*per_device_eval_batch_size=1"):
+        train(load_config("demo", settings))
+    assert "out of memory on cpu" in json.loads((tmp_path / "run/state.json").read_text())["reason"]
+
+
 @pytest.mark.parametrize("packing", ["true", "false"])
 def test_smaller_micro_batches_take_the_same_steps(
     settings: list[str], packing: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
@@ -101,6 +148,25 @@ def test_smaller_micro_batches_take_the_same_steps(
     assert got.micro_batch_limit < wanted.micro_batch_limit
     assert got.eval_loss_after == pytest.approx(wanted.eval_loss_after, rel=1e-5)
     assert got.total_optimizer_steps == wanted.total_optimizer_steps == 5
+
+
+def test_a_step_that_is_repeated_draws_what_it_drew_before(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[dict[str, torch.Tensor]] = []
+
+    def step(*arguments: Any) -> StepResult:
+        drawn.append(random_states())
+        if len(drawn) == 1:
+            torch.rand(3)
+            torch.empty(2**50)
+        return train_step(*arguments)
+
+    monkeypatch.setattr(sys.modules["lora_core.training.loop"], "train_step", step)
+    train(load_config("demo", [*settings, "train.auto_batch_size=true", "train.max_steps=5", "lora.dropout=0.1"]))
+    first, again = drawn[:2]
+    assert first.keys() == again.keys()
+    assert all(torch.equal(state, again[kind]) for kind, state in first.items())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")

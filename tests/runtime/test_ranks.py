@@ -85,6 +85,33 @@ def test_a_mistake_that_one_machine_has_is_raised_there_and_the_others_go_on(see
     assert [each.get("alone") for each in seen] == [None, None, "only here; fix: x"]
 
 
+@pytest.mark.parametrize(
+    ("environment", "has_gpu", "expected"),
+    [
+        ({"LOCAL_RANK": "0"}, True, "cuda:nccl,cpu:gloo"),
+        ({"LOCAL_RANK": "0"}, False, None),
+        ({}, True, None),
+        ({"LOCAL_RANK": "0", "ACCELERATE_USE_CPU": "true"}, True, None),
+    ],
+)
+def test_ranks_on_gpus_have_a_backend_for_cpu_tensors_too(
+    environment: dict[str, str], has_gpu: bool, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_gpu)
+    assert ranks.backend() == expected
+
+
+def test_what_ranks_tell_each_other_goes_over_that_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    for config, device in (("cuda:nccl,cpu:gloo", "cpu"), ("cpu:gloo,cuda:gloo", "cpu"), ("cuda:nccl", "cuda")):
+        monkeypatch.setattr(torch.distributed, "get_backend_config", lambda config=config: config)
+        assert ranks._exchange_device().type == device
+
+
 def test_a_run_of_one_rank_asks_nobody() -> None:
     value = torch.ones(2)
     assert ranks.sum_over_ranks(value).tolist() == [1, 1]

@@ -9,14 +9,19 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from accelerate.utils.launch import prepare_multi_gpu_env
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from lora_core.configuration import load_config
 from lora_core.errors import ConfigError
+from lora_core.model.loss import CausalLMLoss
 from lora_core.runtime.devices import build_accelerator
 from lora_core.runtime.launcher import check_restarts, num_machines
-from lora_core.runtime.sharding import fsdp_plugin, loads_on_first_rank
+from lora_core.runtime.sharding import check_sharding, check_units, fsdp_plugin, loads_on_first_rank
 from tests.conftest import ROOT
+from tests.tiny import make_model
 
 FILES = sorted((ROOT / "configs/accelerate").glob("*.yaml"))
 
@@ -74,6 +79,9 @@ def test_the_file_beside_the_readme_is_the_one_for_a_single_device() -> None:
             "recomputes with other dropout masks; fix, in the accelerate config: ",
         ),
         ("FSDP_OFFLOAD_PARAMS", "true", "fix, in the accelerate config: fsdp_offload_params: false"),
+        ("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP", "fix, in .*: fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"),
+        ("FSDP_IGNORED_MODULES", ".*lora.*", r"fsdp_ignored_modules: \.\*lora\.\*: not supported, it leaves what"),
+        ("FSDP_STATE_DICT_TYPE", "WHOLE", "Accelerate does not take its settings: 'WHOLE'; fix: configs/accelerate"),
     ],
 )
 def test_what_fsdp_cannot_do_right_is_refused(
@@ -98,6 +106,50 @@ def test_rank_0_alone_loads_what_is_not_quantized(monkeypatch: pytest.MonkeyPatc
         fsdp_plugin(load_config("demo", ["model.quantization=nf4"]))
 
 
+def test_losses_and_gradients_of_ranks_are_added_up_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    bf16, float32 = (fsdp_plugin(load_config("demo", [f"train.bf16={on}"])) for on in ("true", "false"))
+    assert bf16 is not None
+    assert float32 is not None
+    bf16.set_mixed_precision("bf16")  # as Accelerate does on GPUs: it leaves a policy that is there
+    policy = bf16.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+    assert (policy.output_dtype, policy.cast_forward_inputs) == (None, False)
+    assert float32.mixed_precision_policy == MixedPrecisionPolicy()
+
+
+def test_fsdp_gathers_one_decoder_layer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    plugin = fsdp_plugin(load_config("demo", ["train.bf16=false"]))
+    model = CausalLMLoss(make_model(64, num_layers=3))
+    assert plugin is not None
+    plugin.set_auto_wrap_policy(model)
+    is_unit = fsdp2_prepare_auto_wrap_policy(plugin, model)
+    assert is_unit is not None
+    units = [module for module in model.modules() if is_unit(module)]
+    assert units == list(model.model.model.layers)
+
+
+def test_a_run_that_would_not_be_sharded_or_by_other_parts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = build_accelerator(load_config("demo", ["train.bf16=false"]))
+    check_sharding(accelerator)
+    check_units(accelerator, ["Qwen2DecoderLayer"])
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="this run is 1 process on cpu; fix: unset ACCELERATE_USE_FSDP"):
+        check_sharding(accelerator)
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "LlamaDecoderLayer")
+    plugin = fsdp_plugin(load_config("demo", ["train.bf16=false"]))
+    monkeypatch.setattr(accelerator.state, "fsdp_plugin", plugin, raising=False)
+    monkeypatch.setattr(accelerator.state, "distributed_type", DistributedType.FSDP)
+    check_sharding(accelerator)
+    check_units(accelerator, ["LlamaDecoderLayer"])
+    with pytest.raises(ConfigError, match=r"layer_cls_to_wrap: LlamaDecoderLayer: .* \(Qwen2DecoderLayer\); fix"):
+        check_units(accelerator, ["Qwen2DecoderLayer"])
+
+
 def test_an_early_torch_shards_no_float32_adapter_in_bfloat16_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
@@ -109,7 +161,8 @@ def test_an_early_torch_shards_no_float32_adapter_in_bfloat16_layers(monkeypatch
 
 def test_more_processes_than_gpus_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for module in (torch.cuda, torch.accelerator):
+        monkeypatch.setattr(module, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConfigError, match="4 processes were started on this machine, which has 2 GPUs"):

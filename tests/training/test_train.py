@@ -6,6 +6,7 @@ import filecmp
 import html
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from markupsafe import escape
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
@@ -353,6 +355,33 @@ def test_models_that_cannot_be_loaded_are_said_so_without_a_traceback(tiny_run: 
         tiny_run("demo", f"model.name_or_path={tmp_path / 'empty'}")
     with pytest.raises(ConfigError, match="cannot be loaded"):
         tiny_run("demo", "model.name_or_path=no-such-user/no-such-model")
+
+
+def test_each_rank_loads_all_of_a_model_that_is_only_evaluated(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers leaves part of it out where it takes Accelerate's FSDP to send it later."""
+    config = ModelConfig(name_or_path=str(tiny_model_dir))
+    wanted = dict(load_base_model(config, torch.device("cpu")).named_buffers())
+    variables = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "LOCAL_RANK": "1"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    asked = []
+
+    def is_fsdp_enabled() -> bool:
+        asked.append(transformers.integrations.is_fsdp_enabled())
+        return bool(asked[-1])
+
+    monkeypatch.setattr("transformers.modeling_utils.is_fsdp_enabled", is_fsdp_enabled)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        loaded = dict(load_base_model(config, torch.device("cpu")).named_buffers())
+    finally:
+        torch.distributed.destroy_process_group()
+    assert set(asked) == {False}
+    assert loaded.keys() == wanted.keys()
+    assert all(torch.equal(buffer, wanted[name]) for name, buffer in loaded.items())
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"  # by which the run itself goes
 
 
 def test_evaluating_nf4_leaves_its_gradients_as_they_were(tiny_model_dir: Path) -> None:
