@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import json
-import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -139,8 +138,7 @@ def _read_base_model(config: ModelConfig, device: torch.device, attention: str) 
     name = resolve_name(config)
     model_config = load_model_config(config)
     try:
-        # Under FSDP transformers would leave part of it, in other ranks than the first, to what Accelerate sends later.
-        with _one_tensor_at_a_time(device), patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+        with _one_tensor_at_a_time(device, config.quantization != "none"):
             model, found = model_class(model_config).from_pretrained(
                 name,
                 revision=config.revision,
@@ -178,30 +176,29 @@ def base_on_meta(config: ModelConfig, model_config: Any, attention: str) -> PreT
 
 
 @contextmanager
-def _one_tensor_at_a_time(device: torch.device) -> Iterator[None]:
-    """On a CPU, load weights in one thread, with the garbage collector off; keep what is freed only after that.
+def _one_tensor_at_a_time(device: torch.device, is_quantized: bool) -> Iterator[None]:
+    """Load weights in one thread on a CPU, and wherever they are quantized: early versions of transformers 5 would have
+    the whole model on the GPU in 16 bits before most of it is quantized.
 
-    What threads convert ahead of time, or what a collection moves about in between, leaves holes in the heap: 150 to
-    260 MiB of the demo model, for the whole run.
+    On a CPU with the garbage collector off, and what is freed is kept only after that. What threads convert ahead of
+    time, or what a collection moves about in between, leaves holes in the heap: 150 to 260 MiB of the demo model, for
+    the whole run.
     """
-    if device.type != "cpu":
-        yield
-        return
-    name = "HF_DEACTIVATE_ASYNC_LOAD"
-    before, was_enabled = os.environ.get(name), gc.isenabled()
-    os.environ[name] = "1"
-    gc.disable()
-    give_back_freed_memory()
-    try:
-        yield
-    finally:
-        keep_freed_memory()
-        if was_enabled:
-            gc.enable()
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+    in_one_thread = {"HF_DEACTIVATE_ASYNC_LOAD": "1"} if device.type == "cpu" or is_quantized else {}
+    # Under FSDP transformers would leave part of it, in other ranks than the first, to what Accelerate sends later.
+    with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false", **in_one_thread):
+        if device.type != "cpu":
+            yield
+            return
+        was_enabled = gc.isenabled()
+        gc.disable()
+        give_back_freed_memory()
+        try:
+            yield
+        finally:
+            keep_freed_memory()
+            if was_enabled:
+                gc.enable()
 
 
 def keep_4bit_weights_trainable(model: nn.Module) -> None:

@@ -25,7 +25,7 @@ from lora_core.config.schema import LoraConfig, ModelConfig
 from lora_core.configuration import load_config
 from lora_core.errors import ConfigError, PreflightError, TrainingError
 from lora_core.evaluation.evaluate import evaluate_adapter
-from lora_core.model.base import add_adapter, count_parameters, load_base_model
+from lora_core.model.base import _one_tensor_at_a_time, add_adapter, count_parameters, load_base_model
 from lora_core.model.lora_settings import check_target_modules
 from lora_core.model.loss import CausalLMLoss
 from lora_core.runtime.run_folder import write_json
@@ -355,6 +355,18 @@ def test_models_that_cannot_be_loaded_are_said_so_without_a_traceback(tiny_run: 
         tiny_run("demo", f"model.name_or_path={tmp_path / 'empty'}")
     with pytest.raises(ConfigError, match="cannot be loaded"):
         tiny_run("demo", "model.name_or_path=no-such-user/no-such-model")
+
+
+@pytest.mark.parametrize(
+    ("device", "is_quantized", "threads"), [("cpu", False, "one"), ("cuda", False, "several"), ("cuda", True, "one")]
+)
+def test_weights_that_are_quantized_on_the_way_are_loaded_one_by_one(
+    device: str, is_quantized: bool, threads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_DEACTIVATE_ASYNC_LOAD", raising=False)
+    with _one_tensor_at_a_time(torch.device(device), is_quantized):
+        assert ("HF_DEACTIVATE_ASYNC_LOAD" in os.environ) == (threads == "one")
+    assert "HF_DEACTIVATE_ASYNC_LOAD" not in os.environ
 
 
 def test_each_rank_loads_all_of_a_model_that_is_only_evaluated(
