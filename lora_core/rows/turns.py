@@ -274,9 +274,9 @@ def _parts(content: Any, where: str, unused: set[str]) -> _Parts:
             parts.reasoning.append(checked_text(text, f"{where}: {part_kind} part"))
             _note_unused(part, (*_REASONING, *_CONTENT), unused)
         elif part_kind in _CALL_PARTS:
-            inner = next((part[key] for key in _CALLS_IN_PARTS if not is_empty(part.get(key))), part)
-            parts.calls.append(parse_call(inner, where, unused))
-            _note_unused(part, _CALLS_IN_PARTS if inner is not part else tuple(part), unused)
+            key = first(part, _CALLS_IN_PARTS)
+            parts.calls.append(parse_call(part if key is None else part[key], where, unused))
+            _note_unused(part, tuple(part) if key is None else (key,), unused)
         elif part_kind == "tool_result":
             said = {"tool_call_id": part.get("tool_use_id"), "name": part.get("name")}
             parts.answers.append(_tool_message(said, part.get("content"), where, unused))

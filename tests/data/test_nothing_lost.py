@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lora_core.commands.convert import as_row
@@ -127,7 +127,11 @@ def lost(row: Any, said: str, unused: set[str], key: str = "") -> Iterator[str]:
                 yield from lost(item, said, unused, name)
 
 
+TWO_CALLS = {"type": "tool_call", "tool_call": {"name": "~0~", "arguments": {}}, "function_call": "~1~"}
+
+
 @of_rows
+@example({"messages": [{"role": "assistant", "content": [TWO_CALLS]}]})
 @given(marked())
 def test_every_text_of_a_row_is_read_or_counted_or_the_row_is_refused(row: dict[str, Any]) -> None:
     try:
