@@ -3,6 +3,7 @@
 # make check  format, lint, types, tests: what a change must pass
 # make families   hold every causal language model of transformers against plain PEFT, into docs/families.md
 # make trackers   the trackers whose packages are large, each with its package
+# make clusters   the job files under SLURM, Ray, SkyPilot and dstack; needs Debian's slurm-wlm
 # make seven-billion   train Qwen2.5-7B's architecture in 4 bits on a CPU; takes 16 GB of disk, 10 of memory, and most of an hour
 # make docs   the documentation as a site, in site/
 
@@ -22,7 +23,7 @@ JOBS ?= 2
 TESTS := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
 
-.PHONY: demo test check families trackers seven-billion docs
+.PHONY: demo test check families trackers clusters seven-billion docs
 
 demo: $(VENV)/.demo
 	$(BIN)/lora-core demo
@@ -46,6 +47,10 @@ families: $(VENV)/.test
 trackers:
 	@$(MAKE) --no-print-directory VENV=.venv-trackers CONSTRAINTS= .venv-trackers/.all-trackers
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-trackers/bin/python -m pytest tests/watch/every_tracker.py
+
+clusters:
+	@$(MAKE) --no-print-directory VENV=.venv-clusters CONSTRAINTS= .venv-clusters/.all-clusters
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-clusters/bin/python -m pytest tests/launch/every_engine.py
 
 seven-billion: $(VENV)/.test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.seven_billion outputs/seven-billion

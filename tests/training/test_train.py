@@ -436,12 +436,12 @@ def test_nf4_learns_on_the_demo_model_and_its_adapter_gives_the_same_loss_again(
         "train.bf16=false",
         f"output_dir={tmp_path / 'run'}",
         f"data.cache_dir={tmp_path / 'cache'}",
-        "train.max_steps=6",
+        "train.max_steps=4",
         "train.per_device_train_batch_size=1",
-        "train.gradient_accumulation_steps=2",
-        "train.learning_rate=1e-3",
+        "train.gradient_accumulation_steps=1",
+        "train.learning_rate=2e-3",
         "train.num_sample_replies=0",
-        f"data.eval_file={write_jsonl(tmp_path / 'eval.jsonl', map(json.loads, eval_lines[:4]))}",
+        f"data.eval_file={write_jsonl(tmp_path / 'eval.jsonl', map(json.loads, eval_lines[:2]))}",
     ]
     config = load_config("demo", overrides)
     summary = train(config)
