@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_core.errors import RowError
-from lora_core.rows.columns import MEDIA, ROLE_KEYS, first
+from lora_core.rows.columns import MEDIA, ROLE_KEYS, ROLES, first
 from lora_core.rows.json_values import checked_text, is_empty, key_names, kind
 from lora_core.rows.keyed_parts import with_types
 from lora_core.rows.tool_use import parse_call, parse_calls, tool_answer
@@ -17,33 +17,6 @@ from lora_core.untrusted.text import quoted
 Message = dict[str, Any]
 """What chat templates take: role and content; an assistant's may have reasoning_content and tool_calls, a tool's answer
 name and tool_call_id."""
-
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "ai": "assistant",
-    "chatbot": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "tool_calls": "assistant",
-    "tool_use": "assistant",
-    "tool": "tool",
-    "tool_response": "tool",
-    "tool_result": "tool",
-    "observation": "tool",
-    "function": "tool",
-    "function_response": "tool",
-    "ipython": "tool",
-}
-"""What a role is called, in small letters, and what templates call it."""
 
 WEIGHTS = ("weight", "loss_weight", "train", "training", "loss")
 """Whether a turn is trained on, or how much: OpenAI's `weight`, ms-swift's `loss`, Axolotl's `train` and `training`."""
@@ -65,8 +38,8 @@ _MARKERS = (
 )
 """Other tools' marks for what is trained of a turn: not read, so refused."""
 
-_CONTENT = ("content", "value", "text")
-_REASONING = ("reasoning_content", "reasoning", "thinking")
+_CONTENT = ("content", "value", "text", "message")
+_REASONING = ("reasoning_content", "reasoning", "thinking", "tool_plan")
 _TEXT_PARTS = ("text", "input_text", "output_text", None)
 _REASONING_PARTS = ("reasoning", "thinking", "think")
 _CALL_PARTS = ("tool_use", "tool_call", "function_call", "function")
@@ -121,6 +94,11 @@ def parse_turn(turn: Any, where: str, roles: Mapping[str, str], unused: set[str]
     for key in MEDIA:
         if not is_empty(turn.get(key)):
             raise RowError(f"{where} holds {quoted(key)}; only text is trained; fix: leave such rows out")
+    if turn.get("label") is not None and str(turn["label"]).strip().lower() in ("false", "0"):
+        raise RowError(
+            f"{where} has label={quoted(turn['label'])}, which may say that it must not be learned; fix: weight: 0, or "
+            "leave the key out"
+        )
     if role == "assistant" and turn.get("channel") in ("analysis", "commentary"):  # of gpt-oss
         raise RowError(
             f"{where} has the channel {turn['channel']}, so it is no reply; fix: its text as reasoning_content of the "
@@ -132,7 +110,11 @@ def parse_turn(turn: Any, where: str, roles: Mapping[str, str], unused: set[str]
     if role == "assistant" and is_empty(content) and not is_empty(turn.get("refusal")):
         # OpenAI: what the assistant said in place of a content.
         content, known = checked_text(turn["refusal"], f"{where}: refusal"), _KEYS | {"refusal"}
-    unused |= {f"messages.{key}" for key, item in turn.items() if key not in known and not is_empty(item)}
+    unused |= {
+        f"messages.{key}"
+        for key, item in turn.items()
+        if key not in known and not is_empty(item) and not (key == "type" and item == "message")
+    }
     if role_key in _CALL_ROLES:  # ShareGPT: the content is the call
         parts = _Parts(calls=parse_calls(content, where, unused))
     elif role == "tool" and not _holds(content, "tool_result"):
@@ -167,6 +149,7 @@ def _role(turn: Mapping[str, Any], where: str, roles: Mapping[str, str], unused:
     if not given:
         raise RowError(f"{where} has no role, but the keys {key_names(turn)}; fix: a role and a content in each turn")
     said = turn[given[0]]
+    said = said.get("role") if isinstance(said, Mapping) else said  # ChatGPT: {"author": {"role": "user"}}
     unused |= {f"messages.{key}" for key in given[1:] if turn[key] != said}
     named = roles.get(str(said), said)
     role_key = named.strip().lower().replace("-", "_") if isinstance(named, str) else ""
@@ -181,6 +164,12 @@ def _role(turn: Mapping[str, Any], where: str, roles: Mapping[str, str], unused:
     return role_key, role
 
 
+def _plain(value: Any) -> Any:
+    """The text of a list with one part of text alone, which says no more; anything else as it is."""
+    (part,) = value if isinstance(value, list) and len(value) == 1 else (None,)
+    return part["text"] if isinstance(part, Mapping) and part.get("type") == "text" and "text" in part else value
+
+
 def _one_of(turn: Mapping[str, Any], keys: tuple[str, ...], where: str) -> Any:
     """The value under the first of these keys that has one.
 
@@ -188,7 +177,7 @@ def _one_of(turn: Mapping[str, Any], keys: tuple[str, ...], where: str) -> Any:
         RowError: two of them have different values.
     """
     given = [key for key in keys if not is_empty(turn.get(key))]
-    if any(turn[key] != turn[given[0]] for key in given[1:]):
+    if any(_plain(turn[key]) != _plain(turn[given[0]]) for key in given[1:]):
         raise RowError(f"{where} has both {given[0]} and {given[1]}, and they differ; keep one")
     for key in given or keys:
         if turn.get(key) is not None:
