@@ -98,7 +98,9 @@ def json_reason(error: ValueError) -> str:
     """What is wrong with a JSON text, at which of its characters, and the fix where it is a usual mistake."""
     if not isinstance(error, json.JSONDecodeError):
         is_long_number = "integer string conversion" in str(error)
-        return "a number of thousands of digits; fix: put it in quotes, or leave it out" if is_long_number else str(error)
+        return (
+            "a number of thousands of digits; fix: put it in quotes, or leave it out" if is_long_number else str(error)
+        )
     found = error.doc[error.pos : error.pos + 1]
     fix = ""
     if error.msg == "Extra data":

@@ -26,7 +26,9 @@ def with_our_names(columns: dict[str, Any]) -> dict[str, Any]:
     config = columns.get("toolConfig")
     if isinstance(config, Mapping) and "tools" in config and "tools" not in columns:  # of Bedrock
         rest = {f"toolConfig.{key}": item for key, item in config.items() if key != "tools"}
-        columns = {key: item for key, item in columns.items() if key != "toolConfig"} | {"tools": config["tools"]} | rest
+        columns = (
+            {key: item for key, item in columns.items() if key != "toolConfig"} | {"tools": config["tools"]} | rest
+        )
     turns = columns.get("contents")
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) and "parts" in turn for turn in turns):
         return columns

@@ -4,7 +4,7 @@
     {"input": [...] or "q", "instructions": "s", "output": [{"type": ...}]} a response of OpenAI's Responses API
     {"request": {"messages": [...]}, "response": {"choices": [...]}}        a line of a log, as of Vertex or a proxy
     {"inputs": {"messages": [...]}, "outputs": {...}}                       a run of LangSmith
-    {"input": {"messages": [...]}, "output": {...}}                         a trace of Langfuse; OpenAI's preference rows
+    {"input": {"messages": [...]}, "output": {...}}                         a trace of Langfuse
 
 What stands beside the messages in the call is passed on under `request.KEY`, so that it is counted.
 """
@@ -74,7 +74,7 @@ def _as_pair(
     roles = [item.get(key) for item in answer[:1] if (key := first(item, ROLE_KEYS)) is not None]
     if roles and ROLES.get(str(roles[0]).lower()) != "assistant":
         raise RowError(
-            f"has an answer in its {used[1]} that begins with a message of {quoted(roles[0])}; fix: in it the reply alone"
+            f"has an answer in its {used[1]} that begins with a turn of {quoted(roles[0])}; fix: the reply alone there"
         )
     return {**rest, **beside, "prompt": asked, "completion": answer}
 

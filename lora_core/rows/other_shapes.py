@@ -33,6 +33,7 @@ _GLAIVE_CALL = re.compile(r"""\{"name":\s*("[^"]*"),\s*"arguments":\s*'(.*)'\s*\
 _MOSS_TEXTS = {"Human": (r"<\|Human\|>:", "<eoh>"), "MOSS": (r"<\|MOSS\|>:", "<eom>")}
 _MOSS_MARK = re.compile(r"<\|[A-Za-z ]{1,40}\|>:|<eo[a-z]>")
 
+
 def with_turns(columns: dict[str, Any]) -> dict[str, Any]:
     """The row with its turns under `messages`, where it is one of these; any other as it is.
 
@@ -54,9 +55,10 @@ def with_turns(columns: dict[str, Any]) -> dict[str, Any]:
         rest = {key: item for key, item in columns.items() if key != "instances"}
         (instance,) = columns["instances"]
         return {**rest, **instance} if isinstance(instance, Mapping) and not rest.keys() & instance.keys() else columns
-    turns = numbered_items({key: item for key, item in columns.items() if re.fullmatch(r"turn_?\d+", key)})
-    if turns is not None:
-        return {**{key: item for key, item in columns.items() if item not in turns}, "messages": turns}
+    numbered = {key: item for key, item in columns.items() if re.fullmatch(r"turn_?\d+", key)}
+    in_order = numbered_items(numbered)
+    if in_order is not None:
+        return {**{key: item for key, item in columns.items() if key not in numbered}, "messages": in_order}
     chats = [key for key, item in columns.items() if is_chat_of_rounds(item)]
     if len(chats) == 1:
         return {"messages" if key in chats else key: item for key, item in columns.items()}
@@ -91,9 +93,9 @@ def with_one_answer(columns: dict[str, Any]) -> dict[str, Any]:
     if question is None or "answer" in columns or not isinstance(texts, list):
         return columns
     said = [text.get("text") if isinstance(text, Mapping) and "name" not in text else text for text in texts]
-    if not all(isinstance(text, str) for text in said):
+    if not all(isinstance(text, str) and not text.lstrip().startswith("{") for text in said):
         return columns  # calls, as xLAM has them
-    if len({text.strip() for text in said}) != 1:
+    if len({str(text).strip() for text in said}) != 1:
         if not said:
             raise RowError("is a question without an answer in its answers; fix: leave such rows out")
         raise RowError(f"has {len(said)} answers, and they differ; fix: {fix('first-answer')}")

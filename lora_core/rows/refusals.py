@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from lora_core.errors import RowError
-from lora_core.rows.columns import ANSWERS, MEDIA, HISTORY, PAIRS, ROLE_KEYS, ROLES, SYSTEM, TURNS, first
+from lora_core.rows.columns import ANSWERS, HISTORY, MEDIA, PAIRS, ROLE_KEYS, ROLES, SYSTEM, TURNS, first
 from lora_core.rows.json_values import is_empty, key_names, strings
 from lora_core.rows.reshape import fix, refuse_several_examples
 from lora_core.rows.turn_lists import as_turns, holds_turns, turns_of_transcript
@@ -18,7 +18,15 @@ _QUESTIONS = (*dict.fromkeys(question for question, _ in PAIRS), "inputs", "prob
 _QUESTIONS += ("article", "document", "dialogue", "request", "user_input", "input_text", "user_message", "task", "text")
 _REPLIES = (*dict.fromkeys(answer for _, answer in PAIRS if answer != "answers"), "targets", "target", "assistant")
 _REPLIES += ("gpt", "bot", "solution", "generated_solution", "summary", "highlights", "canonical_solution", "code")
-_REPLIES += ("reply", "output_text", "expected_output", "expectedoutput", "ideal", "assistant_message", "preferred_output")
+_REPLIES += (
+    "reply",
+    "output_text",
+    "expected_output",
+    "expectedoutput",
+    "ideal",
+    "assistant_message",
+    "preferred_output",
+)
 _BESIDE = {
     "input": ("input", "context"),
     "system": ("system", "system_prompt", "system_message"),
@@ -29,8 +37,10 @@ _NAME = re.compile(r"[^\W\d][\w.]{,59}")
 
 # What a question may need beside it. Where nothing is made of it, the model would learn to make it up.
 _ASKED_TOO = ("instruction", "instructions", "question", "query", "prompt", "problem", "input")
-_PASSAGES = ("context", "contexts", "passage", "passages", "document", "documents", "paragraph", "article", "story")
-_PASSAGES += ("background", "evidence", "knowledge")
+_PASSAGES = (
+    *("context", "contexts", "passage", "passages", "document", "documents", "paragraph", "article", "story"),
+    *("background", "evidence", "knowledge"),
+)
 _BESIDE_TURNS = ("context", "contexts", "documents", "passages", *HISTORY)
 LIST_OF_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](?:role|from|content|value)["']\s*:\s*["']""")
 """How a list of turns begins where it is written as text: as JSON, or as Python prints it."""
@@ -38,6 +48,8 @@ _CHOICES = ("choices", "options", "option_a", "A")
 _REPLIES_TOO = (*sorted(ANSWERS), "solution", "expected_output", "expectedOutput")
 
 _WEIGHTS_OF_ALL = ("weights", "loss_weights", "loss_mask", "train_mask", "mask")
+
+
 def refuse_what_is_not_sft(columns: Mapping[str, Any], named: Collection[str]) -> None:
     """Refuse columns that nothing here is made of, and without which something else would be learned.
 
@@ -141,8 +153,8 @@ def refuse_no_text(columns: Mapping[str, Any], names: Mapping[str, str]) -> None
         )
     if columns.get("type") == "message" and "ts" in columns:
         raise RowError(
-            "is one message of a chat of Slack, and a row is a whole chat; fix: put the messages of a chat into one row, "
-            'as {"messages": [...]}'
+            "is one message of a chat of Slack, and a row is a whole chat; fix: put the messages of a chat into one "
+            'row, as {"messages": [...]}'
         )
 
 
@@ -180,14 +192,18 @@ def refuse_what_the_question_needs(
         RowError: names the column, and how it is shown or left out.
     """
     if {"prompt", "messages", "text"} & names.keys():
-        return
+        return None
     question, answer = (next((key for key in keys if key in used), None) for keys in (_QUESTIONS, sorted(ANSWERS)))
     keys = _BESIDE_TURNS if question is None or answer is None else (*_ASKED_TOO, *_PASSAGES)
     key = next((key for key in keys if key not in used and _is_lost(columns.get(key), key, said)), None)
     if key is None or question is None or answer is None:
         if key is not None:
             turns = first(columns, TURNS)
-            shown = "" if not isinstance(columns[key], str) else f'"data.columns={{messages: {turns}, system: {key}}}" to show it first, or '
+            shown = (
+                ""
+                if not isinstance(columns[key], str)
+                else f'"data.columns={{messages: {turns}, system: {key}}}" to show it first, or '
+            )
             raise RowError(
                 f"has {key} beside its turns, and the model would not see it; fix: {shown}"
                 f'"data.columns={{messages: {turns}}}" to leave it out'
@@ -255,13 +271,13 @@ def refuse_second_chat(
             )
     for question, answer in PAIRS:
         reply = columns.get(answer)
-        if isinstance(columns.get(question), str) and isinstance(reply, str) and reply.strip():
-            if not any(reply.strip() in message["content"] for message in messages):
-                raise RowError(
-                    f"has {turns}, and a {question} with a {answer} that is not in them; fix: "
-                    f'"data.columns={{messages: {turns}}}", or '
-                    f'"data.columns={{prompt: {question}, completion: {answer}}}"'
-                )
+        is_pair = isinstance(columns.get(question), str) and isinstance(reply, str)
+        if is_pair and not any(str(reply).strip() in message["content"] for message in messages):
+            raise RowError(
+                f"has {turns}, and a {question} with a {answer} that is not in them; fix: "
+                f'"data.columns={{messages: {turns}}}", or '
+                f'"data.columns={{prompt: {question}, completion: {answer}}}"'
+            )
 
 
 def _said_in(turns: Sequence[Any]) -> list[str]:
@@ -311,4 +327,3 @@ def _with_inner(columns: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, item in columns.items():
         if isinstance(item, Mapping):
             yield from ((f"{key}.{inner}", value) for inner, value in item.items())
-

@@ -11,7 +11,7 @@
     "[{...}]", ["{...}", ...]                      any of these as JSON text, or as Python prints it
     "\\n\\nHuman: q\\n\\nAssistant: a"              a transcript, as HH-RLHF has it
 
-A list is read only where all of its items are of one form. Source of the items: OpenAI's reference of the Responses API.
+A list is read only where all of its items are of one form. Source of the items: OpenAI's reference of Responses.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 from lora_core.errors import RowError
 from lora_core.rows.columns import ROLE_KEYS, ROLES, first
-from lora_core.rows.json_values import from_json, is_empty, kind
+from lora_core.rows.json_values import checked_text, from_json, is_empty, kind
 from lora_core.untrusted.text import quoted
 
 ROUNDS = (
@@ -130,7 +130,11 @@ def numbered_items(value: Mapping[str, Any]) -> list[Any] | None:
     if not value or not all(numbers.values()) or not all(isinstance(item, Mapping) for item in value.values()):
         return None
     order = {key: int(number[1]) for key, number in numbers.items() if number is not None}
-    return [value[key] for key in sorted(order, key=lambda key: order[key])] if len({*order.values()}) == len(order) else None
+    return (
+        [value[key] for key in sorted(order, key=lambda key: order[key])]
+        if len({*order.values()}) == len(order)
+        else None
+    )
 
 
 def _of_columns(value: Mapping[str, Any]) -> list[Any] | None:
@@ -169,7 +173,8 @@ def _is_pair(item: Any) -> bool:
 
 
 def _turns_of_pairs(items: list[Any]) -> list[Any]:
-    return [{"role": role, "content": text} for item in items for role, text in zip(("user", "assistant"), item)]
+    roles = ("user", "assistant")
+    return [{"role": role, "content": text} for item in items for role, text in zip(roles, item, strict=True)]
 
 
 def _is_role_and_text(item: Any) -> bool:
@@ -232,7 +237,11 @@ def _turns_of_items(items: list[Any]) -> list[Any]:
         elif name == "reasoning":
             said, goes_on = {**_of_reasoning(rest, before if is_begun else {}), "role": "assistant"}, is_begun
         elif name == "function_call":
-            call = {"id": rest.pop("call_id", None), "name": rest.pop("name", None), "arguments": rest.pop("arguments", None)}
+            call = {
+                "id": rest.pop("call_id", None),
+                "name": rest.pop("name", None),
+                "arguments": rest.pop("arguments", None),
+            }
             said = {**rest, "role": "assistant", "tool_calls": [*before.get("tool_calls", []), call]}
             goes_on = bool(before)
         elif name == "function_call_output":
@@ -251,11 +260,11 @@ def _of_reasoning(item: Mapping[str, Any], before: Mapping[str, Any]) -> dict[st
     """The text of it, after that of the item before; often there is none, as all of it is encrypted."""
     used = first(item, _TEXT_OF_REASONING)
     parts = item[used] if used is not None else []
-    texts = [part.get("text") for part in parts if isinstance(part, Mapping)] if isinstance(parts, list) else [parts]
-    if not all(isinstance(text, str) for text in texts):
-        raise RowError("holds an item of type 'reasoning' whose parts are no texts; fix: leave such rows out")
-    said = "\n\n".join([*filter(None, [before.get("reasoning")]), *texts])
-    return {**{key: value for key, value in item.items() if key != used}, "reasoning": said}
+    given = parts if isinstance(parts, list) else [parts]
+    said = [part.get("text") if isinstance(part, Mapping) else part for part in given]
+    texts = [checked_text(part, "an item of type 'reasoning'") for part in said]
+    reasoning = "\n\n".join([*filter(None, [before.get("reasoning")]), *texts])
+    return {**{key: value for key, value in item.items() if key != used}, "reasoning": reasoning}
 
 
 _FORMS: tuple[tuple[Callable[[Any], bool], Callable[[list[Any]], list[Any]]], ...] = (

@@ -110,7 +110,11 @@ class OneObject:
         inner = [*self.objects.values()]
         if len(inner) == self._num_keys > 1 and all(key.isdecimal() for key in self.objects):
             return NotRead("one JSON object with a number for each row", "c.values()")
-        if len(inner) == self._num_keys > 1 and all(keys == inner[0] for keys in inner) and not _PARTS & {*self.objects}:
+        if (
+            len(inner) == self._num_keys > 1
+            and all(keys == inner[0] for keys in inner)
+            and not _PARTS & {*self.objects}
+        ):
             return NotRead("one JSON object with a name for each row", "c.values()")
         return None
 

@@ -123,10 +123,10 @@ def test_what_is_not_of_the_kind_is_named(
     monkeypatch.chdir(tmp_path)
     rows = [{"question": "q", "choices": ["x"], "answer": 7}, {"prompt": "q", "completion": "a"}]
     Path("FILE").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    assert main("convert FILE --output NEW.jsonl --kind choices".split()) == 2
+    assert main(["convert", "FILE", "--output", "NEW.jsonl", "--kind", "choices"]) == 2
     said = capsys.readouterr().err
     assert "FILE:1: is not a question with choices: none of the choices is its answer 7" in said
     assert "FILE:2: is not a question with choices: it has no question" in said
-    assert main("convert FILE --output NEW.jsonl --kind chat-log".split()) == 2
+    assert main(["convert", "FILE", "--output", "NEW.jsonl", "--kind", "chat-log"]) == 2
     assert "--kind chat-log and --reply-of NAME go together" in capsys.readouterr().err
     assert not Path("NEW.jsonl").exists()

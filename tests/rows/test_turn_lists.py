@@ -87,8 +87,16 @@ def test_items_of_the_responses_api_are_turns() -> None:
     calling = {**CALLING, "reasoning_content": "hm", "tool_calls": [WITH_ID, {**WITH_ID, "id": "2"}]}
     expected = [USER, calling, ANSWERED, ASSISTANT]
     conversation = parse_row({"messages": ITEMS})
-    assert (conversation.messages, conversation.unused_keys) == (expected, ("messages.encrypted_content", "messages.id"))
-    logged = {"instructions": "s", "input": ITEMS[:5], "output": ITEMS[5:], "tools": [{"type": "function", "name": "f"}]}
+    assert (conversation.messages, conversation.unused_keys) == (
+        expected,
+        ("messages.encrypted_content", "messages.id"),
+    )
+    logged = {
+        "instructions": "s",
+        "input": ITEMS[:5],
+        "output": ITEMS[5:],
+        "tools": [{"type": "function", "name": "f"}],
+    }
     assert parse_row(logged).messages == [SYSTEM, *expected]
     assert parse_row({**logged, "input": "q"}).messages == [SYSTEM, *CHAT]
     assert parse_row({"request": logged, "response": {"output": ITEMS[5:], "id": "r"}}).unused_keys == (
@@ -97,7 +105,9 @@ def test_items_of_the_responses_api_are_turns() -> None:
         "request.output",
         "response.id",
     )
-    with pytest.raises(RowError, match="holds an item of type 'web_search_call', which is no chat; fix: leave such rows"):
+    with pytest.raises(
+        RowError, match="holds an item of type 'web_search_call', which is no chat; fix: leave such rows"
+    ):
         parse_row({"messages": [*ITEMS, {"type": "web_search_call", "id": "w"}]})
 
 
@@ -111,7 +121,10 @@ LANGCHAIN = {"lc": 1, "type": "constructor", "id": ["AIMessage"], "kwargs": {"co
         ({"messages": [USER], "choices": [REPLY], "model": "m"}, ("model",)),
         ({"messages": [USER], "choices": [{**REPLY, "finish_reason": "length"}]}, ("choices.finish_reason",)),
         ({"request": {"messages": [USER], "model": "m"}, "response": {"choices": [REPLY]}}, ("request.model",)),
-        ({"request": {"messages": [USER]}, "response": {"body": {"choices": [REPLY], "id": "i"}}}, ("response.body.id",)),
+        (
+            {"request": {"messages": [USER]}, "response": {"body": {"choices": [REPLY], "id": "i"}}},
+            ("response.body.id",),
+        ),
         (
             {
                 "request": {"contents": [{"parts": [{"text": "q"}]}]},
@@ -197,20 +210,53 @@ def test_what_is_in_the_question_already_is_counted() -> None:
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"messages": CHAT, "conversations": TWO}, "has two lists of turns, messages and conversations, and they differ"),
-        ({"messages": CHAT, "prompt": "q", "completion": "b"}, "has messages, and a prompt with a completion that is not"),
-        ({"messages": CHAT, "context": "a long passage"}, "has context beside its turns, and the model would not see it"),
-        ({"messages": CHAT, "history": [["before", "that"]]}, "has history beside its turns, and the model would not see it"),
-        ({"messages": CHAT, "documents": [{"text": "a b"}]}, 'beside its turns, and the model would not see it; fix: "'),
+        (
+            {"messages": CHAT, "conversations": TWO},
+            "has two lists of turns, messages and conversations, and they differ",
+        ),
+        (
+            {"messages": CHAT, "prompt": "q", "completion": "b"},
+            "has messages, and a prompt with a completion that is not",
+        ),
+        (
+            {"messages": CHAT, "context": "a long passage"},
+            "has context beside its turns, and the model would not see it",
+        ),
+        (
+            {"messages": CHAT, "history": [["before", "that"]]},
+            "has history beside its turns, and the model would not see it",
+        ),
+        (
+            {"messages": CHAT, "documents": [{"text": "a b"}]},
+            'beside its turns, and the model would not see it; fix: "',
+        ),
         ({"text": str(CHAT)}, 'has a list of turns as its text; fix: "data.columns={messages: text}"'),
         ({"text": "q", "type": "message", "ts": "1"}, "is one message of a chat of Slack"),
-        ({"messages": [USER, {**ASSISTANT, "label": 0}]}, "turn 2 has label=0, which may say that it must not be learned"),
-        ({"prompt": "q", "completion": "a", "answer": "reject", "_task_hash": 1}, "has answer='reject', of Prodigy; fix"),
+        (
+            {"messages": [USER, {**ASSISTANT, "label": 0}]},
+            "turn 2 has label=0, which may say that it must not be learned",
+        ),
+        (
+            {"prompt": "q", "completion": "a", "answer": "reject", "_task_hash": 1},
+            "has answer='reject', of Prodigy; fix",
+        ),
         ({"question": "q", "answers": {"text": []}}, "is a question without an answer in its answers; fix: leave such"),
-        ({"messages": [USER], "choices": [REPLY, REPLY]}, "has 2 answers in choices, and one is trained; fix: keep one"),
-        ({"inputs": {"messages": [USER]}, "outputs": {"messages": [SYSTEM]}}, "has an answer in its outputs that begins"),
-        ({"translation": {"de": "q", "en": "a"}}, '"data.columns={prompt: translation.de, completion: translation.en}"'),
-        ({"qa": [{"question": "q", "answer": "a"}]}, '"data.columns={messages: qa}", if these are the rounds of one chat'),
+        (
+            {"messages": [USER], "choices": [REPLY, REPLY]},
+            "has 2 answers in choices, and one is trained; fix: keep one",
+        ),
+        (
+            {"inputs": {"messages": [USER]}, "outputs": {"messages": [SYSTEM]}},
+            "has an answer in its outputs that beg",
+        ),
+        (
+            {"translation": {"de": "q", "en": "a"}},
+            '"data.columns={prompt: translation.de, completion: translation.en}"',
+        ),
+        (
+            {"qa": [{"question": "q", "answer": "a"}]},
+            '"data.columns={messages: qa}", if these are the rounds of one chat',
+        ),
         ({"input": [USER], "ideal": "a"}, '"data.columns={prompt: input, completion: ideal}"'),
         (
             {"input": {"messages": [USER]}, "preferred_output": [ASSISTANT], "non_preferred_output": [ASSISTANT]},
