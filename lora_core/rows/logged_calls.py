@@ -22,6 +22,7 @@ from lora_core.untrusted.text import quoted
 
 _CALLS = (("request", "response"), ("inputs", "outputs"), ("input", "output"), ("body", "response"))
 """Where a log has what was asked, and what was answered."""
+_HOLDERS = {"choices", *(key for pair in _CALLS for key in pair)}
 _ASKED = ("messages", "input")
 _ANSWERED = ("choices", "candidates", "generations", "message", "content", "output", "messages", "body", "response")
 """Inside an answer: under which keys its message is, from the outside to the inside."""
@@ -35,6 +36,8 @@ def with_logged_call(columns: dict[str, Any]) -> dict[str, Any]:
     Raises:
         RowError: it has several answers, or one that begins with messages of its own.
     """
+    if all(isinstance(columns[key], str) for key in columns.keys() & _HOLDERS):
+        return columns
     beside: dict[str, Any] = {}
     if isinstance(columns.get("choices"), list) and isinstance(columns.get("messages"), list):
         answer = _messages_of({"choices": columns["choices"]}, "", beside)

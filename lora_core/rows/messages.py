@@ -227,8 +227,9 @@ def parse_row(row: Any, shape: RowShape | None = None) -> Conversation:
             turns.insert(0, Turn([told]))
             prompt = [None, *prompt] if prompt else prompt
     messages = [message for turn in turns for message in turn.messages]
-    refuse_second_chat(columns, used, shape.columns, messages)
-    refuse_what_the_question_needs(columns, used, shape.columns, [message["content"] for message in messages])
+    if columns.keys() - used:
+        refuse_second_chat(columns, used, shape.columns, messages)
+        refuse_what_the_question_needs(columns, used, shape.columns, [message["content"] for message in messages])
     if not any(message["role"] == "assistant" for message in messages):
         raise RowError(f"has no assistant turn; it needs one to train on{_reply_beside(columns)}")
     weights = tuple(
@@ -318,9 +319,8 @@ def _as_turns(role: str, said: Any, column: str) -> Sequence[Any]:
         listed = from_json(said, column)
         is_one = role == "user" or all(ROLES.get(str(turn.get("role"))) != "user" for turn in listed)
         said = listed if is_one else said
-    transcript = turns_of_transcript(said) if role == "user" and isinstance(said, str) else None
-    if transcript and said.rstrip().endswith("Assistant:"):
-        return transcript
+    if role == "user" and isinstance(said, str) and said.endswith(("Assistant:", "Assistant: ")):
+        said = turns_of_transcript(said) or said
     if isinstance(said, Mapping) and ("role" in said or "from" in said):
         return [said]
     turns = as_turns(said) if isinstance(said, list) and said else []

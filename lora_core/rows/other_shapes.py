@@ -87,8 +87,10 @@ def with_one_answer(columns: dict[str, Any]) -> dict[str, Any]:
     Raises:
         RowError: they differ, or there is none.
     """
-    question = first(columns, ("question", "query"))
     given = columns.get("answers")
+    if given is None:
+        return columns
+    question = first(columns, ("question", "query"))
     texts = given["text"] if isinstance(given, Mapping) and isinstance(given.get("text"), list) else given
     if question is None or "answer" in columns or not isinstance(texts, list):
         return columns

@@ -47,7 +47,9 @@ LIST_OF_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](?:role|from|content|value)["
 _CHOICES = ("choices", "options", "option_a", "A")
 _REPLIES_TOO = (*sorted(ANSWERS), "solution", "expected_output", "expectedOutput")
 
-_WEIGHTS_OF_ALL = ("weights", "loss_weights", "loss_mask", "train_mask", "mask")
+_WEIGHTS_OF_ALL = {"weights", "loss_weights", "loss_mask", "train_mask", "mask"}
+_MEDIA = {*MEDIA}
+_ANSWERS = sorted(ANSWERS)
 
 
 def refuse_what_is_not_sft(columns: Mapping[str, Any], named: Collection[str]) -> None:
@@ -68,19 +70,19 @@ def refuse_what_is_not_sft(columns: Mapping[str, Any], named: Collection[str]) -
             f'"data.columns={{{_columns_of_chosen(columns, chosen)}}}" to train the chosen ones'
         )
     for key in ("label", "kto_tag"):
-        if _is_unwanted(key, columns):
+        if key in columns and _is_unwanted(key, columns):
             shown = "false" if columns[key] is False else quoted(columns[key])
             raise RowError(
                 f"has {key}={shown}: a reply that must not be learned; fix: leave such rows out (or that column, where "
                 "it says something else)"
             )
-    for key in _WEIGHTS_OF_ALL:
+    for key in sorted(columns.keys() & _WEIGHTS_OF_ALL):
         if isinstance(columns.get(key), list) and columns[key]:
             raise RowError(
                 f"has a list of {key}, which may leave some turns out of training; fix: weight: 0 or weight: 1 in each "
                 "turn"
             )
-    for key in MEDIA:
+    for key in sorted(columns.keys() & _MEDIA):
         if not is_empty(columns.get(key)):
             raise RowError(f"holds {quoted(key)}; only text is trained; fix: leave such rows out")
 
@@ -127,7 +129,7 @@ def refuse_two_replies(columns: Mapping[str, Any], used: Collection[str], names:
     Raises:
         RowError: names both.
     """
-    question, answer = (next((key for key in keys if key in used), None) for keys in (_QUESTIONS, sorted(ANSWERS)))
+    question, answer = (next((key for key in keys if key in used), None) for keys in (_QUESTIONS, _ANSWERS))
     if question is None or answer is None or not isinstance(columns[answer], str):
         return
     for other in _REPLIES_TOO:
@@ -168,7 +170,7 @@ def refuse_text_beside(columns: Mapping[str, Any], names: Mapping[str, str]) -> 
         RowError: names both.
     """
     questions = [question for question, _ in PAIRS if question != "input"]
-    for other in (*questions, *sorted(ANSWERS), "target", "summary"):
+    for other in (*questions, *_ANSWERS, "target", "summary"):
         if "text" not in names and isinstance(columns.get(other), str) and columns[other].strip():
             asked, replied = (other, "text") if other in questions else ("text", other)
             raise RowError(
@@ -193,9 +195,10 @@ def refuse_what_the_question_needs(
     """
     if {"prompt", "messages", "text"} & names.keys():
         return None
-    question, answer = (next((key for key in keys if key in used), None) for keys in (_QUESTIONS, sorted(ANSWERS)))
+    question, answer = (next((key for key in keys if key in used), None) for keys in (_QUESTIONS, _ANSWERS))
     keys = _BESIDE_TURNS if question is None or answer is None else (*_ASKED_TOO, *_PASSAGES)
-    key = next((key for key in keys if key not in used and _is_lost(columns.get(key), key, said)), None)
+    beside = [key for key in keys if key in columns and key not in used]
+    key = next((key for key in beside if _is_lost(columns[key], key, said)), None)
     if key is None or question is None or answer is None:
         if key is not None:
             turns = first(columns, TURNS)

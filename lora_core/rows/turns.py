@@ -21,7 +21,7 @@ name and tool_call_id."""
 WEIGHTS = ("weight", "loss_weight", "train", "training", "loss")
 """Whether a turn is trained on, or how much: OpenAI's `weight`, ms-swift's `loss`, Axolotl's `train` and `training`."""
 
-_MARKERS = (
+_MARKERS = {
     "mask",
     "loss_mask",
     "step_loss_mask",
@@ -35,7 +35,7 @@ _MARKERS = (
     "ignore",
     "ignore_loss",
     "loss_weights",
-)
+}
 """Other tools' marks for what is trained of a turn: not read, so refused."""
 
 _CONTENT = ("content", "value", "text", "message")
@@ -46,6 +46,7 @@ _CALL_PARTS = ("tool_use", "tool_call", "function_call", "function")
 _CALLS_IN_PARTS = ("tool_call", "function_call")
 _CALL_ROLES = ("function_call", "tool_call", "tool_calls", "tool_use")
 _MEDIA = ("image", "audio", "video", "file", "document", "input_image", "input_audio", "input_file")
+_MEDIA_KEYS = {*MEDIA}
 _BESIDE = (*ROLE_KEYS, "tool_calls", "function_call", "name", "tool_call_id", "tools")
 _KEYS = frozenset({*_BESIDE, *_CONTENT, "parts", *_REASONING, *WEIGHTS})
 
@@ -86,12 +87,12 @@ def parse_turn(turn: Any, where: str, roles: Mapping[str, str], unused: set[str]
     if not isinstance(turn, Mapping):
         raise RowError(f"{where} must be an object with role and content, not {kind(turn)}")
     role_key, role = _role(turn, where, roles, unused)
-    for key in _MARKERS:
+    for key in sorted(turn.keys() & _MARKERS):
         if not is_empty(turn.get(key)):
             raise RowError(
                 f"{where} has {key}, which may leave some of it out of training; fix: weight: 0 or weight: 1"
             )
-    for key in MEDIA:
+    for key in sorted(turn.keys() & _MEDIA_KEYS):
         if not is_empty(turn.get(key)):
             raise RowError(f"{where} holds {quoted(key)}; only text is trained; fix: leave such rows out")
     if turn.get("label") is not None and str(turn["label"]).strip().lower() in ("false", "0"):
