@@ -102,7 +102,13 @@ def turns_of_transcript(text: str) -> list[Any] | None:
     """
     before, *pieces = re.split(r"(?:\A\s*|\n\n)(Human|Assistant):", text)
     roles, said = pieces[::2], [each.strip() for each in pieces[1::2]]
-    if before or not roles or roles[0] != "Human" or not all(said[:-1]) or (roles[-1] == "Human" and not said[-1]):
+    if (
+        before
+        or "Assistant" not in roles
+        or roles[0] != "Human"
+        or not all(said[:-1])
+        or (roles[-1] == "Human" and not said[-1])
+    ):
         return None
     turns = [{"role": role.lower(), "content": each} for role, each in zip(roles, said, strict=True)]
     return turns if said[-1] else turns[:-1]
