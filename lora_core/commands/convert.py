@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
+from functools import partial
 from typing import Any
 
 from lora_core.commands.command_line import Command, add_config_arguments, load_config_of, new_file
-from lora_core.errors import DataError, RowError, counted, problem_list
+from lora_core.errors import ConfigError, DataError, RowError, counted, problem_list
 from lora_core.rows.messages import Conversation, Message, parse_file, shape_of
+from lora_core.rows.reshape import KINDS, reshaped
 from lora_core.sources.files import as_jsonl
 from lora_core.untrusted.text import showable
 
@@ -16,6 +18,8 @@ from lora_core.untrusted.text import showable
 def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="rows, as data.train_file takes them")
     parser.add_argument("--output", required=True, metavar="FILE.jsonl", help="a new file; one that exists is refused")
+    parser.add_argument("--kind", choices=sorted(KINDS), help="make examples of rows that hold several, or choices")
+    parser.add_argument("--reply-of", metavar="NAME", help="with --kind chat-log: whose messages are the replies")
     add_config_arguments(parser, default="base")
 
 
@@ -24,10 +28,14 @@ def _run(arguments: Namespace) -> None:
     assert output is not None  # argparse requires it
     train_file = f"data.train_file={json.dumps(arguments.file, ensure_ascii=False)}"
     data = load_config_of(arguments, train_file).data
+    kind, reply_of = arguments.kind, arguments.reply_of
+    if (kind == "chat-log") != (reply_of is not None):
+        raise ConfigError("--kind chat-log and --reply-of NAME go together; fix: give both, or neither")
+    reshape = None if kind is None else partial(reshaped, name=kind, reply_of=reply_of or "")
     places = as_jsonl(data.train_file, data.cache_dir, key="FILE", streaming=data.streaming)
     rows, problems = [], []
     left_out: dict[str, int] = {}
-    for line, parsed in parse_file(places.path, shape_of(data)):
+    for line, parsed in parse_file(places.path, shape_of(data), reshape):
         if isinstance(parsed, RowError):
             problems.append(f"{places.place(line)}: {parsed}")
             continue

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import io
+import itertools
 import json
 import math
+import re
+import tokenize
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -43,24 +48,59 @@ def read_json_values(text: str) -> list[Any]:
 
 
 def from_json(value: Any, what: str) -> Any:
-    """The value; read from JSON first if it is a string.
+    """The value; read first if it is a string: from JSON, or as Python and pandas print it into a cell of CSV.
 
     Raises:
-        RowError: a string that is not JSON; `what` says what it should have been.
+        RowError: a string that is neither; `what` says what it should have been.
     """
     if not isinstance(value, str):
         return value
     try:
         return read_json(value)
     except (ValueError, RecursionError) as error:
+        printed = _as_python_prints(value)
+        if printed is not None:
+            return printed
         reason = json_reason(error) if isinstance(error, ValueError) else error
         raise RowError(f"{what} is not valid JSON: {reason}") from error
+
+
+def _as_python_prints(text: str) -> Any:
+    """The list or object that `print` wrote; None for any other text, and where two readings are possible.
+
+    NumPy, and so pandas, prints no commas: between objects on lines of their own they are put back, since no string
+    that Python prints has a line break. Strings without a comma between would become one, and are not read.
+    """
+    with_commas = re.sub(r"\}\s*\n\s*\{", "}, {", text.strip())
+    try:
+        tree = ast.parse(with_commas, mode="eval")
+        value = ast.literal_eval(tree)
+        kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(with_commas).readline)]
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
+        return None
+    objects = [node for node in ast.walk(tree) if isinstance(node, ast.Dict)]
+    has_key_twice = any(len(ast.literal_eval(node)) < len(node.keys) for node in objects)
+    is_joined = (tokenize.STRING, tokenize.STRING) in itertools.pairwise(kinds)
+    is_read = isinstance(value, (list, dict)) and not has_key_twice and not is_joined
+    return json.loads(json.dumps(value)) if is_read and _has_json_form(value) else None  # tuples are lists there
+
+
+def _has_json_form(value: Any) -> bool:
+    """Whether JSON can hold all of what Python printed: no sets, no bytes, no keys of other types."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _has_json_form(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_has_json_form, value))
+    return value is None or isinstance(value, (str, bool, int, float))
 
 
 def json_reason(error: ValueError) -> str:
     """What is wrong with a JSON text, at which of its characters, and the fix where it is a usual mistake."""
     if not isinstance(error, json.JSONDecodeError):
-        return str(error)
+        is_long_number = "integer string conversion" in str(error)
+        return (
+            "a number of thousands of digits; fix: put it in quotes, or leave it out" if is_long_number else str(error)
+        )
     found = error.doc[error.pos : error.pos + 1]
     fix = ""
     if error.msg == "Extra data":

@@ -2,7 +2,7 @@
 
     {"functionCall": {"name", "args"}}             {"toolUse": {"toolUseId", "name", "input"}}          -> tool_use
     {"functionResponse": {"name", "response"}}     {"toolResult": {"toolUseId", "content"}}             -> tool_result
-    {"text": "...", "thought": true}                                                                    -> thinking
+    {"text": "...", "thought": true}               {"reasoningContent": {"reasoningText": {"text"}}}    -> thinking
     {"type": "refusal", "refusal": "..."}          OpenAI's: what the assistant said                    -> text
 
 Gemini's rows, `{"systemInstruction": {"parts": [...]}, "contents": [{"role": "user", "parts": [...]}, ...]}`, become
@@ -23,18 +23,27 @@ _ANSWER = {"toolUseId": "tool_use_id", "id": "tool_use_id", "response": "content
 
 def with_our_names(columns: dict[str, Any]) -> dict[str, Any]:
     """A row of Gemini under our names; any other row as it is."""
+    config = columns.get("toolConfig")
+    if isinstance(config, Mapping) and "tools" in config and "tools" not in columns:  # of Bedrock
+        rest = {f"toolConfig.{key}": item for key, item in config.items() if key != "tools"}
+        columns = (
+            {key: item for key, item in columns.items() if key != "toolConfig"} | {"tools": config["tools"]} | rest
+        )
     turns = columns.get("contents")
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) and "parts" in turn for turn in turns):
         return columns
     renamed = _renamed(columns, _ROW)
     if renamed is None:
         return columns
+    renamed["messages"] = [turn if "role" in turn else {"role": "user", **turn} for turn in turns]
     system = renamed.get("system")
     return renamed | {"system": system["parts"]} if isinstance(system, Mapping) and "parts" in system else renamed
 
 
 def with_types(content: Any) -> Any:
     """The content of a turn, each part of which says by its type what it is."""
+    if isinstance(content, Mapping) and content.keys() == {"content_type", "parts"}:  # ChatGPT
+        content = content["parts"] if content["content_type"] == "text" else content
     return [_with_type(part) for part in content] if isinstance(content, list) else content
 
 
@@ -49,6 +58,9 @@ def _with_type(part: Any) -> Any:
     if isinstance(part.get("thought"), bool) and "text" in part:
         rest = {key: item for key, item in part.items() if key != "thought"}
         return {**rest, "type": "thinking"} if part["thought"] else rest
+    if part.keys() == {"reasoningContent"} and isinstance(part["reasoningContent"], Mapping):
+        inside = part["reasoningContent"].get("reasoningText")
+        return {**inside, "type": "reasoning"} if isinstance(inside, Mapping) else part
     for key in (*_CALLS, *_ANSWERS):
         if isinstance(part.get(key), Mapping):
             inner = _renamed(part[key], _CALL if key in _CALLS else _ANSWER)

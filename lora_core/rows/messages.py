@@ -15,7 +15,7 @@ nothing is made of are listed in `Conversation.unused_keys`, and keys that would
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,17 +24,15 @@ from lora_core.config.schema import NOT_TEMPLATE_VARIABLES, DataConfig
 from lora_core.errors import RowError
 from lora_core.rows.columns import (
     ANSWERS,
+    HISTORY,
     PAIRS,
+    ROLES,
     SYSTEM,
     TOOLS,
     TURNS,
     first,
     holds_turns_or_pair,
-    refuse_text_beside,
-    refuse_two_replies,
-    refuse_what_is_not_sft,
     under_our_names,
-    unknown_names,
 )
 from lora_core.rows.json_values import (
     as_number,
@@ -45,8 +43,20 @@ from lora_core.rows.json_values import (
     kind,
     read_json,
 )
-from lora_core.rows.other_shapes import turns_of_rounds, with_turns
+from lora_core.rows.logged_calls import with_logged_call
+from lora_core.rows.other_shapes import with_one_answer, with_turns, without_verdict
+from lora_core.rows.refusals import (
+    LIST_OF_MESSAGES,
+    refuse_no_text,
+    refuse_second_chat,
+    refuse_text_beside,
+    refuse_two_replies,
+    refuse_what_is_not_sft,
+    refuse_what_the_question_needs,
+    unknown_names,
+)
 from lora_core.rows.tool_use import parse_tools
+from lora_core.rows.turn_lists import as_turns, read_turns, turns_of_transcript
 from lora_core.rows.turns import Message, Turn, parse_turn
 from lora_core.untrusted.text import quoted
 
@@ -142,23 +152,36 @@ def parse_json_row(line: str, shape: RowShape | None = None) -> Conversation:
     Raises:
         RowError: not strict JSON (NaN and duplicate keys are refused too), or not an accepted row.
     """
+    return parse_row(_row_of(line), shape)
+
+
+def _row_of(line: str) -> Any:
     try:
         row = read_json(line)
+        # A row that was written as JSON twice.
+        return read_json(row) if isinstance(row, str) and row.startswith("{") else row
     except RecursionError as error:
         raise RowError("JSON nested too deeply to read") from error
     except ValueError as error:
         raise RowError(f"not valid JSON: {json_reason(error)}") from error
-    return parse_row(row, shape)
 
 
-def parse_file(path: Path, shape: RowShape | None = None) -> Iterator[tuple[int, Conversation | RowError]]:
-    """(1-based line, its row or what is wrong with it) for each line of a JSONL that is not blank."""
+def parse_file(
+    path: Path, shape: RowShape | None = None, reshape: Callable[[Any], list[Any]] | None = None
+) -> Iterator[tuple[int, Conversation | RowError]]:
+    """(1-based line, its row or what is wrong with it) for each line of a JSONL that is not blank.
+
+    Args:
+        reshape: makes the rows that are read of the row of each line.
+    """
     with path.open("rb") as file:
         for line, raw in enumerate(file, start=1):
             if not raw.strip():
                 continue
             try:
-                yield line, parse_json_row(raw.decode("utf-8-sig"), shape)
+                text = raw.decode("utf-8-sig")
+                for row in [_row_of(text)] if reshape is None else reshape(_row_of(text)):
+                    yield line, parse_row(row, shape)
             except RowError as error:
                 yield line, error
             except UnicodeDecodeError as error:
@@ -171,12 +194,13 @@ def parse_row(row: Any, shape: RowShape | None = None) -> Conversation:
     Raises:
         RowError: names the key or the turn that is wrong, and what is accepted.
     """
-    if isinstance(row, list) and row:  # its turns alone
-        row = {"messages": row}
+    if isinstance(row, list) and row:  # its turns alone, or a question and its answer
+        is_pair = len(row) == 2 and all(isinstance(text, str) and not text.lstrip().startswith("{") for text in row)
+        row = dict(zip(("prompt", "completion"), row, strict=True)) if is_pair else {"messages": row}
     if not isinstance(row, Mapping):
         raise RowError(f"must be a JSON object, not {kind(row)}")
     shape = shape or RowShape()
-    columns = under_our_names(row, shape.columns)
+    columns = with_logged_call(with_one_answer(without_verdict(under_our_names(row, shape.columns))))
     if not holds_turns_or_pair(columns):
         columns = with_turns(columns)
     refuse_what_is_not_sft(columns, set(shape.columns.values()))
@@ -187,6 +211,7 @@ def parse_row(row: Any, shape: RowShape | None = None) -> Conversation:
         refuse_two_replies(columns, used, shape.columns)
     weight = _row_weight(columns, used)
     if used & {"text"}:
+        refuse_no_text(columns, shape.columns)
         refuse_text_beside(columns, shape.columns)
         if weight != 1:
             raise RowError(f"is a text with the weight {weight:g}, and all of a text is trained; fix: leave it out")
@@ -202,6 +227,9 @@ def parse_row(row: Any, shape: RowShape | None = None) -> Conversation:
             turns.insert(0, Turn([told]))
             prompt = [None, *prompt] if prompt else prompt
     messages = [message for turn in turns for message in turn.messages]
+    if columns.keys() - used:
+        refuse_second_chat(columns, used, shape.columns, messages)
+        refuse_what_the_question_needs(columns, used, shape.columns, [message["content"] for message in messages])
     if not any(message["role"] == "assistant" for message in messages):
         raise RowError(f"has no assistant turn; it needs one to train on{_reply_beside(columns)}")
     weights = tuple(
@@ -244,7 +272,7 @@ def _turns(columns: Mapping[str, Any], takes_reasoning: bool) -> tuple[set[str],
     key = first(columns, TURNS) or next((key for key in TURNS if key in columns), None)
     pair = next(((q, a) for q, a in PAIRS if q in columns and a in columns), None)
     if key is not None and not (is_empty(columns[key]) and (pair or "text" in columns)):
-        return {key}, [], _list_of_turns(columns[key], key)
+        return {key}, [], read_turns(columns[key], key)
     if pair is not None:
         used, prompt, completion = _question_and_answer(columns, *pair)
         reasoning = columns.get("reasoning") if takes_reasoning else None
@@ -261,23 +289,6 @@ def _turns(columns: Mapping[str, Any], takes_reasoning: bool) -> tuple[set[str],
     raise unknown_names(columns)
 
 
-def _list_of_turns(value: Any, key: str) -> list[Any]:
-    """A cell of a CSV file holds the list as JSON."""
-    turns = from_json(value, key) if isinstance(value, str) and value.lstrip().startswith(("[", "{")) else value
-    lists = [*turns.values()] if isinstance(turns, Mapping) else []
-    if all(isinstance(items, list) for items in lists) and len({len(items) for items in lists}) == 1:
-        # {"role": [...], "content": [...]}, as `datasets` writes a sequence of objects
-        turns = [dict(zip(turns, items, strict=True)) for items in zip(*lists, strict=True)]
-    if not isinstance(turns, list):
-        raise RowError(
-            f"{key} must be a list of turns, not {kind(turns)}"
-            + (f'; fix: "data.columns={{text: {key}}}" to train all of the text' if isinstance(turns, str) else "")
-        )
-    if not turns:
-        raise RowError("has no turns; it needs an assistant turn to train on")
-    return turns_of_rounds(turns)
-
-
 def _question_and_answer(
     columns: Mapping[str, Any], question: str, answer: str
 ) -> tuple[set[str], Sequence[Any], Sequence[Any]]:
@@ -285,46 +296,52 @@ def _question_and_answer(
     asked = columns[question]
     extra = first(columns, _INPUT.get(question, ()))
     if extra is not None and isinstance(asked, str):
-        asked = "\n\n".join(text for text in (asked, checked_text(columns[extra], extra)) if text)
+        asked = "\n\n".join(text for text in (asked, _extra_text(columns[extra], extra)) if text)
         used.add(extra)
-    rounds = _history(columns.get("history"))
-    used |= {"history"} if "history" in columns else set()
+    history = first(columns, HISTORY)
+    rounds = _history(columns[history], history) if history is not None else []
+    used |= {history} if history is not None else set()
     prompt = [*rounds, *_as_turns("user", asked, question)]
     if answer == "answers":  # xLAM: a list of calls
         return used, prompt, [{"role": "assistant", "tool_calls": columns[answer]}]
     return used, prompt, _as_turns("assistant", columns[answer], answer)
 
 
+def _extra_text(value: Any, column: str) -> str:
+    """What belongs to the question; of a list, such as passages that were found, all texts."""
+    texts = value if isinstance(value, list) and all(isinstance(text, str) for text in value) else [value]
+    return "\n\n".join(checked_text(text, column) for text in texts)
+
+
 def _as_turns(role: str, said: Any, column: str) -> Sequence[Any]:
     """A text as one turn; a list of messages, or one message, as it is."""
+    if isinstance(said, str) and LIST_OF_MESSAGES.match(said):  # in a cell of a CSV file
+        listed = from_json(said, column)
+        is_one = role == "user" or all(ROLES.get(str(turn.get("role"))) != "user" for turn in listed)
+        said = listed if is_one else said
+    if role == "user" and isinstance(said, str) and said.endswith(("Assistant:", "Assistant: ")):
+        said = turns_of_transcript(said) or said
     if isinstance(said, Mapping) and ("role" in said or "from" in said):
         return [said]
-    if (
-        isinstance(said, list)
-        and said
-        and all(isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in said)
-    ):
-        return said
+    turns = as_turns(said) if isinstance(said, list) and said else []
+    if turns and all(isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in turns):
+        return turns
     if not isinstance(said, str):
         number = "; fix: numbers in quotes" if isinstance(said, (bool, int, float)) else ""
         raise RowError(f"{column} must be a string or a list of messages, not {kind(said)}{number}")
     return [{"role": role, "content": said}]
 
 
-def _history(value: Any) -> list[Any]:
-    """Alpaca's earlier rounds: `[[question, answer], ...]`, or messages."""
-    if is_empty(value):
-        return []
+def _history(value: Any, column: str) -> list[Any]:
+    """Earlier rounds: `[[question, answer], ...]`, messages, or either as JSON text."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = from_json(value, column)
     if not isinstance(value, list):
-        raise RowError(f"history must be a list of rounds, not {kind(value)}")
-    turns: list[Any] = []
-    for number, item in enumerate(turns_of_rounds(value), start=1):
-        if isinstance(item, list) and len(item) == 2:
-            turns += [{"role": "user", "content": item[0]}, {"role": "assistant", "content": item[1]}]
-        elif isinstance(item, Mapping):
-            turns.append(item)
-        else:
-            raise RowError(f"history: round {number} must be [question, answer], not {kind(item)}")
+        raise RowError(f"{column} must be a list of rounds, not {kind(value)}")
+    turns = as_turns(value)
+    for number, item in enumerate(turns, start=1):
+        if not isinstance(item, Mapping):
+            raise RowError(f"{column}: round {number} must be [question, answer], not {kind(item)}")
     return turns
 
 

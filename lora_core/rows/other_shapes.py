@@ -3,8 +3,12 @@
     Glaive     {"system": "SYSTEM: ... {schema} ...", "chat": "USER: ...  ASSISTANT: ... <|endoftext|>"}
     MOSS       {"meta_instruction": "...", "chat": {"turn_1": {"Human": "<|Human|>: ...<eoh>", "MOSS": ...}}}
     UltraChat  {"id": "0", "data": ["question", "answer", "question", "answer"]}
+    ChatGPT    {"mapping": {"id": {"message": {...}, "parent": "id"}}, "current_node": "id"}, of an export
+    numbered   {"turn_1": {"user": "...", "assistant": "..."}, "turn_2": {...}}
+    one name   {"rounds": [{"user": "...", "assistant": "..."}, ...]}, whatever it is called
+    Self-Instruct  {"instruction": "...", "instances": [{"input": "...", "output": "..."}]}
+    SQuAD      {"question": "...", "context": "...", "answers": {"text": ["..."], "answer_start": [0]}}
     OASST      {"prompt": {"text": "...", "replies": [...]}}: a tree of replies, of which one path is a chat: refused
-    rounds     [{"system": "...", "input": "...", "output": "..."}, ...]: a question and its answer in one object
 
 Each is read only where it is exactly that: what does not fit refuses the row.
 """
@@ -16,21 +20,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_core.errors import RowError
-from lora_core.rows.columns import ROLE_KEYS, first
+from lora_core.rows.columns import first
 from lora_core.rows.json_values import is_empty, kind, read_json, read_json_values
+from lora_core.rows.reshape import KINDS, fix
+from lora_core.rows.turn_lists import is_chat_of_rounds, numbered_items
 from lora_core.untrusted.text import quoted
-
-ROUNDS = (
-    ("input", "output"),
-    ("human", "assistant"),
-    ("human", "gpt"),
-    ("human", "bot"),
-    ("user", "assistant"),
-    ("question", "answer"),
-    ("query", "response"),
-    ("prompt", "response"),
-)
-"""What an object that is a whole round calls the question, and the answer."""
 
 _GLAIVE_ROLES = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
 _GLAIVE_TURN = re.compile(r"(?:\A\s*|\n\n)(USER|ASSISTANT|FUNCTION RESPONSE):")
@@ -38,15 +32,10 @@ _GLAIVE_END = "<|endoftext|>"
 _GLAIVE_CALL = re.compile(r"""\{"name":\s*("[^"]*"),\s*"arguments":\s*'(.*)'\s*\}""", re.DOTALL)
 _MOSS_TEXTS = {"Human": (r"<\|Human\|>:", "<eoh>"), "MOSS": (r"<\|MOSS\|>:", "<eom>")}
 _MOSS_MARK = re.compile(r"<\|[A-Za-z ]{1,40}\|>:|<eo[a-z]>")
-_FIRST_REPLIES = (
-    "python -c \"import json, sys; path = lambda m: [{'role': m['role'], 'content': m['text']}] + "
-    "(path(m['replies'][0]) if m.get('replies') else []); [print(json.dumps({'messages': "
-    "path(json.loads(row)['prompt'])})) for row in open(sys.argv[1], encoding='utf-8')]\" FILE > NEW.jsonl"
-)
 
 
 def with_turns(columns: dict[str, Any]) -> dict[str, Any]:
-    """The row with its turns under `messages`, where it is one of Glaive, MOSS or UltraChat; any other as it is.
+    """The row with its turns under `messages`, where it is one of these; any other as it is.
 
     Raises:
         RowError: it is one of these, and not all of it can be read; or a tree of OASST.
@@ -60,35 +49,85 @@ def with_turns(columns: dict[str, Any]) -> dict[str, Any]:
         roles = ("user", "assistant")
         turns = [{"role": roles[number % 2], "content": text} for number, text in enumerate(data)]
         return {"messages": turns, **{key: item for key, item in columns.items() if key == "id"}}
+    if isinstance(columns.get("mapping"), Mapping) and "current_node" in columns:
+        return _chatgpt(columns)
+    if isinstance(columns.get("instances"), list) and len(columns["instances"]) == 1 and "instruction" in columns:
+        rest = {key: item for key, item in columns.items() if key != "instances"}
+        (instance,) = columns["instances"]
+        return {**rest, **instance} if isinstance(instance, Mapping) and not rest.keys() & instance.keys() else columns
+    numbered = {key: item for key, item in columns.items() if re.fullmatch(r"turn_?\d+", key)}
+    in_order = numbered_items(numbered)
+    if in_order is not None:
+        return {**{key: item for key, item in columns.items() if key not in numbered}, "messages": in_order}
+    chats = [key for key, item in columns.items() if is_chat_of_rounds(item)]
+    if len(chats) == 1:
+        return {"messages" if key in chats else key: item for key, item in columns.items()}
     tree = columns.get("prompt")
     if isinstance(tree, Mapping) and isinstance(tree.get("replies"), list) and "text" in tree:
-        raise RowError(
-            "is a tree of OpenAssistant: each message has several replies, and one chat is one path; fix, for the "
-            f"first reply of each: {_FIRST_REPLIES}"
-        )
+        raise RowError(f"is {KINDS['tree'].what}; fix: {fix('tree')}")
     return columns
 
 
-def turns_of_rounds(items: list[Any]) -> list[Any]:
-    """Two turns for each object that is a question and its answer, and before them its system text; else the items."""
-    pair = next((pair for pair in ROUNDS if items and all(_is_round(item, pair) for item in items)), None)
-    if pair is None:
-        return items
-    question, answer = pair
-    turns: list[Any] = []
-    told = None
-    for item in items:
-        rest = {key: value for key, value in item.items() if key not in (*pair, "system")}
-        if not is_empty(item.get("system")) and item["system"] != told:
-            told = item["system"]
-            turns.append({"role": "system", "content": told})
-        turns.append({"role": "user", "content": item[question]})
-        turns.append({**rest, "role": "assistant", "content": item[answer]})
-    return turns
+def without_verdict(columns: dict[str, Any]) -> dict[str, Any]:
+    """A row of Prodigy without `answer`, which says what the annotator did with it; any other as it is.
+
+    Raises:
+        RowError: the annotator rejected or ignored it.
+    """
+    if "_task_hash" not in columns or columns.get("answer") not in ("accept", "reject", "ignore"):
+        return columns
+    if columns["answer"] != "accept":
+        raise RowError(f"has answer={quoted(columns['answer'])}, of Prodigy; fix: leave such rows out")
+    return {key: item for key, item in columns.items() if key != "answer"}
 
 
-def _is_round(item: Any, pair: tuple[str, str]) -> bool:
-    return isinstance(item, Mapping) and all(key in item for key in pair) and first(item, ROLE_KEYS) is None
+def with_one_answer(columns: dict[str, Any]) -> dict[str, Any]:
+    """The row with `answer` for SQuAD's `answers`, which all say the same; any other as it is.
+
+    Raises:
+        RowError: they differ, or there is none.
+    """
+    given = columns.get("answers")
+    if given is None:
+        return columns
+    question = first(columns, ("question", "query"))
+    texts = given["text"] if isinstance(given, Mapping) and isinstance(given.get("text"), list) else given
+    if question is None or "answer" in columns or not isinstance(texts, list):
+        return columns
+    said = [text.get("text") if isinstance(text, Mapping) and "name" not in text else text for text in texts]
+    if not all(isinstance(text, str) and not text.lstrip().startswith("{") for text in said):
+        return columns  # calls, as xLAM has them
+    if len({str(text).strip() for text in said}) != 1:
+        if not said:
+            raise RowError("is a question without an answer in its answers; fix: leave such rows out")
+        raise RowError(f"has {len(said)} answers, and they differ; fix: {fix('first-answer')}")
+    rest = {key: item for key, item in columns.items() if key != "answers"}
+    beside = {key: item for key, item in given.items() if key != "text"} if isinstance(given, Mapping) else {}
+    return {**rest, **{f"answers.{key}": item for key, item in beside.items()}, "answer": said[0]}
+
+
+def _chatgpt(columns: dict[str, Any]) -> dict[str, Any]:
+    """An exported chat of ChatGPT is a tree; what the user saw is the path to `current_node`."""
+    mapping, node = columns["mapping"], columns["current_node"]
+    path: list[Any] = []
+    while node is not None:
+        if node not in mapping or len(path) > len(mapping):
+            raise RowError("is a chat of ChatGPT whose current_node leads to no beginning; fix: leave such rows out")
+        path.append(mapping[node].get("message"))
+        node = mapping[node].get("parent")
+    turns = []
+    for message in reversed(path):
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if not isinstance(content, Mapping) or not any(content.get("parts", ["?"])):
+            continue  # the root, and system turns without a text
+        if content.get("content_type") != "text" or message.get("recipient", "all") != "all":
+            raise RowError(
+                f"is a chat of ChatGPT with a message of the type {quoted(content.get('content_type'))} for "
+                f"{quoted(message.get('recipient', 'all'))}; plain text is read; fix: leave such rows out"
+            )
+        turns.append({"role": message["author"]["role"], "content": content["parts"]})
+    rest = {key: item for key, item in columns.items() if key not in ("mapping", "current_node")}
+    return {**rest, "messages": turns}
 
 
 def _are_texts(items: list[Any]) -> bool:

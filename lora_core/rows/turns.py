@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_core.errors import RowError
-from lora_core.rows.columns import MEDIA, ROLE_KEYS, first
+from lora_core.rows.columns import MEDIA, ROLE_KEYS, ROLES, first
 from lora_core.rows.json_values import checked_text, is_empty, key_names, kind
 from lora_core.rows.keyed_parts import with_types
 from lora_core.rows.tool_use import parse_call, parse_calls, tool_answer
@@ -18,37 +18,10 @@ Message = dict[str, Any]
 """What chat templates take: role and content; an assistant's may have reasoning_content and tool_calls, a tool's answer
 name and tool_call_id."""
 
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "ai": "assistant",
-    "chatbot": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "tool_calls": "assistant",
-    "tool_use": "assistant",
-    "tool": "tool",
-    "tool_response": "tool",
-    "tool_result": "tool",
-    "observation": "tool",
-    "function": "tool",
-    "function_response": "tool",
-    "ipython": "tool",
-}
-"""What a role is called, in small letters, and what templates call it."""
-
 WEIGHTS = ("weight", "loss_weight", "train", "training", "loss")
 """Whether a turn is trained on, or how much: OpenAI's `weight`, ms-swift's `loss`, Axolotl's `train` and `training`."""
 
-_MARKERS = (
+_MARKERS = {
     "mask",
     "loss_mask",
     "step_loss_mask",
@@ -62,17 +35,18 @@ _MARKERS = (
     "ignore",
     "ignore_loss",
     "loss_weights",
-)
+}
 """Other tools' marks for what is trained of a turn: not read, so refused."""
 
-_CONTENT = ("content", "value", "text")
-_REASONING = ("reasoning_content", "reasoning", "thinking")
+_CONTENT = ("content", "value", "text", "message")
+_REASONING = ("reasoning_content", "reasoning", "thinking", "tool_plan")
 _TEXT_PARTS = ("text", "input_text", "output_text", None)
 _REASONING_PARTS = ("reasoning", "thinking", "think")
 _CALL_PARTS = ("tool_use", "tool_call", "function_call", "function")
 _CALLS_IN_PARTS = ("tool_call", "function_call")
 _CALL_ROLES = ("function_call", "tool_call", "tool_calls", "tool_use")
 _MEDIA = ("image", "audio", "video", "file", "document", "input_image", "input_audio", "input_file")
+_MEDIA_KEYS = {*MEDIA}
 _BESIDE = (*ROLE_KEYS, "tool_calls", "function_call", "name", "tool_call_id", "tools")
 _KEYS = frozenset({*_BESIDE, *_CONTENT, "parts", *_REASONING, *WEIGHTS})
 
@@ -113,14 +87,19 @@ def parse_turn(turn: Any, where: str, roles: Mapping[str, str], unused: set[str]
     if not isinstance(turn, Mapping):
         raise RowError(f"{where} must be an object with role and content, not {kind(turn)}")
     role_key, role = _role(turn, where, roles, unused)
-    for key in _MARKERS:
+    for key in sorted(turn.keys() & _MARKERS):
         if not is_empty(turn.get(key)):
             raise RowError(
                 f"{where} has {key}, which may leave some of it out of training; fix: weight: 0 or weight: 1"
             )
-    for key in MEDIA:
+    for key in sorted(turn.keys() & _MEDIA_KEYS):
         if not is_empty(turn.get(key)):
             raise RowError(f"{where} holds {quoted(key)}; only text is trained; fix: leave such rows out")
+    if turn.get("label") is not None and str(turn["label"]).strip().lower() in ("false", "0"):
+        raise RowError(
+            f"{where} has label={quoted(turn['label'])}, which may say that it must not be learned; fix: weight: 0, or "
+            "leave the key out"
+        )
     if role == "assistant" and turn.get("channel") in ("analysis", "commentary"):  # of gpt-oss
         raise RowError(
             f"{where} has the channel {turn['channel']}, so it is no reply; fix: its text as reasoning_content of the "
@@ -132,7 +111,11 @@ def parse_turn(turn: Any, where: str, roles: Mapping[str, str], unused: set[str]
     if role == "assistant" and is_empty(content) and not is_empty(turn.get("refusal")):
         # OpenAI: what the assistant said in place of a content.
         content, known = checked_text(turn["refusal"], f"{where}: refusal"), _KEYS | {"refusal"}
-    unused |= {f"messages.{key}" for key, item in turn.items() if key not in known and not is_empty(item)}
+    unused |= {
+        f"messages.{key}"
+        for key, item in turn.items()
+        if key not in known and not is_empty(item) and not (key == "type" and item == "message")
+    }
     if role_key in _CALL_ROLES:  # ShareGPT: the content is the call
         parts = _Parts(calls=parse_calls(content, where, unused))
     elif role == "tool" and not _holds(content, "tool_result"):
@@ -167,6 +150,7 @@ def _role(turn: Mapping[str, Any], where: str, roles: Mapping[str, str], unused:
     if not given:
         raise RowError(f"{where} has no role, but the keys {key_names(turn)}; fix: a role and a content in each turn")
     said = turn[given[0]]
+    said = said.get("role") if isinstance(said, Mapping) else said  # ChatGPT: {"author": {"role": "user"}}
     unused |= {f"messages.{key}" for key in given[1:] if turn[key] != said}
     named = roles.get(str(said), said)
     role_key = named.strip().lower().replace("-", "_") if isinstance(named, str) else ""
@@ -181,6 +165,12 @@ def _role(turn: Mapping[str, Any], where: str, roles: Mapping[str, str], unused:
     return role_key, role
 
 
+def _plain(value: Any) -> Any:
+    """The text of a list with one part of text alone, which says no more; anything else as it is."""
+    (part,) = value if isinstance(value, list) and len(value) == 1 else (None,)
+    return part["text"] if isinstance(part, Mapping) and part.get("type") == "text" and "text" in part else value
+
+
 def _one_of(turn: Mapping[str, Any], keys: tuple[str, ...], where: str) -> Any:
     """The value under the first of these keys that has one.
 
@@ -188,7 +178,7 @@ def _one_of(turn: Mapping[str, Any], keys: tuple[str, ...], where: str) -> Any:
         RowError: two of them have different values.
     """
     given = [key for key in keys if not is_empty(turn.get(key))]
-    if any(turn[key] != turn[given[0]] for key in given[1:]):
+    if any(_plain(turn[key]) != _plain(turn[given[0]]) for key in given[1:]):
         raise RowError(f"{where} has both {given[0]} and {given[1]}, and they differ; keep one")
     for key in given or keys:
         if turn.get(key) is not None:

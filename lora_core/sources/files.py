@@ -238,7 +238,8 @@ def _of_kind(path: Path, shown: str) -> _Source:
         return _Source(shown, path, kind_of(path, shown))
     except damage_errors() as error:
         finding_id = "data_file_missing" if getattr(error, "errno", None) else "data_kind_unknown"  # or it is damaged
-        raise DataError(f"{shown}: cannot be read: {error}", finding_id) from error
+        fix = "" if getattr(error, "errno", None) else "; fix: download or copy the file anew"
+        raise DataError(f"{shown}: cannot be read: {error}{fix}", finding_id) from error
 
 
 def _files_in(path: Path, key: str) -> list[Path]:

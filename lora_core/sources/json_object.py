@@ -32,6 +32,8 @@ _CHAT_KEYS = {"messages", "conversations", "conversation"}
 # What the list of rows is called in an object that says more: of other names, it is as likely a row with a list.
 _HOLDERS = {"data", "rows", "train", "training", "examples", "instances", "items", "records", "samples", "dataset"}
 _HOLDERS |= {"chats", "dialogues", "dialogs", "test", "validation", "dev", "eval"}
+# Objects of a row that may well have the same keys.
+_PARTS = {"prompt", "completion", "input", "output", "inputs", "outputs", "request", "response", "question", "answer"}
 # How pandas calls the parts of a table that is written with orient="split".
 _SPLIT = ({"columns", "data"}, {"columns", "index", "data"})
 
@@ -61,8 +63,8 @@ class OneObject:
     """The first item of one of those is a list of objects."""
     numbered: dict[str, list[str]] = field(default_factory=dict)
     """Keys of objects whose keys are numbers, with those: a column as pandas writes it."""
-    objects: list[str] = field(default_factory=list)
-    """Keys of other objects."""
+    objects: dict[str, set[str]] = field(default_factory=dict)
+    """Keys of other objects, with theirs."""
     others: list[str] = field(default_factory=list)
 
     @property
@@ -105,8 +107,15 @@ class OneObject:
         if columns and self._num_keys == len(columns) and all(column == columns[0] for column in columns):
             rows = "[{k: c[k][i] for k in c} for i in next(iter(c.values()))]"
             return NotRead("one JSON object of columns, each an object with a number for each row", rows)
-        if len(self.objects) == self._num_keys > 1 and all(key.isdecimal() for key in self.objects):
+        inner = [*self.objects.values()]
+        if len(inner) == self._num_keys > 1 and all(key.isdecimal() for key in self.objects):
             return NotRead("one JSON object with a number for each row", "c.values()")
+        if (
+            len(inner) == self._num_keys > 1
+            and all(keys == inner[0] for keys in inner)
+            and not _PARTS & {*self.objects}
+        ):
+            return NotRead("one JSON object with a name for each row", "c.values()")
         return None
 
 
@@ -133,7 +142,7 @@ def one_object(stream: JsonStream) -> OneObject:
             if inner and all(name.isdecimal() for name in inner):
                 found.numbered[key] = inner
             else:
-                found.objects.append(key)
+                found.objects[key] = {*inner}
         else:
             stream.value()
             found.others.append(key)

@@ -123,7 +123,10 @@ def kind_of(path: Path, shown: str) -> Kind:
         return Kind("JSONL" if second and _is_chat(first) and _is_chat(second) else "a JSON list", compression)
     if text.startswith(b"{"):
         return _json_kind(path, compression, shown)
-    return _table_kind(text, path, compression) or Kind("JSONL", compression)
+    table = _table_kind(text, path, compression)
+    if table is None and ".jsonl" not in path.name.lower() and not _may_have_rows(text):
+        raise DataError(f"{shown}: {_of_text(head, path)}", "data_kind_unknown")
+    return table or Kind("JSONL", compression)
 
 
 def open_file(path: Path, compression: str | None, shown: str) -> BinaryIO:
@@ -238,9 +241,11 @@ def _is_object(line: bytes) -> bool:
 
 
 def _is_chat(line: bytes) -> bool:
-    """Whether it is a whole list of turns, without a key for it."""
+    """Whether it is a whole list of turns, of pairs or of texts, without a key for it."""
     turns = _json_of(line)
-    return isinstance(turns, list) and all(isinstance(turn, dict) and len(TURN_KEYS & set(turn)) >= 2 for turn in turns)
+    return isinstance(turns, list) and all(
+        isinstance(turn, (str, list)) or (isinstance(turn, dict) and len(TURN_KEYS & set(turn)) >= 2) for turn in turns
+    )
 
 
 def _begins_with_objects(line: bytes) -> bool:
@@ -296,10 +301,14 @@ _NEEDED = "rows are read from JSONL, JSON, CSV, TSV, Parquet and Arrow; fix: sav
 def _refusal(head: bytes, path: Path) -> str | None:
     """What the file is, if it is known to be no rows, and the fix."""
     file = shell_path(path)
+    if head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < 100_000_000:
+        return f"weights of a model (safetensors); {_NEEDED}"
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:200].lower()
     if head.startswith(b"PK\x03\x04"):
         if b"[Content_Types].xml" in head[:4096] or path.suffix.lower() in (".xlsx", ".docx", ".ods"):
             return "an Office file (.xlsx, .docx), not rows; fix: save the sheet as CSV UTF-8 and name that file"
+        if b"/data.pkl" in head[:4096]:
+            return f"a checkpoint of PyTorch; {_NEEDED}"
         folder = shell_path(new_path(path, ".files"))
         return f"a zip archive; fix: python -m zipfile -e {file} {folder}, and name that folder"
     if head[257:262] == b"ustar":
@@ -331,6 +340,35 @@ def _refusal(head: bytes, path: Path) -> str | None:
     is_text = b"\0" not in head and not head.startswith(b"%PDF")
     name = None if is_text else next((name for magic, name in _MAGIC if head.startswith(magic)), None)
     return None if name is None else f"{name}; {_NEEDED}"
+
+
+def _may_have_rows(text: bytes) -> bool:
+    """Whether one of the first lines is JSON or begins as an object; the others are reported line by line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()][:5]
+    return not lines or any(line.startswith((b"{", b"[")) or _json_of(line) is not None for line in lines)
+
+
+def _is_utf8(head: bytes) -> bool:
+    try:
+        head.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error.start > len(head) - 4  # a character that was cut off
+    return True
+
+
+def _of_text(head: bytes, path: Path) -> str:
+    """Why a text without a JSON object in its first lines holds no rows, and the fix."""
+    file, target = shell_path(path), shell_path(new_path(path, ".rows.jsonl"))
+    if b"\0" in head or not _is_utf8(head):
+        return f"a binary file that is not known; {_NEEDED}"
+    if path.suffix.lower() in (".yaml", ".yml"):
+        load = "import json, sys, yaml; [print(json.dumps(row)) for row in yaml.safe_load(sys.stdin.buffer)]"
+        return f'YAML, not rows; fix: python -c "{load}" < {file} > {target}, and name that file'
+    whole = "import json, sys; print(json.dumps({'text': sys.stdin.buffer.read().decode()}))"
+    return (
+        f'plain text, not rows; {_NEEDED}, or train it as one text: python -c "{whole}" < {file} > {target}, and name '
+        "that file"
+    )
 
 
 def _wide_encoding(head: bytes) -> str | None:

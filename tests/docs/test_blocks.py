@@ -20,9 +20,9 @@ from torch.distributed.run import get_args_parser
 from lora_core.commands.main import build_parser
 from lora_core.configuration import load_config
 from lora_core.errors import RowError
-from lora_core.rows.columns import PAIRS, TURNS
+from lora_core.rows.columns import PAIRS, ROLES, TURNS
 from lora_core.rows.messages import Conversation, parse_json_row, parse_row
-from lora_core.rows.turns import ROLES, WEIGHTS
+from lora_core.rows.turns import WEIGHTS
 from tests.conftest import ROOT, chat
 from tests.docs.pages import PAGES, Block, code_blocks, sections
 from tests.tiny import write_jsonl

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora_core.commands.main import main
 from lora_core.config.schema import DataConfig
 from lora_core.errors import RowError
 from lora_core.rows.messages import Conversation, parse_row, shape_of
-from lora_core.rows.other_shapes import ROUNDS
+from lora_core.rows.turn_lists import ROUNDS
 from tests.rows.test_shapes import ASSISTANT, CALLING, SCHEMA, SYSTEM, USER
 
 Row = dict[str, Any]
@@ -131,14 +131,18 @@ def test_what_does_not_fit_is_refused(row: Row, expected: str) -> None:
     assert expected in str(caught.value)
 
 
-def test_a_tree_of_replies_is_refused_with_a_command_that_takes_the_first_ones(tmp_path: Path) -> None:
+def test_a_tree_of_replies_is_refused_with_a_command_that_takes_the_first_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     leaf = {"text": "a", "role": "assistant", "replies": []}
     row = {"prompt": {"text": "q", "role": "prompter", "replies": [leaf, {**leaf, "text": "b"}]}}
     with pytest.raises(RowError, match="is a tree of OpenAssistant") as caught:
         parse_row(row)
     (tmp_path / "FILE").write_text(json.dumps(row) + "\n", encoding="utf-8")
-    command = str(caught.value).split("first reply of each: ", 1)[1]
-    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    pasted = re.search(r"fix: lora-core (.*) \(writes the first reply of each\)", str(caught.value))
+    assert pasted is not None
+    monkeypatch.chdir(tmp_path)
+    assert main(pasted[1].split()) == 0
     assert parse_row(json.loads((tmp_path / "NEW.jsonl").read_text(encoding="utf-8"))).messages == [USER, ASSISTANT]
 
 

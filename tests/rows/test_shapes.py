@@ -10,10 +10,10 @@ import pytest
 from lora_core.config.schema import DataConfig
 from lora_core.encoding.chat import ChatEncoder, EncodedChat
 from lora_core.errors import RowError
-from lora_core.rows.columns import PAIRS, TURNS
+from lora_core.rows.columns import PAIRS, ROLES, TURNS
 from lora_core.rows.columns import SYSTEM as SYSTEM_KEYS
 from lora_core.rows.messages import Conversation, RowShape, parse_row, shape_of
-from lora_core.rows.turns import ROLES, WEIGHTS
+from lora_core.rows.turns import WEIGHTS
 from tests.conftest import make_tokenizer
 
 Row = dict[str, Any]
@@ -67,8 +67,8 @@ def test_what_belongs_to_a_question_follows_it(question: str) -> None:
     assert asked["content"] == "q\n\ni"
     assert parse_row({question: "", "input": "i", answer: "a"}).messages[0]["content"] == "i"
     assert parse_row({question: "q", "input": "", answer: "a"}).messages[0]["content"] == "q"
-    as_messages = parse_row({question: [USER], "input": "i", answer: "a"})
-    assert as_messages.unused_keys == ("input",)
+    with pytest.raises(RowError, match=f"has input beside its {question}, and the model would not see it; fix: write"):
+        parse_row({question: [USER], "input": "i", answer: "a"})
 
 
 @pytest.mark.parametrize("question", ["instruction", "question", "query"])
@@ -422,7 +422,7 @@ def test_train_on_everything_is_all_that_the_template_writes() -> None:
         ({"role": "prompter", "text": "q"}, "is one message (role 'prompter'), and a row is a whole chat; fix: put"),
         ({"prompt": 3, "completion": "a"}, "prompt must be a string or a list of messages, not a number"),
         ({"prompt": "q", "completion": []}, "completion must be a string or a list of messages, not a list"),
-        ({"question": "q", "context": ["c"], "answer": "a"}, "context must be a string, not a list"),
+        ({"question": "q", "context": [1], "answer": "a"}, "context must be a string, not a list"),
         ({"prompt": "q", "completion": "a", "history": "x"}, "history must be a list of rounds, not a string"),
         ({"prompt": "q", "completion": "a", "history": [["q"]]}, "history: round 1 must be [question, answer]"),
         ({"text": ["x"]}, "text must be a string, not a list"),

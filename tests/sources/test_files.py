@@ -823,3 +823,41 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file", encoding="utf-8")
     with pytest.raises(DataError, match=r"cache/rows: cannot be written: .*; fix: data.cache_dir=FOLDER"):
         as_jsonl(tmp_path / "rows.json", tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("m.safetensors", (2).to_bytes(8, "little") + b'{"a"}' + b"\0" * 40, "weights of a model (safetensors)"),
+        ("notes.txt", b"Hello there.\nThis is a book.\n", "plain text, not rows"),
+        ("rows.yaml", b"- prompt: q\n  completion: a\n", "YAML, not rows"),
+        ("rows.bin", bytes(range(128, 256)) * 4, "a binary file that is not known"),
+        (
+            "rows.json",
+            b'{"x": {"prompt": "q", "completion": "a"}, "y": {"prompt": "r", "completion": "b"}}',
+            "a name for",
+        ),
+    ],
+)
+def test_a_file_without_rows_is_one_line_and_its_command_works(
+    tmp_path: Path, name: str, content: bytes, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        as_jsonl(name, tmp_path / "cache")
+    assert expected in str(caught.value)
+    command = re.search(r"(python -c .*) > (\S+), and name that file", str(caught.value))
+    if command is not None:
+        monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # it has PyYAML
+        subprocess.run(f"{command[1]} > {command[2]}", shell=True, check=True, capture_output=True)
+        assert read(command[2], tmp_path / "cache")
+
+
+@pytest.mark.parametrize("row", [["q", "a"], [["q", "a"], ["r", "b"]]])
+def test_lines_of_pairs_are_lines(tmp_path: Path, row: list[object]) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(f"{json.dumps(row)}\n" * 2, encoding="utf-8")
+    assert kind_of(path, "rows").name == "JSONL"
+    path.write_text(json.dumps([row, row]), encoding="utf-8")
+    assert read(path, tmp_path) == [row, row]

@@ -1,0 +1,238 @@
+"""Rows that hold several examples, or a choice between replies: refused, and written as rows by `lora-core convert`.
+
+Which of them is meant, or how it is put into words, is not for a reader to decide unasked; `--kind NAME` asks.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lora_core.errors import RowError
+from lora_core.rows.json_values import is_empty
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of rows that is not read as it is."""
+
+    keys: frozenset[str]
+    """A row that has all of them is of this kind; none where a refusal tells it in another way."""
+    what: str
+    effect: str
+    """What `rows` gives."""
+    rows: Callable[[Row, str], list[Row]]
+    """A row, and the name of `--reply-of` -> the rows that are read."""
+
+
+def fix(name: str) -> str:
+    """The command that writes rows of a file of this kind."""
+    whose = " --reply-of NAME" if name == "chat-log" else ""
+    return f"lora-core convert FILE --output NEW.jsonl --kind {name}{whose} (writes {KINDS[name].effect})"
+
+
+def refuse_several_examples(columns: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        RowError: names the kind, and the command that makes rows of it.
+    """
+    if not columns.keys().isdisjoint(_TELLING_KEYS):
+        for name, each in KINDS.items():
+            if each.keys and each.keys <= columns.keys():
+                raise RowError(f"is {each.what}; fix: {fix(name)}")
+    is_told_by_number = "answerKey" in columns or isinstance(columns.get("answer"), int)
+    if "question" in columns and is_told_by_number and _has_choices(columns):
+        raise RowError(f"is {KINDS['choices'].what}; fix: {fix('choices')}")
+    messages = columns.get("messages")
+    if isinstance(messages, list) and any(map(_is_of_a_log, messages)):
+        raise RowError(f"is {KINDS['chat-log'].what}; fix: {fix('chat-log')}")
+
+
+def reshaped(row: Any, name: str, reply_of: str) -> list[Row]:
+    """The rows that a row of this kind stands for.
+
+    Raises:
+        RowError: it is not of this kind.
+    """
+    try:
+        return KINDS[name].rows(row, reply_of)
+    except KeyError as error:
+        raise RowError(f"is not {KINDS[name].what}: it has no {error.args[0]}") from error
+    except (TypeError, ValueError, IndexError, AttributeError, StopIteration) as error:
+        raise RowError(f"is not {KINDS[name].what}: {error or type(error).__name__}") from error
+
+
+def _winner(row: Row, _: str) -> list[Row]:
+    names = {"model_a": "conversation_a", "model_b": "conversation_b"}
+    return [{"messages": row[names[row["winner"]]]}] if row["winner"] in names else []  # a tie
+
+
+def _better(row: Row, _: str) -> list[Row]:
+    return [{"prompt": row["prompt"], "completion": row[f"response_{int(row['better_response_id'])}"]}]
+
+
+def _highest_score(row: Row, _: str) -> list[Row]:
+    best = max(row["completions"], key=lambda each: float(each["overall_score"]))
+    return [{"prompt": row["instruction"], "completion": best["response"]}]
+
+
+def _instances(row: Row, _: str) -> list[Row]:
+    return [{"instruction": row["instruction"], **each} for each in row["instances"]]
+
+
+def _squad(row: Row, _: str) -> list[Row]:
+    return [
+        {"question": asked["question"], "context": part["context"], "answer": asked["answers"][0]["text"]}
+        for part in row["paragraphs"]
+        for asked in part["qas"]
+        if asked["answers"]
+    ]
+
+
+def _first_answer(row: Row, _: str) -> list[Row]:
+    answers = row["answers"]
+    first, *_ = answers["text"] if isinstance(answers, Mapping) else answers
+    rest = {key: item for key, item in row.items() if key != "answers"}
+    return [{**rest, "answer": first if isinstance(first, str) else first["text"]}]
+
+
+def _label_studio(row: Row, _: str) -> list[Row]:
+    asked = next(text for text in row["data"].values() if isinstance(text, str))
+    results = [result for each in row["annotations"] if not each.get("was_cancelled") for result in each["result"]]
+    written = [result["value"]["text"] for result in results if result["type"] == "textarea"]
+    return [{"prompt": asked, "completion": text if isinstance(text, str) else "\n".join(text)} for text in written]
+
+
+def _first_replies(row: Row, _: str) -> list[Row]:
+    message, turns = row["prompt"], []
+    while message is not None:
+        turns.append({"role": message["role"], "content": message["text"]})
+        message = next(iter(message.get("replies") or []), None)
+    return [{"messages": turns}]
+
+
+def _choices(row: Row, _: str) -> list[Row]:
+    """`A. text` in a line for each choice after the question, and the right one of these lines as the reply."""
+    asked = row["question"]
+    question = asked["stem"] if isinstance(asked, Mapping) else asked
+    options = _labelled(row)
+    right = next(row[key] for key in ("answerKey", "answer", "answer_idx", "label") if not is_empty(row.get(key)))
+    for number, (label, text) in enumerate(options):
+        if right in (label, text) or (type(right) is int and right == number):
+            lines = [f"{name}. {said}" for name, said in options]
+            return [{"prompt": "\n".join([question, *lines]), "completion": f"{label}. {text}"}]
+    raise ValueError(f"none of the choices is its answer {right!r}")
+
+
+def _has_choices(columns: Mapping[str, Any]) -> bool:
+    inside = columns["question"] if isinstance(columns["question"], Mapping) else {}
+    return any(not is_empty(held.get(key)) for held in (columns, inside) for key in ("choices", "options", "option_a"))
+
+
+def _labelled(row: Row) -> list[tuple[str, str]]:
+    asked = row["question"]
+    given = next((row[key] for key in ("choices", "options") if not is_empty(row.get(key))), None)
+    if given is None and isinstance(asked, Mapping):
+        given = asked["choices"]
+    if given is None:  # a column for each
+        given = {key[-1].upper(): text for key, text in row.items() if key in "ABCDEFGH" or key.startswith("option_")}
+    if isinstance(given, Mapping):
+        return [*zip(given["label"], given["text"], strict=True)] if "label" in given else [*given.items()]
+    if isinstance(given[0], Mapping):
+        return [(each["label"], each["text"]) for each in given]
+    return [*zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", given, strict=False)]
+
+
+def _replies_of(row: Row, name: str) -> list[Row]:
+    """Each row is all that others said since `name` last spoke, and what `name` then said."""
+    said = [(_who(message), _what(message)) for message in sorted(row["messages"], key=_when)]
+    grouped = itertools.groupby((each for each in said if each[0] and each[1]), key=lambda each: each[0] == name)
+    texts = [(is_reply, "\n".join(text for _, text in group)) for is_reply, group in grouped]
+    return [{"prompt": before[1], "completion": after[1]} for before, after in itertools.pairwise(texts) if after[0]]
+
+
+def _who(message: Mapping[str, Any]) -> Any:
+    author = message.get("author")
+    return author["name"] if isinstance(author, Mapping) else message.get("from") or message.get("sender_name")
+
+
+def _what(message: Mapping[str, Any]) -> str:
+    said = message.get("content") or message.get("text") or ""
+    return said if isinstance(said, str) else "".join(part if isinstance(part, str) else part["text"] for part in said)
+
+
+def _when(message: Mapping[str, Any]) -> int:
+    """Messenger writes the newest message first; others are in order."""
+    return int(message.get("timestamp_ms", 0))
+
+
+def _is_of_a_log(message: Any) -> bool:
+    """Whether Telegram, Discord (DiscordChatExporter), Messenger or Instagram exports such a message."""
+    if not isinstance(message, Mapping):
+        return False
+    author = message.get("author")
+    is_of_discord = isinstance(author, Mapping) and "name" in author and "role" not in author
+    return is_of_discord or {"from", "from_id"} <= message.keys() or {"sender_name", "timestamp_ms"} <= message.keys()
+
+
+_BETTER = "and which is better is said beside them"
+KINDS: dict[str, Kind] = {
+    "winner": Kind(
+        frozenset({"conversation_a", "conversation_b", "winner"}), f"two chats, {_BETTER}", "the winners", _winner
+    ),
+    "better": Kind(
+        frozenset({"prompt", "response_0", "response_1", "better_response_id"}),
+        f"two replies, {_BETTER}",
+        "the better ones",
+        _better,
+    ),
+    "highest-score": Kind(
+        frozenset({"instruction", "completions"}),
+        "several replies with scores, as UltraFeedback has them",
+        "the ones of the highest overall_score",
+        _highest_score,
+    ),
+    "instances": Kind(
+        frozenset({"instruction", "instances"}),
+        "one instruction with several instances, each an example",
+        "a row for each instance",
+        _instances,
+    ),
+    "squad": Kind(
+        frozenset({"paragraphs"}),
+        "an article of SQuAD with many questions",
+        "a row for each question that has an answer",
+        _squad,
+    ),
+    "first-answer": Kind(frozenset(), "a question with several answers", "the first of them", _first_answer),
+    "label-studio": Kind(
+        frozenset({"data", "annotations"}),
+        "a task of Label Studio",
+        "a row for each text that an annotator wrote, with the first text of the task as its prompt",
+        _label_studio,
+    ),
+    "tree": Kind(
+        frozenset(),
+        "a tree of OpenAssistant: each message has several replies, and one chat is one path",
+        "the first reply of each",
+        _first_replies,
+    ),
+    "choices": Kind(
+        frozenset(),
+        "a question with choices",
+        "them below the question as A. B. C., and the right one as the reply",
+        _choices,
+    ),
+    "chat-log": Kind(
+        frozenset(),
+        "the log of a chat between people, all of it in one row",
+        "each message of NAME as the reply to what was said before it",
+        _replies_of,
+    ),
+}
+_TELLING_KEYS = {"winner", "better_response_id", "completions", "instances", "paragraphs", "annotations"}
+"""Of each kind that is told by its keys, one that few other rows have."""
