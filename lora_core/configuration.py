@@ -114,10 +114,10 @@ def find_config(name: str) -> Path:
 
 
 def shipped_file(name: str) -> Path:
-    """A file or folder that comes with the package: `configs` or `examples`.
+    """A file or folder that comes with the package: `configs`, `examples` or `launch`.
 
-    In a checkout these are the folders at its top, which `lora_core/configs` and `lora_core/examples` link to. A wheel
-    holds copies. (Without links, as in a checkout on Windows, the folders at the top are taken themselves.)
+    In a checkout these are the folders at its top, which `lora_core/configs` and the like link to. A wheel holds
+    copies. (Without links, as in a checkout on Windows, the folders at the top are taken themselves.)
     """
     package = Path(__file__).resolve().parent
     inside = package / name

@@ -17,7 +17,7 @@ from lora_core.commands.command_line import (
     quiet_libraries,
 )
 from lora_core.configuration import read_translation
-from lora_core.errors import ConfigError, LoraCoreError
+from lora_core.errors import ConfigError, LoraCoreError, counted
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -32,10 +32,14 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 def _run(arguments: Namespace) -> None:
     check_machine(arguments)
-    if arguments.num_machines < 1 or arguments.num_processes % arguments.num_machines != 0:
+    processes, machines = arguments.num_processes, arguments.num_machines
+    if machines < 1:
+        raise ConfigError(f"--num-machines {machines}: must be at least 1; fix: --num-machines 1")
+    if processes % machines != 0:
         raise ConfigError(
-            f"--num-machines {arguments.num_machines}: {arguments.num_processes} processes cannot be spread evenly "
-            f"over so many; fix: --num-processes {max(1, arguments.num_machines) * 8}, 8 on each, or --num-machines 1"
+            f"--num-machines {machines}: {counted(processes, 'process', 'processes')} cannot be spread evenly over so "
+            f"many; fix: --num-processes {machines * max(1, round(processes / machines))} (of all machines together), "
+            "or --num-machines 1"
         )
     target = new_file("--write", arguments.write)
     run = (arguments.num_processes, arguments.gpu_memory_gib, arguments.num_machines)
@@ -59,7 +63,9 @@ def _run(arguments: Namespace) -> None:
         config = load_config_of(arguments, quiet=arguments.json)
         facts = look_at_run(config, *run)
         findings = run_checks(facts)
-        ranks = plan_ranks(facts) if arguments.num_processes > 1 else None
+        of_model = ["--model", arguments.model] if arguments.model else []
+        words = ["--cfg", arguments.cfg, *of_model, *arguments.overrides]
+        ranks = plan_ranks(facts, words) if arguments.num_processes > 1 else None
     except LoraCoreError as error:
         if arguments.json:
             nothing = dict.fromkeys(("plan", "data", "memory", "ranks"))
