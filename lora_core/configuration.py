@@ -105,12 +105,20 @@ def find_config(name: str) -> Path:
     if (as_path / "config.json").is_file():
         fix = f"--cfg base {shlex.quote(f'model.name_or_path={name}')}"
         raise ConfigError(f"--cfg {name}: is a model's folder; fix: {fix}")
+    for folder in folders:
+        if (folder / "accelerate" / f"{name}.yaml").is_file():
+            raise _for_accelerate(name, folder / "accelerate" / f"{name}.yaml")
     names = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
     close = difflib.get_close_matches(name, names, n=1)
     raise ConfigError(
         f"--cfg {name}: no such file, and no configuration of that name (there are: {', '.join(names) or 'none'})"
         + (f"; nearest: --cfg {close[0]}" if close else "")
     )
+
+
+def _for_accelerate(name: str, path: Path) -> ConfigError:
+    fix = f"accelerate launch --config_file {shlex.quote(str(path))} -m lora_core train --cfg qwen7b"
+    return ConfigError(f"--cfg {name}: is a file for accelerate launch, and holds no run's settings; fix: {fix}")
 
 
 def shipped_file(name: str) -> Path:
@@ -149,6 +157,8 @@ def load_config(cfg: str | Path, overrides: Sequence[str] = (), model: str | Non
     problems: list[str] = []
     layers, translation = _read(path, model, problems)
     name = path.stem
+    if any("distributed_type" in layer for layer in layers):
+        raise _for_accelerate(str(cfg), path)
     if translation is not None:
         if translation.refusals:
             raise ConfigError(problem_list(f"{path} cannot be run here:", [*translation.refusals]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 
@@ -23,6 +24,9 @@ from lora_core.errors import ConfigError, LoraCoreError, counted
 def _add_arguments(parser: ArgumentParser) -> None:
     add_config_arguments(parser, None, "--from")
     add_machine_arguments(parser)
+    # Started by a launcher, it is about that launch.
+    launched = os.environ.get("WORLD_SIZE", "")
+    parser.set_defaults(num_processes=int(launched) if launched.isdigit() else 1)
     parser.add_argument("--num-machines", type=int, default=1, metavar="M", help="machines that these devices are in")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument(
@@ -31,6 +35,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 
 def _run(arguments: Namespace) -> None:
+    if os.environ.get("RANK", "0") != "0":  # of a launcher: the first one says it
+        return
     check_machine(arguments)
     processes, machines = arguments.num_processes, arguments.num_machines
     if machines < 1:

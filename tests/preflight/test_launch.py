@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lora_core.config.schema import TrainConfig
 from lora_core.configuration import load_config
 from lora_core.preflight.launch import choose_launch
 from lora_core.preflight.memory import fsdp_changes
+from lora_core.preflight.plan import plan_for
 from lora_core.preflight.preflight import look_at_run
 from lora_core.preflight.ranks import steps_of_one_process
 from tests.conftest import ROOT, chat
@@ -82,7 +84,7 @@ def test_where_only_a_share_fits_it_is_fsdp_with_the_optimizer_that_it_needs(cho
     arguments = launched(launch.command)
     assert arguments.use_fsdp
     assert arguments.config.train.optim == "adamw_torch"
-    several = launched(choose(4, 2, of_copy - 1).command)
+    several = launched(choose(2, 2, of_copy - 1).command)
     assert (several.use_fsdp, several.num_machines, several.main_process_port) == (True, 2, 29500)
     too_small = choose(2, 1, 2**20)
     assert too_small.command is too_small.config_file is None
@@ -115,3 +117,32 @@ def test_the_same_steps_have_as_many_examples(batch: int, accumulation: int, pro
         steps = int(settings.get("gradient_accumulation_steps", accumulation))
         assert of_one * steps * processes == batch * accumulation
         assert of_one <= batch
+
+
+def cells_of(line: str) -> list[str]:
+    return [cell.strip(" `") for cell in line.strip("|").split("|")]
+
+
+def test_the_page_has_the_steps_that_are_planned() -> None:
+    lines = (ROOT / "docs/multi-gpu.md").read_text(encoding="utf-8").splitlines()
+    picked = [cells_of(line) for line in lines if re.match(r"\| \d+ GPU", line)]
+    assert [int(cells[0].split()[0]) for cells in picked] == [1, 4, 4, 16]
+    for gpus, _, steps, warmup, *_ in picked:
+        plan = plan_for(load_config("qwen7b"), 1000, int(gpus.split()[0]))
+        assert (str(plan.total_optimizer_steps), str(plan.warmup_steps)) == (steps, warmup)
+    (head,) = (cells_of(line) for line in lines if line.startswith("| `--cfg` |"))
+    for name, *steps in (cells_of(line) for line in lines if line.startswith("| `qwen")):
+        planned = [plan_for(load_config(name), 78, int(cell.split()[0])) for cell in head[1:]]
+        assert [str(plan.total_optimizer_steps) for plan in planned] == [cell.split()[0] for cell in steps]
+
+
+def test_started_by_a_launcher_it_is_about_that_launch_and_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    command = ["preflight", "--cfg", "demo", "--num-machines", "2"]
+    assert main(command) == 2
+    assert "--num-machines 2: 3 processes cannot be spread evenly" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    assert main(command) == 0
+    assert capsys.readouterr() == ("", "")
