@@ -101,7 +101,10 @@ class RanksPlan:
         return "\n".join(lines)
 
     def _same_steps(self) -> str:
-        one = f"the steps of one process ({self.steps_of_one:,} of {counted(self.examples_of_one, 'example')})"
+        one = (
+            f"the steps of one process ({counted(self.steps_of_one, 'step')} of "
+            f"{counted(self.examples_of_one, 'example')})"
+        )
         if self.same_steps is not None:
             return f"same: with {self.same_steps} it takes {one}"
         even = [str(n) for n in range(1, self.examples_of_one + 1) if self.examples_of_one % n == 0]

@@ -38,6 +38,7 @@ NAMES = (
     "lora-core chat",
     "accelerate launch",
     "accelerate launch --cpu",
+    "accelerate config",
     "accelerate launch --cpu --num_processes 2",
 )
 # Models that pages name and that are not here; the tiny model stands in for them, and for the configurations' own.

@@ -127,7 +127,7 @@ def test_preflight_plans_for_a_thousand_devices(
         "0.1 MiB of gradients a step, for which each sends 0.2 MiB in a ring",
         "a checkpoint: 5.",
         "useful: up to 2 as configured, 19 with one example each in a step",
-        "(400 of 8 examples) can be shared out evenly by 1, 2, 4, 8, and not by 1,024",
+        "(400 steps of 8 examples) can be shared out evenly by 1, 2, 4, 8, and not by 1,024",
     ):
         assert line in said
     assert main([*command, *many, "--json"]) == 0
