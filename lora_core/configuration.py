@@ -157,8 +157,6 @@ def load_config(cfg: str | Path, overrides: Sequence[str] = (), model: str | Non
     problems: list[str] = []
     layers, translation = _read(path, model, problems)
     name = path.stem
-    if any("distributed_type" in layer for layer in layers):
-        raise _for_accelerate(str(cfg), path)
     if translation is not None:
         if translation.refusals:
             raise ConfigError(problem_list(f"{path} cannot be run here:", [*translation.refusals]))
@@ -193,6 +191,8 @@ def _read(path: Path, model: str | None, problems: list[str]) -> tuple[list[dict
     if path.suffix == ".py":
         return [], translate_script(path, model, shipped)
     layers = read_layers(path, problems, shipped)
+    if any("distributed_type" in layer for layer in layers):
+        raise _for_accelerate(str(path), path)
     return layers, translation_of(path, layers, model, problems)
 
 

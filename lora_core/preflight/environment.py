@@ -16,8 +16,8 @@ def check_world_size(facts: Facts) -> Iterator[Finding]:
     `accelerate launch --cpu --num_processes 2` silently starts one process: half the batch, twice the steps, and a
     schedule that is not the one you planned.
 
-    On CPUs, `torchrun --nproc_per_node N` in place of `accelerate launch`. On GPUs, `accelerate launch --multi_gpu`: a
-    file with `distributed_type: "NO"` starts one process, whatever its number of processes.
+    On CPUs, torchrun, as the finding writes it. On GPUs, `--multi_gpu`: a file with `distributed_type: "NO"` starts one
+    process, whatever its number of processes.
     """
     asked, running = facts.environment.asked_processes, facts.environment.num_processes
     if asked is not None and asked != running:

@@ -11,7 +11,7 @@ from lora_core.checkpoints.adapter_folder import adapter_on
 from lora_core.checkpoints.checkpoint import find_checkpoint
 from lora_core.commands.main import main
 from lora_core.config.schema import ModelConfig
-from lora_core.configuration import load_config
+from lora_core.configuration import load_config, read_translation
 from lora_core.errors import ConfigError, DataError
 from lora_core.inference.opened import open_model
 from lora_core.model.base import load_model_config
@@ -133,6 +133,8 @@ def test_another_thing_in_place_of_a_configuration(name: str, expected: str) -> 
 def test_the_name_of_a_file_for_accelerate_in_place_of_a_configuration() -> None:
     with pytest.raises(ConfigError, match="--cfg fsdp2: is a file for accelerate launch"):
         load_config("fsdp2")
+    with pytest.raises(ConfigError, match="is a file for accelerate launch"):  # TRL's files have an fsdp_config too
+        read_translation(str(ROOT / "configs/accelerate/fsdp2.yaml"))
 
 
 @pytest.mark.usefixtures("folder")
