@@ -39,7 +39,9 @@ def asked_processes() -> int | None:
         return int(known.num_processes)
     file = known.config_file
     if file is None and "--cpu" not in command:  # it reads the one that `accelerate config` wrote
-        from accelerate.commands.config.config_args import default_config_file as file
+        from accelerate.commands.config.config_args import default_config_file
+
+        file = default_config_file
     if file is not None and Path(file).is_file():
         asked = yaml.safe_load(Path(file).read_text(encoding="utf-8")).get("num_processes")
         return asked if isinstance(asked, int) else None
