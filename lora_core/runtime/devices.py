@@ -106,13 +106,6 @@ def build_accelerator(config: RunConfig) -> Accelerator:
             f"train alone and overwrite the others; fix: torchrun --nproc_per_node {launched} {own_command()}",
             "world_size_differs",
         )
-    if uses_fsdp() and accelerator.distributed_type.value != "FSDP":
-        without = f", and torchrun --nproc_per_node {launched} {own_command()}" if launched > 1 else ""
-        raise ConfigError(
-            "ACCELERATE_USE_FSDP: Accelerate shares a model out over GPUs that a launcher gave a process each, not on "
-            f"{accelerator.device.type} in {counted(launched, 'process', 'processes')}; fix: unset ACCELERATE_USE_FSDP"
-            f"{without}"
-        )
     if config.lora.changes_base_weights and accelerator.distributed_type.value == "FSDP":
         raise ConfigError(
             f"lora.init_lora_weights={config.lora.init_lora_weights}: its start cannot be taken out of sharded weights "

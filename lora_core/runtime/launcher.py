@@ -17,12 +17,6 @@ import yaml
 
 from lora_core.errors import ConfigError
 
-# Accelerate's variable for each engine that runs its own loop or divides the model in its own way.
-_ENGINES = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed is not supported, as its engine counts optimizer steps on its own",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM is not supported, as its engine counts optimizer steps on its own",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context and sequence parallelism are not supported",
-}
 _ACCELERATE = re.compile(r"(^|/)accelerate(-launch)?$|accelerate[./]commands[./]")
 
 
@@ -59,19 +53,13 @@ def own_command() -> str:
 
 
 def check_launch() -> None:
-    """Refuse variables of a launch that contradict each other, and engines that cannot be used.
+    """Refuse variables of a launch that contradict each other.
 
     torch and Accelerate take them as they are, and end in a traceback, or wait for ranks that nobody started.
 
     Raises:
         ConfigError: names the variable, and what to do.
     """
-    for name, what in _ENGINES.items():
-        if os.environ.get(name, "").lower() in ("1", "true"):
-            raise ConfigError(
-                f"{name}={os.environ[name]}: {what}; fix: accelerate launch --multi_gpu (DDP), or with "
-                "--config_file configs/accelerate/fsdp2.yaml, which lora-core launch-files writes"
-            )
     for name, least in (("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)):
         value = os.environ.get(name, str(least))
         if not re.fullmatch("[0-9]{1,9}", value) or int(value) < least:

@@ -37,10 +37,8 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 def build_sharding_accelerator(config: RunConfig) -> Accelerator:
     """As `build_accelerator` gives it where there are GPUs and `accelerate launch` was told to shard."""
-    for name in FSDP2:  # which it refuses on CPUs
-        os.environ.pop(name, None)
-    accelerator = build_accelerator(config)
     os.environ |= FSDP2
+    accelerator = build_accelerator(config)
     accelerator.state.fsdp_plugin = fsdp_plugin(config)
     set_distributed_type(accelerator, DistributedType.FSDP)
     return accelerator

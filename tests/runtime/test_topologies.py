@@ -210,10 +210,6 @@ WHOLE = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "loca
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1 in the environment: must be an int >= 0; fix: unset LOCAL_RANK"),
         ({**WHOLE, "RANK": "2"}, "RANK=2 in the environment: must be below WORLD_SIZE=2; fix: unset "),
         ({**WHOLE, "LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK=1 in the environment: must be below LOCAL_WORLD_SIZE=1"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED=true: DeepSpeed is not supported, "),
-        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM is not supported"),
-        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "context and sequence parallelism are not supported"),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "in 1 process; fix: unset ACCELERATE_USE_FSDP"),
     ],
 )
 def test_a_launch_that_cannot_be_is_a_sentence(
