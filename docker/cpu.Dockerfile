@@ -7,6 +7,7 @@ WORKDIR /opt/lora_core
 COPY constraints.txt setup.cfg pyproject.toml README.md LICENSE ./
 COPY configs configs
 COPY examples examples
+COPY launch launch
 COPY lora_core lora_core
 # PyTorch for CPUs: what PyPI has brings 2.7 GB of CUDA with it.
 RUN pip install --no-deps --index-url https://download.pytorch.org/whl/cpu "$(grep -o '^torch==[0-9.]*' constraints.txt)"

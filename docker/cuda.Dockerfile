@@ -13,6 +13,7 @@ WORKDIR /opt/lora_core
 COPY constraints.txt setup.cfg pyproject.toml README.md LICENSE ./
 COPY configs configs
 COPY examples examples
+COPY launch launch
 COPY lora_core lora_core
 RUN pip install --constraint constraints.txt '.[demo]'
 WORKDIR /work

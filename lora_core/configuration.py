@@ -105,6 +105,9 @@ def find_config(name: str) -> Path:
     if (as_path / "config.json").is_file():
         fix = f"--cfg base {shlex.quote(f'model.name_or_path={name}')}"
         raise ConfigError(f"--cfg {name}: is a model's folder; fix: {fix}")
+    for folder in folders:
+        if (folder / "accelerate" / f"{name}.yaml").is_file():
+            raise _for_accelerate(name, folder / "accelerate" / f"{name}.yaml")
     names = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
     close = difflib.get_close_matches(name, names, n=1)
     raise ConfigError(
@@ -113,11 +116,16 @@ def find_config(name: str) -> Path:
     )
 
 
-def shipped_file(name: str) -> Path:
-    """A file or folder that comes with the package: `configs` or `examples`.
+def _for_accelerate(name: str, path: Path) -> ConfigError:
+    fix = f"accelerate launch --config_file {shlex.quote(str(path))} -m lora_core train --cfg qwen7b"
+    return ConfigError(f"--cfg {name}: is a file for accelerate launch, and holds no run's settings; fix: {fix}")
 
-    In a checkout these are the folders at its top, which `lora_core/configs` and `lora_core/examples` link to. A wheel
-    holds copies. (Without links, as in a checkout on Windows, the folders at the top are taken themselves.)
+
+def shipped_file(name: str) -> Path:
+    """A file or folder that comes with the package: `configs`, `examples` or `launch`.
+
+    In a checkout these are the folders at its top, which `lora_core/configs` and the like link to. A wheel holds
+    copies. (Without links, as in a checkout on Windows, the folders at the top are taken themselves.)
     """
     package = Path(__file__).resolve().parent
     inside = package / name
@@ -183,6 +191,8 @@ def _read(path: Path, model: str | None, problems: list[str]) -> tuple[list[dict
     if path.suffix == ".py":
         return [], translate_script(path, model, shipped)
     layers = read_layers(path, problems, shipped)
+    if any("distributed_type" in layer for layer in layers):
+        raise _for_accelerate(str(path), path)
     return layers, translation_of(path, layers, model, problems)
 
 

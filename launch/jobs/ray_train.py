@@ -1,6 +1,6 @@
 """Ray Train: a worker a GPU on a Ray cluster, started again and resumed after a worker or a machine was lost.
 
-From the checkout, with lora_core and ray[train] installed on the cluster's machines:
+From a folder with launch/ in it, with lora_core and ray[train] installed on the cluster's machines:
 
     ray job submit --working-dir . -- python launch/jobs/ray_train.py --cfg qwen7b data.train_file=/runs/chats.jsonl
 

@@ -27,7 +27,7 @@ from lora_core.config.schema import RunConfig
 from lora_core.config.synonyms import SAME, sectionless
 from lora_core.configuration import load_config, read_translation
 from lora_core.errors import ConfigError, LoraCoreError, RankFault
-from lora_core.runtime.launcher import end_accelerate_launch
+from lora_core.runtime.launcher import end_accelerate_launch, speaks_for_machine
 from lora_core.untrusted.text import showable
 
 # The disk, not the program: full, over a quota, read-only, a file too large, broken.
@@ -46,7 +46,7 @@ def run_command(command: Callable[[], None]) -> int:
     except LoraCoreError as error:
         # Every rank finds the same mistake, and one of each machine says so: a file may be missing on one alone.
         # A fault is said where it is found.
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankFault):
+        if speaks_for_machine() or isinstance(error, RankFault):
             print(f"\nerror: {error}", file=sys.stderr, flush=True)
         end_accelerate_launch()
         return error.exit_code
@@ -157,7 +157,7 @@ def check_machine(arguments: argparse.Namespace) -> None:
         ConfigError: there are no processes, or the GPU has no memory.
     """
     if arguments.num_processes < 1:
-        raise ConfigError(f"--num-processes {arguments.num_processes}: must be at least 1")
+        raise ConfigError(f"--num-processes {arguments.num_processes}: must be at least 1; fix: --num-processes 1")
     memory = arguments.gpu_memory_gib
     if memory is not None and not 0 < memory < math.inf:
         raise ConfigError(f"--gpu-memory-gib {memory:g}: must be above 0; fix: --gpu-memory-gib 24")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 
@@ -17,12 +18,15 @@ from lora_core.commands.command_line import (
     quiet_libraries,
 )
 from lora_core.configuration import read_translation
-from lora_core.errors import ConfigError, LoraCoreError
+from lora_core.errors import ConfigError, LoraCoreError, counted
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
     add_config_arguments(parser, None, "--from")
     add_machine_arguments(parser)
+    # Started by a launcher, it is about that launch.
+    launched = os.environ.get("WORLD_SIZE", "")
+    parser.set_defaults(num_processes=int(launched) if launched.isdigit() else 1)
     parser.add_argument("--num-machines", type=int, default=1, metavar="M", help="machines that these devices are in")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument(
@@ -31,11 +35,17 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 
 def _run(arguments: Namespace) -> None:
+    if os.environ.get("RANK", "0") != "0":  # of a launcher: the first one says it
+        return
     check_machine(arguments)
-    if arguments.num_machines < 1 or arguments.num_processes % arguments.num_machines != 0:
+    processes, machines = arguments.num_processes, arguments.num_machines
+    if machines < 1:
+        raise ConfigError(f"--num-machines {machines}: must be at least 1; fix: --num-machines 1")
+    if processes % machines != 0:
         raise ConfigError(
-            f"--num-machines {arguments.num_machines}: {arguments.num_processes} processes cannot be spread evenly "
-            f"over so many; fix: --num-processes {max(1, arguments.num_machines) * 8}, 8 on each, or --num-machines 1"
+            f"--num-machines {machines}: {counted(processes, 'process', 'processes')} cannot be spread evenly over so "
+            f"many; fix: --num-processes {machines * max(1, round(processes / machines))} (of all machines together), "
+            "or --num-machines 1"
         )
     target = new_file("--write", arguments.write)
     run = (arguments.num_processes, arguments.gpu_memory_gib, arguments.num_machines)
@@ -59,7 +69,9 @@ def _run(arguments: Namespace) -> None:
         config = load_config_of(arguments, quiet=arguments.json)
         facts = look_at_run(config, *run)
         findings = run_checks(facts)
-        ranks = plan_ranks(facts) if arguments.num_processes > 1 else None
+        of_model = ["--model", arguments.model] if arguments.model else []
+        words = ["--cfg", arguments.cfg, *of_model, *arguments.overrides]
+        ranks = plan_ranks(facts, words) if arguments.num_processes > 1 else None
     except LoraCoreError as error:
         if arguments.json:
             nothing = dict.fromkeys(("plan", "data", "memory", "ranks"))

@@ -195,7 +195,7 @@ def documentation() -> str:
         "",
         "It prints what became of the rows, their lengths, the plan on 1, 2, 4 and 8 processes, the learning rate over",
         "the run, the predicted peak memory, and every finding with its fix. For several processes it says what",
-        "[each rank has to do](multi-gpu.md#many-gpus). `--json` prints one object,",
+        "[each rank has to do](multi-gpu.md#for-your-rows), and the line that starts them. `--json` prints one object,",
         "`{plan, data, memory, findings, ranks}`, and nothing else; `--write FILE.yaml` writes the configuration",
         "with all fixes applied, to a new file. An error stops a run before its first step, with exit code 2. Where it",
         "is marked *, `preflight.allow=[id]` lets it pass. What keeps a run from being looked at, such as rows or",

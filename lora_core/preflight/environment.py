@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 from lora_core.config.schema import uses_bitsandbytes
 from lora_core.preflight.findings import Facts, Finding, gib
+from lora_core.runtime.launcher import own_command
 
 
 def check_world_size(facts: Facts) -> Iterator[Finding]:
@@ -15,16 +16,19 @@ def check_world_size(facts: Facts) -> Iterator[Finding]:
     `accelerate launch --cpu --num_processes 2` silently starts one process: half the batch, twice the steps, and a
     schedule that is not the one you planned.
 
-    On CPUs, `torchrun --nproc_per_node N launch/train.py ...`.
+    On CPUs, torchrun, as the finding writes it. On GPUs, `--multi_gpu`: a file with `distributed_type: "NO"` starts one
+    process, whatever its number of processes.
     """
     asked, running = facts.environment.asked_processes, facts.environment.num_processes
     if asked is not None and asked != running:
+        on_cpu = facts.environment.device.kind == "cpu"
+        launcher = "torchrun --nproc_per_node" if on_cpu else "accelerate launch --multi_gpu --num_processes"
         yield Finding(
             "world_size_differs",
             "error",
-            f"accelerate launch was asked for {asked} processes, and {running} "
-            f"{'is' if running == 1 else 'are'} running: on a CPU it starts only one; "
-            f"fix: torchrun --nproc_per_node {asked} launch/train.py ...",
+            f"accelerate launch was asked for {asked} processes, and {running} {'is' if running == 1 else 'are'} "
+            f"running: {'on a CPU' if on_cpu else 'without --multi_gpu or a distributed_type'} it starts only one; "
+            f"fix: {launcher} {asked} {own_command()}",
             running,
             asked,
             None,

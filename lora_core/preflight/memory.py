@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from lora_core.config.schema import RunConfig, uses_bitsandbytes
 from lora_core.configuration import with_overrides
 from lora_core.preflight.findings import Facts, Finding, gib
 
@@ -95,7 +96,10 @@ def check_sharding(facts: Facts) -> Iterator[Finding]:
     memory, sharding = facts.memory, facts.environment.sharding
     if memory is None or facts.environment.num_processes == 1 or (sharding == "ddp" and memory.fits):
         return
-    other = facts.predict_memory(facts.config, "ddp" if sharding == "fsdp" else "fsdp")
+    changes = fsdp_changes(facts.config) if sharding == "ddp" else []
+    if changes is None:
+        return
+    other = facts.predict_memory(with_overrides(facts.config, changes), "ddp" if sharding == "fsdp" else "fsdp")
     if not other.fits:
         return
     predicted = f"{gib(other.total_bytes)} of {gib(other.limit_bytes)} predicted"
@@ -110,16 +114,36 @@ def check_sharding(facts: Facts) -> Iterator[Finding]:
             None,
         )
     else:
-        file = "fsdp2_qlora.yaml" if facts.config.model.quantization == "nf4" else "fsdp2.yaml"
+        with_what = f" with {' '.join(changes)}" if changes else ""
         yield Finding(
             "fsdp_fits",
             "note",
             f"a copy of the model on each device does not fit, and a share of it does ({predicted}): "
-            f"configs/accelerate/{file} needs no other change",
+            f"configs/accelerate/{fsdp_file(facts.config)}{with_what}",
             "ddp",
             "fsdp",
             None,
         )
+
+
+def fsdp_changes(config: RunConfig) -> list[str] | None:
+    """The overrides that FSDP needs (`optimizer_cannot_run`, `fsdp_quant_storage`); None where it cannot run at all."""
+    if config.train.fp16 or config.lora.changes_base_weights:
+        return None
+    changes = []
+    computes_in = config.model.dtype if config.train.bf16 is False else "bfloat16"
+    if config.model.quantization == "int8":
+        changes.append("model.quantization=nf4")
+    if config.model.quantization != "none" and config.model.quant_storage != computes_in:
+        changes.append(f"model.quant_storage={computes_in}")
+    if uses_bitsandbytes(config.train.optim):
+        changes.append("train.optim=adamw_torch")
+    return changes
+
+
+def fsdp_file(config: RunConfig) -> str:
+    """The name in `configs/accelerate/`."""
+    return "fsdp2.yaml" if config.model.quantization == "none" else "fsdp2_qlora.yaml"
 
 
 def micro_batch_limit_that_fits(facts: Facts) -> int | None:

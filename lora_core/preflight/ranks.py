@@ -6,6 +6,7 @@ Tokens of each rank, what ranks send each other, the size of a checkpoint, and o
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from lora_core.config.schema import TrainConfig
 from lora_core.data.packing import Batching, step_rows, train_batching
 from lora_core.errors import counted
 from lora_core.preflight.findings import Facts
+from lora_core.preflight.launch import Launch, choose_launch
+from lora_core.preflight.plan import plan_for
 from lora_core.preflight.schedule import ENOUGH_STEPS
 from lora_core.schedule import SchedulePlan
 
@@ -68,6 +71,11 @@ class RanksPlan:
     """The same with one example in each share."""
     examples_of_one: int
     """In an optimizer step of one process; on so many, or a divisor, the same step can be shared out evenly."""
+    steps_of_one: int
+    """Optimizer steps of the run on one process."""
+    same_steps: str | None
+    """The overrides with which so many processes take the steps of one; None where they cannot be shared evenly."""
+    launch: Launch
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,9 +96,19 @@ class RanksPlan:
         if self.checkpoint_bytes is not None:
             lines.append(f"       a checkpoint: {_mib(self.checkpoint_bytes)}")
         lines.append(f"       {self._useful()}")
-        whole = counted(self.examples_of_one, "example")
-        lines.append(f"       a step of one process has {whole}: up to {self.examples_of_one:,} can share it out")
+        lines.append(f"       {self._same_steps()}")
+        lines.append(f"       {self.launch}")
         return "\n".join(lines)
+
+    def _same_steps(self) -> str:
+        one = (
+            f"the steps of one process ({counted(self.steps_of_one, 'step')} of "
+            f"{counted(self.examples_of_one, 'example')})"
+        )
+        if self.same_steps is not None:
+            return f"same: with {self.same_steps} it takes {one}"
+        even = [str(n) for n in range(1, self.examples_of_one + 1) if self.examples_of_one % n == 0]
+        return f"same: {one} can be shared out evenly by {', '.join(even)}, and not by {self.num_processes:,}"
 
     def _useful(self) -> str:
         if self.most_processes_at_one == 0:
@@ -102,8 +120,12 @@ class RanksPlan:
         )
 
 
-def plan_ranks(facts: Facts) -> RanksPlan:
-    """Of a run as it was looked at; reads lengths of rows, and starts nothing."""
+def plan_ranks(facts: Facts, words: Sequence[str]) -> RanksPlan:
+    """Of a run as it was looked at; reads lengths of rows, and starts nothing.
+
+    Args:
+        words: of `lora-core train`, for the command line that starts it.
+    """
     train, memory, plan = facts.config.train, facts.memory, facts.plan
     gathered = None
     if memory is not None and memory.sharding == "fsdp":
@@ -119,7 +141,22 @@ def plan_ranks(facts: Facts) -> RanksPlan:
         most_processes=most_processes(plan.num_rows, on_each, train),
         most_processes_at_one=most_processes(plan.num_rows, 1, train),
         examples_of_one=on_each,
+        steps_of_one=plan_for(facts.config, plan.num_rows, 1).total_optimizer_steps,
+        same_steps=steps_of_one_process(train, plan.num_processes),
+        launch=choose_launch(facts, words),
     )
+
+
+def steps_of_one_process(train: TrainConfig, num_processes: int) -> str | None:
+    """The overrides with which a step of so many processes has the examples of one process's; None if none has."""
+    batch, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    on_each, left = divmod(batch * accumulation, num_processes)
+    if left:
+        return None
+    smaller = math.gcd(on_each, batch)
+    settings = {"per_device_train_batch_size": smaller, "gradient_accumulation_steps": on_each // smaller}
+    changed = [f"train.{name}={value}" for name, value in settings.items() if value != getattr(train, name)]
+    return " ".join(changed)
 
 
 def balance(batching: Batching, lengths: npt.NDArray[np.int64], plan: SchedulePlan, seed: int) -> Balance:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import psutil  # comes with Accelerate
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
@@ -25,7 +26,13 @@ from lora_core.config.schema import RunConfig
 from lora_core.configuration import with_overrides
 from lora_core.errors import ConfigError, counted
 from lora_core.runtime import ranks
-from lora_core.runtime.launcher import asked_processes, omp_num_threads, refuse_settings_of_the_shell
+from lora_core.runtime.launcher import (
+    asked_processes,
+    check_launch,
+    omp_num_threads,
+    own_command,
+    refuse_settings_of_the_shell,
+)
 from lora_core.runtime.run_folder import check_run_folder
 from lora_core.runtime.sharding import fsdp_plugin, loads_on_first_rank, uses_fsdp
 from lora_core.untrusted.limits import allowed_cores
@@ -53,6 +60,8 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     Raises:
         ConfigError: bf16 is set and the device does not have it, or the launcher's backend is not supported.
     """
+    if not dist.is_initialized():  # by a program of its own, which needs no variables
+        check_launch()
     config, _ = with_precision(config)
     refuse_settings_of_the_shell()
     if config.train.bf16 is True and _bf16() == "none":
@@ -94,7 +103,7 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     if accelerator.num_processes != launched:
         raise ConfigError(
             f"the launcher started {launched} processes, but Accelerate sees {accelerator.num_processes}: each would "
-            f"train alone and overwrite the others; fix: torchrun --nproc_per_node {launched} launch/train.py ...",
+            f"train alone and overwrite the others; fix: torchrun --nproc_per_node {launched} {own_command()}",
             "world_size_differs",
         )
     if config.lora.changes_base_weights and accelerator.distributed_type.value == "FSDP":

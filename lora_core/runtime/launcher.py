@@ -7,7 +7,9 @@ import ctypes
 import os
 import platform
 import re
+import shlex
 import signal
+import sys
 from pathlib import Path
 
 import psutil  # comes with Accelerate
@@ -29,10 +31,60 @@ def asked_processes() -> int | None:
     known, _ = options.parse_known_args(command)
     if known.num_processes is not None:
         return int(known.num_processes)
-    if known.config_file is not None and Path(known.config_file).is_file():
-        asked = yaml.safe_load(Path(known.config_file).read_text(encoding="utf-8")).get("num_processes")
+    file = known.config_file
+    if file is None and "--cpu" not in command:  # it reads the one that `accelerate config` wrote
+        from accelerate.commands.config.config_args import default_config_file
+
+        file = default_config_file
+    if file is not None and Path(file).is_file():
+        asked = yaml.safe_load(Path(file).read_text(encoding="utf-8")).get("num_processes")
         return asked if isinstance(asked, int) else None
     return None
+
+
+def own_command() -> str:
+    """What a launcher would start in place of this process's command, as `-m lora_core train --cfg qwen7b`."""
+    program = Path(sys.argv[0])
+    if program.parent.name == "launch":
+        return shlex.join(sys.argv)
+    if program.stem == "lora-core" or program.parts[-2:] == ("lora_core", "__main__.py"):
+        return shlex.join(["-m", "lora_core", *sys.argv[1:]])
+    return "YOUR_SCRIPT.py"  # of a program that calls `train` itself
+
+
+def check_launch() -> None:
+    """Refuse variables of a launch that contradict each other.
+
+    torch and Accelerate take them as they are, and end in a traceback, or wait for ranks that nobody started.
+
+    Raises:
+        ConfigError: names the variable, and what to do.
+    """
+    for name, least in (("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)):
+        value = os.environ.get(name, str(least))
+        if not re.fullmatch("[0-9]{1,9}", value) or int(value) < least:
+            raise ConfigError(f"{name}={value} in the environment: must be an int >= {least}; fix: unset {name}")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1 and "LOCAL_RANK" not in os.environ:
+        return
+    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    fix = f"unset WORLD_SIZE RANK LOCAL_RANK, or torchrun --nproc_per_node {world_size} {own_command()}"
+    if missing:
+        name = "WORLD_SIZE" if world_size > 1 else "LOCAL_RANK"
+        raise ConfigError(
+            f"{name}={os.environ[name]} in the environment, without {', '.join(missing)}: a launcher sets all of "
+            f"them in each process; fix: {fix}"
+        )
+    for name, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        limit = os.environ.get(size, str(world_size))
+        if int(os.environ[name]) >= int(limit):
+            raise ConfigError(f"{name}={os.environ[name]} in the environment: must be below {size}={limit}; fix: {fix}")
+
+
+def speaks_for_machine() -> bool:
+    """Whether this process says what all of its machine find: the first one there, or one without a launcher."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("LOCAL_RANK", "0") in ("", "0")
 
 
 def num_machines(num_processes: int) -> int:

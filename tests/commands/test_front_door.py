@@ -137,3 +137,27 @@ def test_threads_wait_passively_unless_the_user_said_how(monkeypatch: pytest.Mon
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     wait_passively()
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+def test_the_files_for_several_devices_are_written_where_there_is_no_checkout(installed: Path, empty: Path) -> None:
+    command = [sys.executable, str(installed / "bin/lora-core"), "launch-files"]
+    done = run(command, empty, PYTHONPATH=str(installed))
+    assert done.returncode == 0, done.stderr
+    written = sorted(path.relative_to(empty) for path in empty.rglob("*.*"))
+    ours = [
+        *(ROOT / "configs/accelerate").iterdir(),
+        *(ROOT / "launch").glob("*.py"),
+        *(ROOT / "launch/jobs").glob("*.*"),
+    ]
+    assert written == sorted(path.relative_to(ROOT) for path in ours)
+    assert all((empty / name).read_bytes() == (ROOT / name).read_bytes() for name in written)
+    again = run(command, empty, PYTHONPATH=str(installed))
+    assert f"{len(ours)} files are there already, the same" in again.stdout
+    (empty / "configs/accelerate/ddp.yaml").write_text("mine: true\n", encoding="utf-8")
+    refused = run(command, empty, PYTHONPATH=str(installed))
+    assert refused.returncode == 2
+    assert "configs/accelerate/ddp.yaml: exists, and holds something else" in refused.stderr
+    assert (empty / "configs/accelerate/ddp.yaml").read_text(encoding="utf-8") == "mine: true\n"
+    fix = refused.stderr.strip().rpartition("Fix: lora-core ")[2].split()
+    assert run([*command[:2], *fix], empty, PYTHONPATH=str(installed)).returncode == 0
+    assert (empty / fix[1] / "launch/train.py").is_file()

@@ -11,12 +11,12 @@ from lora_core.checkpoints.adapter_folder import adapter_on
 from lora_core.checkpoints.checkpoint import find_checkpoint
 from lora_core.commands.main import main
 from lora_core.config.schema import ModelConfig
-from lora_core.configuration import load_config
+from lora_core.configuration import load_config, read_translation
 from lora_core.errors import ConfigError, DataError
 from lora_core.inference.opened import open_model
 from lora_core.model.base import load_model_config
 from lora_core.sources.files import as_jsonl
-from tests.conftest import chat
+from tests.conftest import ROOT, chat
 
 
 @pytest.mark.parametrize(
@@ -101,6 +101,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with rows, a run and a model's config."""
     monkeypatch.chdir(tmp_path)
     Path("my chats.jsonl").write_text("{}")
+    Path("ddp.yaml").write_text((ROOT / "configs/accelerate/ddp.yaml").read_text(encoding="utf-8"))
     Path("model").mkdir()
     Path("model/config.json").write_text("{}")
     Path("outputs/demo/adapter").mkdir(parents=True)
@@ -116,12 +117,24 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("my chats.jsonl", "holds rows and no configuration; fix: --cfg base 'data.train_file=my chats.jsonl'"),
         ("outputs/demo", "is a run's folder; fix: --cfg outputs/demo/config.yaml"),
         ("model", "is a model's folder; fix: --cfg base model.name_or_path=model"),
+        (
+            "ddp.yaml",
+            "is a file for accelerate launch, and holds no run's settings; fix: accelerate launch --config_file "
+            "ddp.yaml -m lora_core train --cfg qwen7b",
+        ),
     ],
 )
 def test_another_thing_in_place_of_a_configuration(name: str, expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(name)
     assert str(caught.value) == f"--cfg {name}: {expected}"
+
+
+def test_the_name_of_a_file_for_accelerate_in_place_of_a_configuration() -> None:
+    with pytest.raises(ConfigError, match="--cfg fsdp2: is a file for accelerate launch"):
+        load_config("fsdp2")
+    with pytest.raises(ConfigError, match="is a file for accelerate launch"):  # TRL's files have an fsdp_config too
+        read_translation(str(ROOT / "configs/accelerate/fsdp2.yaml"))
 
 
 @pytest.mark.usefixtures("folder")

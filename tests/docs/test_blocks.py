@@ -38,6 +38,7 @@ NAMES = (
     "lora-core chat",
     "accelerate launch",
     "accelerate launch --cpu",
+    "accelerate config",
     "accelerate launch --cpu --num_processes 2",
 )
 # Models that pages name and that are not here; the tiny model stands in for them, and for the configurations' own.
@@ -111,6 +112,15 @@ def check_script(script: str, arguments: list[str]) -> None:
     assert not unknown, f"{script} has no {unknown}"
 
 
+def check_launched(arguments: argparse.Namespace) -> None:
+    """What a launcher starts: a script, or with `-m` our command."""
+    if not arguments.module:
+        check_script(arguments.training_script, arguments.training_script_args)
+        return
+    assert arguments.training_script == "lora_core"
+    check_our_command(arguments.training_script_args[0], arguments.training_script_args[1:])
+
+
 def check_pip(arguments: list[str]) -> None:
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg")
@@ -142,10 +152,9 @@ def check(words: list[str]) -> None:
         case ["accelerate", "launch", *arguments]:
             launched = launch_command_parser().parse_args(arguments)
             assert launched.config_file is None or Path(launched.config_file).is_file(), launched.config_file
-            check_script(launched.training_script, launched.training_script_args)
+            check_launched(launched)
         case ["torchrun", *arguments]:
-            launched = get_args_parser().parse_args(arguments)
-            check_script(launched.training_script, launched.training_script_args)
+            check_launched(get_args_parser().parse_args(arguments))
         case ["pip", "install", *arguments]:
             check_pip(arguments)
         case ["make", target]:

@@ -372,6 +372,9 @@ def test_where_no_copy_of_the_model_fits_and_a_share_does_fsdp_is_named(look: An
     found = find(*ON_TWO, num_processes=2, device=between)
     assert "configs/accelerate/fsdp2.yaml" in found["fsdp_fits"].message
     assert "memory_too_small" in found
+    # What FSDP cannot shard is said with it.
+    paged = find("train.num_train_epochs=10", num_processes=2, device=between)["fsdp_fits"].message
+    assert paged.endswith("fsdp2.yaml with train.optim=adamw_torch")
     assert find(*ON_TWO, num_processes=2) == find(*ON_TWO, num_processes=2, sharding="fsdp", device=between) == {}
 
 

@@ -127,11 +127,14 @@ def test_preflight_plans_for_a_thousand_devices(
         "0.1 MiB of gradients a step, for which each sends 0.2 MiB in a ring",
         "a checkpoint: 5.",
         "useful: up to 2 as configured, 19 with one example each in a step",
-        "a step of one process has 8 examples: up to 8 can share it out",
+        "(400 steps of 8 examples) can be shared out evenly by 1, 2, 4, 8, and not by 1,024",
     ):
         assert line in said
     assert main([*command, *many, "--json"]) == 0
     ranks = json.loads(capsys.readouterr().out)["ranks"]
     assert (ranks["num_processes"], ranks["num_machines"], ranks["most_processes"]) == (1024, 128, 2)
+    assert (ranks["same_steps"], ranks["steps_of_one"]) == (None, 400)
+    assert ranks["launch"]["config_file"] == "multinode_ddp.yaml"
+    assert f"start: {ranks['launch']['command']}" in said
     assert main([*command, "--num-processes", "8", "--num-machines", "3"]) == 2
-    assert "fix: --num-processes 24, 8 on each, or --num-machines 1" in capsys.readouterr().err
+    assert "fix: --num-processes 9 (of all machines together), or --num-machines 1" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from lora_core.configuration import load_config
 from lora_core.errors import ConfigError
 from lora_core.model.loss import CausalLMLoss
 from lora_core.runtime.devices import build_accelerator
-from lora_core.runtime.launcher import check_restarts, num_machines
+from lora_core.runtime.launcher import check_launch, check_restarts, num_machines, own_command, speaks_for_machine
 from lora_core.runtime.sharding import check_sharding, check_units, fsdp_plugin, loads_on_first_rank
 from tests.conftest import ROOT
 from tests.tiny import make_model
@@ -195,3 +195,53 @@ def test_machines_are_counted_by_the_processes_on_each(
     if on_each is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", on_each)
     assert num_machines(num_processes) == machines
+
+
+WHOLE = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 in the environment, without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: "),
+        ({"LOCAL_RANK": "1"}, "LOCAL_RANK=1 in the environment, without RANK, MASTER_ADDR, MASTER_PORT: "),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment: must be an int >= 1; fix: unset WORLD_SIZE"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0 in the environment: must be an int >= 1"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1 in the environment: must be an int >= 0; fix: unset LOCAL_RANK"),
+        ({**WHOLE, "RANK": "2"}, "RANK=2 in the environment: must be below WORLD_SIZE=2; fix: unset "),
+        ({**WHOLE, "LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK=1 in the environment: must be below LOCAL_WORLD_SIZE=1"),
+    ],
+)
+def test_a_launch_that_cannot_be_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], said: str
+) -> None:
+    """torch and Accelerate end in a traceback, wait for ranks that nobody started, or share nothing out."""
+    for name in WHOLE:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=said):
+        build_accelerator(load_config("demo", ["train.bf16=false", "model.dtype=float32"]))
+
+
+def test_what_launchers_set_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**WHOLE, "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    check_launch()
+    assert not speaks_for_machine()  # of two ranks, the other says it
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert speaks_for_machine()
+
+
+@pytest.mark.parametrize(
+    ("program", "command"),
+    [
+        ("launch/train.py", "launch/train.py --cfg 'my file.yaml'"),
+        ("/usr/bin/lora-core", "-m lora_core --cfg 'my file.yaml'"),
+        ("/site-packages/lora_core/__main__.py", "-m lora_core --cfg 'my file.yaml'"),
+        ("own_loop.py", "YOUR_SCRIPT.py"),
+    ],
+)
+def test_a_fix_names_the_command_that_was_given(monkeypatch: pytest.MonkeyPatch, program: str, command: str) -> None:
+    monkeypatch.setattr("sys.argv", [program, "--cfg", "my file.yaml"])
+    assert own_command() == command
