@@ -135,11 +135,12 @@ LOST = textwrap.dedent("""
     from datetime import timedelta
     from accelerate.state import PartialState
     from lora_core.errors import RankFault
+    from lora_core.runtime import faults
     from lora_core.runtime.faults import naming_lost_ranks
     from lora_core.runtime.ranks import first_on_each_machine
     from tests.equivalence.forked_ranks import free_port
 
-    SECONDS = 6
+    SECONDS, faults._SECONDS_TO_ANSWER = 6, 2.0
 
     def rank_main(rank, port, doomed, fault, pipe):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
