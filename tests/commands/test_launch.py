@@ -14,15 +14,10 @@ import pytest
 import torch
 
 from lora_core.commands.command_line import heavy_imports, run_command
-<<<<<<< HEAD
 from lora_core.commands.main import main
 from lora_core.configuration import load_config
-from lora_core.errors import ConfigError, LoraCoreError, RankFault
+from lora_core.errors import ConfigError, DataError, LoraCoreError, RankFault
 from lora_core.runtime.ranks import leave
-=======
-from lora_core.configuration import load_config
-from lora_core.errors import DataError
->>>>>>> d7a0ecd (Ranks that were started for different runs, never come, hang with the store or fail alone are a sentence in all of them; memory is the fullest rank's)
 from tests.conftest import ROOT, chat
 from tests.equivalence.forked_ranks import free_port
 from tests.evaluation.test_evaluate import losses_one_by_one
