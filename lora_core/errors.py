@@ -18,6 +18,8 @@ class LoraCoreError(Exception):
     exit_code = 1
     finding_id = "run_failed"
     """What preflight calls it in its list of findings."""
+    only_rank: int | None = None
+    """The rank that alone found it, where a run has several and the first of its machine would speak for all."""
 
     def __init__(self, message: str, finding_id: str | None = None) -> None:
         super().__init__(showable(message))

@@ -106,7 +106,7 @@ ORDER: dict[str, list[str]] = {
     "checkpoints": ["card", "adapter_folder", "checkpoint", "resume"],
     "evaluation": ["evaluate", "leak", "generation", "replies"],
     "watch": ["summary", "callbacks", "trackers", "journal", "alarms", "progress", "pace"],
-    "training": ["build", "step", "lookout", "loop", "finish", "end", "setup"],
+    "training": ["alike", "build", "step", "lookout", "loop", "finish", "end", "setup"],
     "rate_search": ["budget", "choice", "trials", "search", "page", "config_file"],
     "inference": ["opened", "chat", "questions", "paired", "evaluation", "harness"],
     "export": [

@@ -21,7 +21,7 @@ from lora_core.preflight.model_facts import with_packing
 from lora_core.runtime.devices import with_precision
 from lora_core.runtime.ranks import meet
 from lora_core.runtime.run_folder import whole_folder, write_json
-from lora_core.runtime.sharding import whole
+from lora_core.runtime.sharding import share_out_again, whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -77,7 +77,11 @@ def save_adapter_start(model: PeftModel, folder: Path) -> None:
 
 
 def named_trainable(model: nn.Module, all_names: bool = False) -> list[tuple[str, nn.Parameter]]:
-    """What trains, by the names that it has on one device; a tied parameter by its first name, or by all of them."""
+    """What trains, by the names that it has on one device; a tied parameter by its first name, or by all of them.
+
+    Of a sharded model, what the optimizer knows: this rank's shares.
+    """
+    share_out_again(model)
     named = model.named_parameters(remove_duplicate=not all_names)
     return [(name.removeprefix("module."), parameter) for name, parameter in named if parameter.requires_grad]
 

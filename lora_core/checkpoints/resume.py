@@ -132,8 +132,8 @@ def check_same_run(checkpoint: Checkpoint, config: RunConfig, data: str, num_pro
         ConfigError: something that matters differs, so that the resumed run would end differently.
     """
     # A key that came after this checkpoint was written had no effect then: its default.
-    then = _flat(RunConfig().to_dict()) | _flat(checkpoint.state["config"])
-    now = _flat(config.to_dict())
+    then = flat_keys(RunConfig().to_dict()) | flat_keys(checkpoint.state["config"])
+    now = flat_keys(config.to_dict())
     differing = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
     free = _FREE_KEYS | (_STEP_KEYS if rows_per_step(config, num_processes) == rows_per_step_of(checkpoint) else set())
     free |= EXTENDABLE_KEYS if config.train.extend else set()
@@ -198,7 +198,7 @@ def data_hash(train_data: EncodedFile, eval_data: EncodedFile | None) -> str:
     return digest.hexdigest()
 
 
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
+def flat_keys(config: dict[str, Any]) -> dict[str, Any]:
     """`{"train": {"seed": 1}}` -> `{"train.seed": 1}`."""
     flat: dict[str, Any] = {}
     for key, value in config.items():

@@ -46,8 +46,9 @@ def run_command(command: Callable[[], None]) -> int:
     except LoraCoreError as error:
         # Every rank finds the same mistake, and one of each machine says so: a file may be missing on one alone.
         # A fault is said where it is found.
-        if speaks_for_machine() or isinstance(error, RankFault):
-            print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        alone = "" if error.only_rank is None else f"rank {error.only_rank}: "
+        if speaks_for_machine() or alone or isinstance(error, RankFault):
+            print(f"\nerror: {alone}{error}", file=sys.stderr, flush=True)
         end_accelerate_launch()
         return error.exit_code
     except OSError as error:
@@ -221,6 +222,8 @@ def quiet_libraries() -> None:
 
     For commands; importing lora_core changes none of this.
     """
+    # Forty lines of addresses above the sentence that names a lost rank. Read when torch is imported.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -7,7 +7,8 @@ import platform
 import re
 import shutil
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from lora_core.config.schema import RunConfig
 from lora_core.configuration import with_overrides
-from lora_core.errors import ConfigError, counted
+from lora_core.errors import ConfigError, RankFault, counted
 from lora_core.runtime import ranks
 from lora_core.runtime.launcher import (
     asked_processes,
@@ -59,6 +60,7 @@ def build_accelerator(config: RunConfig) -> Accelerator:
 
     Raises:
         ConfigError: bf16 is set and the device does not have it, or the launcher's backend is not supported.
+        RankFault: not all ranks have come within train.rank_timeout_s.
     """
     if not dist.is_initialized():  # by a program of its own, which needs no variables
         check_launch()
@@ -86,19 +88,20 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     AcceleratorState._reset_state()
     # Accumulation is ours: a value above 1 here would make Accelerate divide the loss once more. What is compiled is
     # ours too (train.torch_compile). As numbers alone, Accelerate's variables of the environment go before both.
-    accelerator = Accelerator(
-        mixed_precision="bf16" if config.train.bf16 is True else "no",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        dynamo_backend="no",
-        fsdp_plugin=fsdp_plugin(config),
-        # Not said, Accelerate runs each rank of a CPU launch as if it were alone.
-        cpu=ranks.on_cpu(),
-        kwargs_handlers=[
-            InitProcessGroupKwargs(ranks.backend(), timeout=timedelta(seconds=config.train.rank_timeout_s)),
-            # The same in all ranks: sent, each forward would wait for the slowest, evaluation's too.
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-        ],
-    )
+    with _naming_absent_ranks(config.train.rank_timeout_s):
+        accelerator = Accelerator(
+            mixed_precision="bf16" if config.train.bf16 is True else "no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dynamo_backend="no",
+            fsdp_plugin=fsdp_plugin(config),
+            # Not said, Accelerate runs each rank of a CPU launch as if it were alone.
+            cpu=ranks.on_cpu(),
+            kwargs_handlers=[
+                InitProcessGroupKwargs(ranks.backend(), timeout=timedelta(seconds=config.train.rank_timeout_s)),
+                # The same in all ranks: sent, each forward would wait for the slowest, evaluation's too.
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+            ],
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise ConfigError(
@@ -122,6 +125,26 @@ def build_accelerator(config: RunConfig) -> Accelerator:
             "on its own; fix: MULTI_GPU (DDP) or FSDP in the accelerate config"
         )
     return accelerator
+
+
+@contextmanager
+def _naming_absent_ranks(timeout_s: int) -> Iterator[None]:
+    """While entered, ranks that do not meet are an error that says who waited, where and for how long."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "RANK" not in os.environ or not ranks.is_connection_failure(error):
+            raise
+        rank, num_ranks = int(os.environ["RANK"]), os.environ.get("WORLD_SIZE", "1")
+        joined = re.search(r"(\d+)/\d+ clients joined", str(error))
+        # Rank 0 comes too: the address is its own.
+        missing = f"{joined[1]} of {num_ranks} ranks were there" if joined else "rank 0 did not answer"
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RankFault(
+            f"rank {rank} of {num_ranks} waited {timeout_s} s (train.rank_timeout_s) at {place} for the others, and "
+            f"{missing}; fix: read the output of those that did not come, and see that each machine was started, with "
+            "the same address and port of the first and the same number of processes"
+        ) from error
 
 
 def build_scaler(config: RunConfig, accelerator: Accelerator) -> torch.amp.GradScaler | None:

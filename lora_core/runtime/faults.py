@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import signal
 import threading
 import time
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from lora_core.errors import RankFault
-from lora_core.runtime.ranks import greatest_of_ranks
+from lora_core.errors import LoraCoreError, RankFault, RunStopped
+from lora_core.runtime.ranks import answer_in_time, greatest_of_ranks, is_alone_with, is_connection_failure, keeps_store
 
 _SECONDS_TO_ANSWER = 5.0
 
@@ -114,22 +115,27 @@ def free_memory() -> None:
 
 @contextmanager
 def naming_lost_ranks(accelerator: Accelerator, timeout_s: int) -> Iterator[None]:
-    """While entered, a failure to reach another rank becomes an error that names it.
+    """While entered, a failure to reach another rank becomes an error that names it, and a mistake of one rank says so.
 
     Raises:
         RankFault: a rank died, or took longer than `timeout_s` to come to the same point.
     """
+    rank, num_ranks = accelerator.process_index, accelerator.num_processes
     try:
         yield
+    except LoraCoreError as error:
+        is_said = isinstance(error, (RankFault, RunStopped))
+        if not is_said and is_alone_with(str(error)):
+            error.only_rank = rank
+        raise
     except RuntimeError as error:
-        if accelerator.num_processes == 1 or not _is_connection_failure(error):
+        if num_ranks == 1 or not is_connection_failure(error):
             raise
         lost = _silent_ranks(accelerator)
         who = f"rank{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))}" if lost else "a rank"
         raise RankFault(
-            f"{who} of {accelerator.num_processes} died or did not answer within {timeout_s} s "
-            f"(train.rank_timeout_s), so rank {accelerator.process_index} stops; it was doing: "
-            f"{str(error).splitlines()[0].rstrip('.')}; fix: read the lost rank's output above, then --resume"
+            f"{who} of {num_ranks} died or did not answer within {timeout_s} s (train.rank_timeout_s), so rank {rank} "
+            f"stops; it was doing: {_first_sentence(error)}; fix: read the lost rank's output above, then --resume"
         ) from error
 
 
@@ -138,12 +144,7 @@ def is_of_the_machine(error: RuntimeError) -> bool:
     that shapes do not match too, as a RuntimeError."""
     is_plain = type(error) in (RuntimeError, NotImplementedError)  # devices and ranks have their own, since torch 2.8
     named = any(words in str(error) for words in ("CUDA error", "CUDA driver", "cuDNN error", "NCCL"))
-    return not is_plain or named or is_out_of_memory(error) or _is_connection_failure(error)
-
-
-def _is_connection_failure(error: RuntimeError) -> bool:
-    said = str(error)
-    return isinstance(error, torch.distributed.DistError) or "gloo" in said or "Connection" in said
+    return not is_plain or named or is_out_of_memory(error) or is_connection_failure(error)
 
 
 def _silent_ranks(accelerator: Accelerator) -> list[int]:
@@ -151,11 +152,21 @@ def _silent_ranks(accelerator: Accelerator) -> list[int]:
     store = torch.distributed.distributed_c10d._get_default_store()
     waiting = set(range(accelerator.num_processes)) - {accelerator.process_index}
     deadline = time.monotonic() + _SECONDS_TO_ANSWER
-    try:
+
+    def ask() -> None:
         store.set(f"lora_core/alive/{accelerator.process_index}", "")
         while waiting and time.monotonic() < deadline:
-            waiting -= {rank for rank in waiting if store.check([f"lora_core/alive/{rank}"])}
+            waiting.difference_update([rank for rank in waiting if store.check([f"lora_core/alive/{rank}"])])
             time.sleep(0.05)
-    except RuntimeError:  # the store ended with the process that kept it: rank 0, unless torchrun keeps it
-        return []
+
+    try:
+        answer_in_time(ask, 2 * _SECONDS_TO_ANSWER)
+    except RuntimeError:  # the store ended, or hangs, with rank 0; if that had answered, it waited for the rest
+        return [0] if 0 in waiting and keeps_store(0) else sorted(waiting - {0})
     return sorted(waiting)
+
+
+def _first_sentence(error: RuntimeError) -> str:
+    """Of what torch and gloo say, without the place in their source."""
+    line = re.sub(r"^\[\S+:\d+\] ", "", (str(error).splitlines() or [""])[0])
+    return line.split(". ")[0].rstrip(".")

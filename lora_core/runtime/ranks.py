@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -22,6 +24,11 @@ from lora_core.errors import LoraCoreError
 
 T = TypeVar("T")
 _turns = itertools.count()  # of `first_on_each_machine`, the same in all ranks
+_SECONDS_TO_SPEAK = 5.0
+
+
+class SilentRank(torch.distributed.DistError):
+    """A rank gave no sign of life for as long as ranks wait for each other."""
 
 
 def backend() -> str | None:
@@ -105,37 +112,166 @@ def first_on_each_machine() -> Iterator[None]:
     """The first rank of each machine runs the block, then the machine's others; all leave it together.
 
     They wait by asking the store that the ranks met at: a barrier would take a wait of half an hour, which the rows
-    of a large file may need, for a lost rank.
+    of a large file may need, for a lost rank. Each rank gives a sign of life meanwhile.
+
+    Raises:
+        SilentRank: one gave none for as long as ranks wait for each other: it died, or hangs.
     """
     if not several():
         yield
         return
     rank, local_rank = dist.get_rank(), int(os.environ.get("LOCAL_RANK", "0"))
+    turn = _Turn(dist.distributed_c10d._get_default_store(), f"lora_core/turn-{next(_turns)}", rank)
+    first_here = rank - local_rank
+    with turn.alive():
+        if local_rank > 0:
+            turn.wait_for(f"{first_here}", [first_here])
+        try:
+            yield
+        finally:
+            # A mistake too: the others then find it by themselves.
+            turn.leave(is_first=local_rank == 0)
+        # Rank 0 looks after all, so that a thousand ranks do not all ask after each other.
+        turn.wait_for("all", range(dist.get_world_size()) if rank == 0 else [0])
+
+
+class _Turn:
+    """One use of `first_on_each_machine`, in one rank."""
+
+    def __init__(self, store: Any, name: str, rank: int) -> None:
+        self._store = store
+        self._name = name
+        self._rank = rank
+        self._timeout_s: float = store.timeout.total_seconds()  # of the process group
+        self._between_signs_s = min(1.0, self._timeout_s / 4)
+
+    @contextmanager
+    def alive(self) -> Iterator[None]:
+        """While entered, a thread says that this process runs: one that is stopped, or killed, says nothing."""
+        ended = threading.Event()
+
+        def say() -> None:
+            while not ended.is_set():
+                try:
+                    self._store.add(f"{self._name}/alive/{self._rank}", 1)
+                except RuntimeError:  # the store ended with rank 0, which whoever waits finds out
+                    return
+                ended.wait(self._between_signs_s)
+
+        thread = threading.Thread(target=say, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join(self._between_signs_s)
+
+    def leave(self, is_first: bool) -> None:
+        """Let the others of the machine go on, where this is its first rank, and all where it is the last of all."""
+
+        def say() -> None:
+            if is_first:
+                self._store.set(f"{self._name}/{self._rank}", "done")
+            self._store.set(f"{self._name}/left/{self._rank}", "")
+            if self._store.add(f"{self._name}/num_left", 1) == dist.get_world_size():
+                self._store.set(f"{self._name}/all", "done")
+
+        answer_in_time(say, self._timeout_s)
+
+    def wait_for(self, key: str, others: Iterable[int]) -> None:
+        """Until a key is set; meanwhile look after other ranks.
+
+        Raises:
+            SilentRank: one of them, or one that another rank looks after, gave no sign of life for too long.
+        """
+        signs = dict.fromkeys(others, 0)
+        heard = dict.fromkeys(signs, time.monotonic())
+        next_look = 0.0
+
+        def is_set() -> bool:
+            nonlocal next_look
+            if self._store.check([f"{self._name}/{key}"]):
+                return True
+            if self._store.check([f"{self._name}/lost"]):
+                raise SilentRank("waiting for the rows to be encoded")
+            now = time.monotonic()
+            if now >= next_look:
+                next_look = now + self._between_signs_s
+                for other in signs:
+                    sign = self._store.add(f"{self._name}/alive/{other}", 0)
+                    if sign > signs[other] or self._store.check([f"{self._name}/left/{other}"]):
+                        signs[other], heard[other] = sign, now
+                if any(now - last > self._timeout_s for last in heard.values()):
+                    self._store.set(f"{self._name}/lost", "")
+            return False
+
+        while not answer_in_time(is_set, self._timeout_s):
+            time.sleep(0.1)
+
+
+def answer_in_time(ask: Callable[[], T], timeout_s: float) -> T:
+    """What `ask` gets from the store, which waits without end where the rank that keeps it hangs.
+
+    Raises:
+        SilentRank: there is no answer in time.
+    """
+    answer: Future[T] = Future()
+
+    def ask_store() -> None:
+        try:
+            answer.set_result(ask())
+        except RuntimeError as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask_store, daemon=True).start()
+    if not wait([answer], timeout_s).done:
+        raise SilentRank("asking the store that ranks meet at")
+    return answer.result()
+
+
+def is_alone_with(mistake: str) -> bool:
+    """Whether the first rank of this machine, which says what all find, does not say within some seconds that it has
+    found the same mistake. Of that rank itself: False."""
+    if not several():
+        return False
+    rank, local_rank = dist.get_rank(), int(os.environ.get("LOCAL_RANK", "0"))
+    key = f"lora_core/mistake/{rank - local_rank}"
     store = dist.distributed_c10d._get_default_store()
-    turn = f"lora_core/turn-{next(_turns)}"
-    this_machine = f"{turn}/{rank - local_rank}"
-    if local_rank > 0:
-        _wait_for(store, this_machine)
-    try:
-        yield
-    finally:
-        # A mistake too: the others then find it by themselves.
+    deadline = time.monotonic() + _SECONDS_TO_SPEAK
+
+    def is_alone() -> bool:
         if local_rank == 0:
-            store.set(this_machine, "done")
-        if store.add(f"{turn}/arrived", 1) == dist.get_world_size():
-            store.set(f"{turn}/all", "done")
-    _wait_for(store, f"{turn}/all")
+            store.set(key, mistake)
+            return False
+        while not store.check([key]):
+            if time.monotonic() > deadline:
+                return True
+            time.sleep(0.1)
+        return bool(store.get(key).decode() != mistake)
+
+    try:
+        return answer_in_time(is_alone, 2 * _SECONDS_TO_SPEAK)
+    except SilentRank:
+        return local_rank > 0
+    except RuntimeError:  # the store ended with rank 0, which has said what it found
+        return False
+
+
+def is_connection_failure(error: RuntimeError) -> bool:
+    """Whether another rank could not be reached."""
+    said = str(error)
+    return isinstance(error, torch.distributed.DistError) or "gloo" in said or "Connection" in said
+
+
+def keeps_store(rank: int) -> bool:
+    """Whether the store that ranks meet at ends with this rank: with rank 0, unless torchrun keeps it."""
+    return rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 def leave() -> None:
     """End the process group: NCCL warns of one that is left to the end of the process."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _wait_for(store: Any, key: str) -> None:
-    while not store.check([key]):
-        time.sleep(0.1)
 
 
 def _exchange_device() -> torch.device:

@@ -143,6 +143,19 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def share_out_again(model: nn.Module) -> None:
+    """Free what FSDP2 has gathered and not let go: its outermost unit, with embedding and head, after an evaluation.
+
+    Until then `model.parameters()` are the gathered tensors, which the optimizer does not know and which go at the next
+    backward. Without FSDP2 this does nothing.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def shared_out_as(like: Tensor, tensor: Tensor) -> Tensor:
     """A whole tensor, on the device of `like` and shared out over the ranks as it is. Call it in every rank."""
     from torch.distributed.tensor import DTensor, distribute_tensor

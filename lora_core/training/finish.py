@@ -18,7 +18,6 @@ from lora_core.evaluation.generation import Reply
 from lora_core.report.page import write_report
 from lora_core.report.read import read_run
 from lora_core.report.verdict import judge, outcome_of
-from lora_core.runtime.devices import peak_memory_bytes
 from lora_core.runtime.ranks import from_first_rank, meet
 from lora_core.runtime.run_folder import write_json
 from lora_core.training.loop import EVAL_EXAMPLES, Run
@@ -42,7 +41,7 @@ def finish(run: Run, started: float) -> Summary:
     run.keep_replies(replies, adapter_step)
     adapter_dir = run.folder / "adapter"
     save_adapter(run.accelerator, run.model, run.facts.tokenizer, run.config, run.facts.train_data.counts, adapter_dir)
-    summary = None
+    summary, peak_memory = None, run.peak_memory_bytes()
     if run.accelerator.is_main_process:
         comparison = finish_examples(run.folder / EVAL_EXAMPLES, examples) if examples is not None else None
         for sample in _samples(run, replies):
@@ -52,7 +51,7 @@ def finish(run: Run, started: float) -> Summary:
                 cut_off = " (cut off)" if sample.get(f"{name}_ended") is False else ""
                 say(f"{name + ':':<9} {printable(sample[name])}{cut_off}", "event")
         run.journal.metrics.close()
-        summary = _summary(run, adapter_step, adapter_dir, comparison, started)
+        summary = _summary(run, adapter_step, adapter_dir, comparison, started, peak_memory)
         seen = replace(read_run(run.folder), summary=summary.to_dict())
         summary = replace(summary, verdict=judge(outcome_of(seen)).sentence)
         write_json(run.folder / "summary.json", summary.to_dict())
@@ -116,7 +115,9 @@ def _samples(run: Run, replies: list[Reply]) -> list[dict[str, Any]]:
     ]
 
 
-def _summary(run: Run, adapter_step: int, adapter_dir: Path, comparison: Comparison | None, started: float) -> Summary:
+def _summary(
+    run: Run, adapter_step: int, adapter_dir: Path, comparison: Comparison | None, started: float, peak_memory: int
+) -> Summary:
     """All but the verdict, which goes by it."""
     plan, progress, facts = run.facts.plan, run.progress, run.facts
     before, after = progress.before, progress.after
@@ -156,7 +157,7 @@ def _summary(run: Run, adapter_step: int, adapter_dir: Path, comparison: Compari
         train_time_s=round(progress.train_time_s, 3),
         wall_time_s=round(time.monotonic() - started, 3),
         tokens_per_s=round(progress.num_tokens / progress.train_time_s, 1),
-        peak_memory_bytes=peak_memory_bytes(run.accelerator.device),
+        peak_memory_bytes=peak_memory,
         adapter_dir=str(adapter_dir),
         working_dir=str(Path.cwd()),
         command=command_again(sys.argv, run.config),

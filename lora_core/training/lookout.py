@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lora_core.checkpoints.adapter_folder import named_trainable
 from lora_core.config.schema import RunConfig
 from lora_core.evaluation.evaluate import ExampleLosses, compare_with_before
 from lora_core.evaluation.generation import Reply
@@ -53,7 +54,7 @@ class Lookout:
 
     def watch_adapter(self, model: nn.Module) -> None:
         """Remember the adapter as it is: at the start, or where a run was resumed."""
-        self._adapter = [(p, _values(p).clone()) for p in model.parameters() if p.requires_grad]
+        self._adapter = [(parameter, _values(parameter).clone()) for _, parameter in named_trainable(model)]
 
     def before_training(self, progress: Progress, seen: LeakSeen | None) -> None:
         if seen is not None:

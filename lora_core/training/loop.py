@@ -29,6 +29,7 @@ from lora_core.report.words import duration_text
 from lora_core.runtime.console import Kind
 from lora_core.runtime.devices import peak_memory_bytes, random_states, set_random_states
 from lora_core.runtime.faults import StopSignals, free_memory, is_out_of_memory
+from lora_core.runtime.ranks import greatest_of_ranks
 from lora_core.training.lookout import Lookout
 from lora_core.training.step import StepDropped, StepResult, train_step
 from lora_core.untrusted.text import printable
@@ -271,7 +272,7 @@ class Run:
         )
 
     def step_values(self, result: StepResult, tokens_per_s: float, seconds_left: float | None) -> dict[str, Any]:
-        """What a step gave, for metrics.jsonl."""
+        """What a step gave, for metrics.jsonl; call it in every rank."""
         return {
             "step": self.progress.step,
             "epoch": round(self.progress.step / self.facts.plan.optimizer_steps_per_epoch, 4),
@@ -280,11 +281,15 @@ class Run:
             "grad_norm": result.grad_norm,
             "num_supervised_tokens": result.num_supervised_tokens,
             "tokens_per_s": round(tokens_per_s, 1),
-            "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
+            "peak_memory_bytes": self.peak_memory_bytes(),
             "seconds_left": None if seconds_left is None else round(seconds_left, 1),
             **({} if result.learning_rate_b is None else {"learning_rate_b": result.learning_rate_b}),
             **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
         }
+
+    def peak_memory_bytes(self) -> int:
+        """Of the fullest rank; call it in every rank."""
+        return greatest_of_ranks(peak_memory_bytes(self.accelerator.device))
 
     def note_skipped(self, result: StepResult) -> None:
         """Log the rows of the step that was not applied, or that its loss scale was too large."""

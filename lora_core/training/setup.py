@@ -69,6 +69,7 @@ from lora_core.runtime.run_folder import (
 )
 from lora_core.runtime.sharding import check_sharding, check_units
 from lora_core.schedule import SchedulePlan
+from lora_core.training.alike import check_same_base, check_same_rows, check_same_settings
 from lora_core.training.build import build_model, fill, settle_exchange
 from lora_core.training.end import RecordedEnd, recorded_end
 from lora_core.training.finish import finish
@@ -146,6 +147,7 @@ def _set_up(
     """Everything up to the first step, or to the step that a checkpoint was written after."""
     say = console.say
 
+    check_same_settings(config, resume)
     folder = Path(config.output_dir).expanduser()
     checkpoint, asked_config = None, config
     is_auto = resume == "auto"
@@ -180,6 +182,7 @@ def _set_up(
         asked_config = with_overrides(asked_config, [f"train.learning_rate={config.train.learning_rate!r}"])
         say(rate)
     fingerprint = data_hash(train_data, eval_data)
+    check_same_rows(fingerprint, len(train_data.lengths), config.data.train_source)
     if checkpoint is not None:
         for difference in check_same_run(checkpoint, config, fingerprint, accelerator.num_processes):
             say(f"resume: {difference}")
@@ -205,6 +208,8 @@ def _set_up(
     if start is not None and start.is_checkpoint:
         read_checkpoint(start.weights.parent)  # whole, or said so
     adapted, loaded = build_model(config, accelerator, start, say)
+    if not config.lora.changes_base_weights:  # then DDP sends those of rank 0, and FSDP is refused
+        check_same_base(adapted)
     if start is not None:
         say(f"adapter: starts as {start.weights.parent}, trained on {start.base_model}")
     if config.train.torch_compile:

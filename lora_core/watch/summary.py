@@ -90,7 +90,7 @@ class Summary:
     tokens_per_s: float
     """Tokens of the examples trained on, not loss tokens alone, over `train_time_s`; all processes together."""
     peak_memory_bytes: int
-    """Of the main process: what the GPU's allocator gave out, or the resident memory on a CPU."""
+    """Of the fullest process: what the GPU's allocator gave out, or the resident memory on a CPU."""
     adapter_dir: str
     working_dir: str
     """The folder that relative paths in the configuration start from."""

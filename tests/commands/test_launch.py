@@ -16,9 +16,10 @@ import torch
 from lora_core.commands.command_line import heavy_imports, run_command
 from lora_core.commands.main import main
 from lora_core.configuration import load_config
-from lora_core.errors import ConfigError, LoraCoreError, RankFault
+from lora_core.errors import ConfigError, DataError, LoraCoreError, RankFault
 from lora_core.runtime.ranks import leave
 from tests.conftest import ROOT, chat
+from tests.equivalence.forked_ranks import free_port
 from tests.evaluation.test_evaluate import losses_one_by_one
 from tests.forked import on_ranks, python
 from tests.tiny import run_settings
@@ -194,3 +195,30 @@ def test_mistakes_give_a_sentence_and_exit_code_2(arguments: list[str], expected
     assert done.returncode == 2
     assert expected in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_never_come_are_a_sentence(settings: list[str], rank: int) -> None:
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    ranks = {**address, "RANK": str(rank), "LOCAL_RANK": str(rank), "TORCH_CPP_LOG_LEVEL": "FATAL"}
+    done = python("launch/train.py", "--cfg", "demo", *settings, "train.rank_timeout_s=2", environment=ranks)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    here = "1 of 2 ranks were there" if rank == 0 else "rank 0 did not answer"
+    place = f"127.0.0.1:{address['MASTER_PORT']}"
+    assert f"rank {rank} of 2 waited 2 s (train.rank_timeout_s) at {place} for the others, and {here}" in done.stderr
+
+
+def test_a_mistake_of_one_rank_is_said_by_that_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(only_rank: int | None) -> None:
+        error = DataError("no such file; fix: x")
+        error.only_rank = only_rank
+        raise error
+
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert run_command(lambda: fail(None)) == 2
+    assert capsys.readouterr().err == ""  # the first rank of the machine says it
+    assert run_command(lambda: fail(7)) == 2
+    assert capsys.readouterr().err == "\nerror: rank 7: no such file; fix: x\n"

@@ -31,6 +31,10 @@ for _name in ("peft", "lora_core.training.setup", "lora_core.training.finish", "
     importlib.import_module(_name)
 
 
+MEMORY = (3 * 2**30, 7 * 2**30, 5 * 2**30, 2**30)
+"""Bytes that the ranks say they held at most."""
+
+
 class Seen:
     """What one rank of one run takes and sends."""
 
@@ -73,6 +77,7 @@ def take_part(run: dict[str, Any]) -> Seen:
         patch.setattr(Run, "batches", lambda run, step, batching: seen.takes(run, step, batching))
         patch.setattr(DistributedDataParallel, "__init__", lambda model, *a, **s: seen.copies(model, *a, **s))
         patch.setattr(dist, _NAME, seen.shares)
+        patch.setattr("lora_core.training.loop.peak_memory_bytes", lambda device: MEMORY[int(os.environ["RANK"])])
         one_rank.run(run["sharding"], run["settings"], run.get("copy"), run.get("resume"))
     return seen
 

@@ -12,6 +12,7 @@ import pytest
 
 from lora_core.data.packing import Batching, step_rows
 from tests.conftest import chat
+from tests.equivalence.forked_ranks import MEMORY
 from tests.equivalence.test_ranks import assert_same_run, events
 from tests.forked import python
 
@@ -104,6 +105,14 @@ def test_evaluation_is_equal_to_the_token(runs: Path, name: str) -> None:
     assert len(ours) == 2
     for counted in ("num_tokens", "num_conversations", "token_accuracy"):
         assert [event[counted] for event in ours] == [event[counted] for event in theirs]
+
+
+@pytest.mark.parametrize("name", SHARED_OUT)
+def test_memory_is_that_of_the_fullest_rank(runs: Path, name: str) -> None:
+    fullest = max(MEMORY[: int(name[-1])])
+    summary = json.loads((runs / name / "summary.json").read_text(encoding="utf-8"))
+    logged = [event["peak_memory_bytes"] for event in events(runs / name, "train")]
+    assert {summary["peak_memory_bytes"], *logged} == {fullest}
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])

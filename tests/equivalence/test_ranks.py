@@ -150,6 +150,15 @@ def test_weights_that_rank_0_alone_loads_give_the_same_bits(runs: Path, name: st
         assert (by_one / "adapter" / file).read_bytes() == (everywhere / "adapter" / file).read_bytes()
 
 
+@pytest.mark.parametrize("name", ["embedding", "embedding-loaded-by-one"])
+def test_a_checkpoint_after_an_evaluation_holds_the_state_of_a_trained_embedding(runs: Path, name: str) -> None:
+    # Its unit is gathered for the evaluation, in tensors that the optimizer does not know.
+    checkpoint = runs / name / "checkpoints/step-000002"
+    state = {key.rsplit("/", 1)[0] for key in load_file(checkpoint / "optimizer.safetensors")}
+    assert state == load_file(checkpoint / "adapter.safetensors").keys()
+    assert any("embed_tokens" in key for key in state)
+
+
 def test_the_other_rank_holds_no_frozen_weight_before_its_share_comes(runs: Path) -> None:
     held = {
         (name, rank): json.loads((runs / f"{name}-rank-{rank}.json").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from lora_core.errors import ConfigError
 from lora_core.runtime import ranks
-from tests.forked import on_ranks
+from tests.forked import on_ranks, python
 
 RANK = """
 import json, os, sys, time
@@ -126,3 +127,94 @@ def test_a_run_of_one_rank_asks_nobody() -> None:
         ranks.from_first_rank(refuse)
     with ranks.first_on_each_machine():
         ranks.meet()
+
+
+LOST = textwrap.dedent("""
+    import multiprocessing, os, signal, sys, traceback
+    from contextlib import suppress
+    from datetime import timedelta
+    from accelerate.state import PartialState
+    from lora_core.errors import RankFault
+    from lora_core.runtime import faults
+    from lora_core.runtime.faults import naming_lost_ranks
+    from lora_core.runtime.ranks import first_on_each_machine
+    from tests.equivalence.forked_ranks import free_port
+
+    SECONDS, faults._SECONDS_TO_ANSWER = 6, 2.0
+
+    def rank_main(rank, port, doomed, fault, pipe):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        state = PartialState(cpu=True, backend="gloo", timeout=timedelta(seconds=SECONDS))
+        try:
+            with naming_lost_ranks(state, SECONDS), first_on_each_machine():
+                if rank == doomed:
+                    os.kill(os.getpid(), fault)
+        except RankFault as error:
+            pipe.send(str(error))
+
+    forks = multiprocessing.get_context("fork")
+    cases = [(0, signal.SIGSTOP), (0, signal.SIGKILL), (1, signal.SIGSTOP)]
+    waiting = []
+    for doomed, fault in cases:
+        read, written = forks.Pipe(duplex=False)
+        port = free_port()
+        arguments = [(rank, port, doomed, fault, written) for rank in range(2)]
+        ranks = [forks.Process(target=rank_main, args=each, daemon=True) for each in arguments]
+        for rank in ranks:
+            rank.start()
+        waiting.append((read, ranks[1 - doomed], ranks[doomed]))
+    for read, left, lost in waiting:
+        print(read.recv() if read.poll(60) else "waits for ever", flush=True)
+        left.join(20)
+        print("ended" if left.exitcode == 0 else f"did not end: {left.exitcode}", flush=True)
+        for rank in (left, lost):
+            rank.kill()
+""")
+
+
+def test_a_rank_that_is_lost_while_the_others_wait_for_its_turn_is_named() -> None:
+    """Killed or stopped, rank 0 too, with which the store ends or hangs that they ask."""
+    done = python("-c", LOST)
+    lines = done.stdout.splitlines()
+    assert lines[1::2] == ["ended"] * 3, done.stdout + done.stderr
+    for lost, line in zip((0, 0, 1), lines[::2], strict=True):
+        assert line.startswith(f"rank {lost} of 2 died or did not answer within 6 s (train.rank_timeout_s), so rank")
+        assert line.endswith("; fix: read the lost rank's output above, then --resume")
+
+
+ALONE = textwrap.dedent("""
+    import json, multiprocessing, os, sys
+    import torch.distributed as dist
+    from lora_core.runtime import ranks
+    from tests.equivalence.forked_ranks import free_port
+
+    ranks._SECONDS_TO_SPEAK = 2.0
+
+    def rank_main(rank, port, pipe):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "3", "OMP_NUM_THREADS": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        dist.init_process_group("gloo")
+        before = rank == 2 and ranks.is_alone_with("only here")  # rank 0 has found nothing yet
+        ranks.meet()
+        same = ranks.is_alone_with("the same")
+        ranks.meet()
+        pipe.send((rank, before, same, rank == 1 and ranks.is_alone_with("another one")))
+        ranks.meet()
+
+    forks = multiprocessing.get_context("fork")
+    read, written = forks.Pipe(duplex=False)
+    port = free_port()
+    processes = [forks.Process(target=rank_main, args=(rank, port, written), daemon=True) for rank in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    print(json.dumps(sorted(read.recv() for _ in range(3) if read.poll(5))))
+""")
+
+
+def test_a_mistake_that_the_first_rank_does_not_find_is_known_to_be_of_one_rank() -> None:
+    done = python("-c", ALONE)
+    seen = [[0, False, False, False], [1, False, False, True], [2, True, False, False]]
+    assert json.loads(done.stdout) == seen, done.stderr
