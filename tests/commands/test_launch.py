@@ -133,8 +133,8 @@ def test_a_mistake_is_said_once_a_machine_and_a_fault_where_it_is(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    for name, value in {"WORLD_SIZE": "16", "RANK": rank, "LOCAL_RANK": local_rank}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which the command sets
 
     def fail() -> None:
@@ -217,6 +217,7 @@ def test_a_mistake_of_one_rank_is_said_by_that_rank(
         error.only_rank = only_rank
         raise error
 
+    monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert run_command(lambda: fail(None)) == 2
     assert capsys.readouterr().err == ""  # the first rank of the machine says it
