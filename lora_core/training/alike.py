@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,22 @@ _OF_A_MACHINE = frozenset(
 )
 # Of each frozen tensor, so many values are looked at.
 _VALUES = 64
+
+
+def check_order_of_ranks() -> None:
+    """Call it in every rank first: the ranks of a machine wait for its first one, which they find by counting back.
+
+    Raises:
+        ConfigError: in every rank: those of a machine do not follow one another, as with `srun --distribution=cyclic`.
+    """
+    local_ranks = gather_from_ranks(int(os.environ.get("LOCAL_RANK", "0")))
+    for rank, local_rank in enumerate(local_ranks):
+        if local_rank > 0 and (rank == 0 or local_ranks[rank - 1] != local_rank - 1):
+            raise ConfigError(
+                f"RANK={rank} has LOCAL_RANK={local_rank}, and the rank before it is not the one before it on its "
+                "machine; fix: number the ranks machine by machine, as torchrun and srun --distribution=block do",
+                "ranks_differ",
+            )
 
 
 def check_same_settings(config: RunConfig, resume: str | Path | None) -> None:

@@ -69,7 +69,7 @@ from lora_core.runtime.run_folder import (
 )
 from lora_core.runtime.sharding import check_sharding, check_units
 from lora_core.schedule import SchedulePlan
-from lora_core.training.alike import check_same_base, check_same_rows, check_same_settings
+from lora_core.training.alike import check_order_of_ranks, check_same_base, check_same_rows, check_same_settings
 from lora_core.training.build import build_model, fill, settle_exchange
 from lora_core.training.end import RecordedEnd, recorded_end
 from lora_core.training.finish import finish
@@ -147,6 +147,7 @@ def _set_up(
     """Everything up to the first step, or to the step that a checkpoint was written after."""
     say = console.say
 
+    check_order_of_ranks()
     check_same_settings(config, resume)
     folder = Path(config.output_dir).expanduser()
     checkpoint, asked_config = None, config

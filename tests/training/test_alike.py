@@ -16,7 +16,12 @@ RANKS = textwrap.dedent("""
     import torch.distributed as dist
     from lora_core.configuration import load_config
     from lora_core.errors import LoraCoreError
-    from lora_core.training.alike import check_same_base, check_same_rows, check_same_settings
+    from lora_core.training.alike import (
+        check_order_of_ranks,
+        check_same_base,
+        check_same_rows,
+        check_same_settings,
+    )
     from tests.equivalence.forked_ranks import free_port
     from tests.tiny import make_model
 
@@ -35,7 +40,11 @@ RANKS = textwrap.dedent("""
         elsewhere = load_config("demo", [*own, f"data.cache_dir=cache-{rank}", f"data.num_proc={rank + 1}"])
         other = load_config("demo", ["train.learning_rate=5e-3", "lora.rank=4"]) if rank else config
         frozen = [make_model(100, seed=seed).requires_grad_(False) for seed in (0, rank)]
+        in_order = told(check_order_of_ranks)
+        os.environ["LOCAL_RANK"] = str(2 * rank)
         pipe.send((rank, {
+            "in order": in_order,
+            "order": told(check_order_of_ranks),
             "elsewhere": told(check_same_settings, elsewhere, "run/checkpoints/step-000001" if rank else "newest"),
             "settings": told(check_same_settings, other, None),
             "resume": told(check_same_settings, config, "newest" if rank else None),
@@ -64,6 +73,11 @@ def told() -> dict[str, Any]:
     assert first == second
     told: dict[str, Any] = first
     return told
+
+
+def test_ranks_are_numbered_machine_by_machine(told: dict[str, Any]) -> None:
+    assert told["in order"] is None
+    assert "RANK=1 has LOCAL_RANK=2, and the rank before it is not the one before it on its machine" in told["order"]
 
 
 def test_what_is_only_elsewhere_on_another_machine_is_taken(told: dict[str, Any]) -> None:
