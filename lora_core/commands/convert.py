@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
-from functools import partial
 from typing import Any
 
 from lora_core.commands.command_line import Command, add_config_arguments, load_config_of, new_file
@@ -31,11 +30,18 @@ def _run(arguments: Namespace) -> None:
     kind, reply_of = arguments.kind, arguments.reply_of
     if (kind == "chat-log") != (reply_of is not None):
         raise ConfigError("--kind chat-log and --reply-of NAME go together; fix: give both, or neither")
-    reshape = None if kind is None else partial(reshaped, name=kind, reply_of=reply_of or "")
+    num_not_written = 0
+
+    def reshape(row: Any) -> list[Any]:
+        nonlocal num_not_written
+        made = reshaped(row, kind, reply_of or "")
+        num_not_written += made.count(None)
+        return [each for each in made if each is not None]
+
     places = as_jsonl(data.train_file, data.cache_dir, key="FILE", streaming=data.streaming)
     rows, problems = [], []
     left_out: dict[str, int] = {}
-    for line, parsed in parse_file(places.path, shape_of(data), reshape):
+    for line, parsed in parse_file(places.path, shape_of(data), None if kind is None else reshape):
         if isinstance(parsed, RowError):
             problems.append(f"{places.place(line)}: {parsed}")
             continue
@@ -48,6 +54,8 @@ def _run(arguments: Namespace) -> None:
     with output.open("x", encoding="utf-8") as file:
         file.writelines(f"{row}\n" for row in rows)
     print(showable(f"wrote {output}: {counted(len(rows), 'row')}, {len(problems):,} left out as unreadable"))
+    if num_not_written:
+        print(f"not written: {num_not_written:,}, for --kind {kind} writes {KINDS[kind].effect}")
     if left_out:
         listed = ", ".join(f"{key} ({counted(number, 'row')})" for key, number in sorted(left_out.items()))
         print(showable(f"left out: {listed}"))

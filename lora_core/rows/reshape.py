@@ -14,6 +14,8 @@ from lora_core.errors import RowError
 from lora_core.rows.json_values import is_empty
 
 Row = dict[str, Any]
+Rows = list[Row | None]
+"""None for each example that is left out, to be counted."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,8 @@ class Kind:
     what: str
     effect: str
     """What `rows` gives."""
-    rows: Callable[[Row, str], list[Row]]
-    """A row, and the name of `--reply-of` -> the rows that are read."""
+    rows: Callable[[Row, str], Rows]
+    """A row, and the name of `--reply-of` -> the rows that are read, with what is beside them in the row."""
 
 
 def fix(name: str) -> str:
@@ -52,8 +54,8 @@ def refuse_several_examples(columns: Mapping[str, Any]) -> None:
         raise RowError(f"is {KINDS['chat-log'].what}; fix: {fix('chat-log')}")
 
 
-def reshaped(row: Any, name: str, reply_of: str) -> list[Row]:
-    """The rows that a row of this kind stands for.
+def reshaped(row: Any, name: str, reply_of: str) -> Rows:
+    """The rows that a row of this kind stands for; None for each example in it that is left out.
 
     Raises:
         RowError: it is not of this kind.
@@ -66,66 +68,94 @@ def reshaped(row: Any, name: str, reply_of: str) -> list[Row]:
         raise RowError(f"is not {KINDS[name].what}: {error or type(error).__name__}") from error
 
 
-def _winner(row: Row, _: str) -> list[Row]:
+def _rest(row: Mapping[str, Any], *used: str) -> Row:
+    """What is beside it in the row, for the reader to read, count or refuse."""
+    return {key: item for key, item in row.items() if key not in used}
+
+
+def _below(name: str, rest: Row) -> Row:
+    """The same of a part of the row: it is counted by a name of its own."""
+    return {f"{name}.{key}": item for key, item in rest.items()}
+
+
+def _winner(row: Row, _: str) -> Rows:
     names = {"model_a": "conversation_a", "model_b": "conversation_b"}
-    return [{"messages": row[names[row["winner"]]]}] if row["winner"] in names else []  # a tie
+    if row["winner"] not in names:  # a tie
+        return [None]
+    return [{**_rest(row, *names.values(), "winner"), "messages": row[names[row["winner"]]]}]
 
 
-def _better(row: Row, _: str) -> list[Row]:
-    return [{"prompt": row["prompt"], "completion": row[f"response_{int(row['better_response_id'])}"]}]
+def _better(row: Row, _: str) -> Rows:
+    rest = _rest(row, "response_0", "response_1", "better_response_id")
+    return [{**rest, "completion": row[f"response_{int(row['better_response_id'])}"]}]
 
 
-def _highest_score(row: Row, _: str) -> list[Row]:
+def _highest_score(row: Row, _: str) -> Rows:
     best = max(row["completions"], key=lambda each: float(each["overall_score"]))
-    return [{"prompt": row["instruction"], "completion": best["response"]}]
+    beside = _below("completions", _rest(best, "response", "overall_score"))
+    return [{**_rest(row, "completions"), **beside, "output": best["response"]}]
 
 
-def _instances(row: Row, _: str) -> list[Row]:
-    return [{"instruction": row["instruction"], **each} for each in row["instances"]]
+def _instances(row: Row, _: str) -> Rows:
+    return [{**_rest(row, "instances"), **each} for each in row["instances"]]
 
 
-def _squad(row: Row, _: str) -> list[Row]:
+def _squad(row: Row, _: str) -> Rows:
     return [
-        {"question": asked["question"], "context": part["context"], "answer": asked["answers"][0]["text"]}
+        {
+            **_rest(row, "paragraphs"),
+            **_below("paragraphs", _rest(part, "context", "qas")),
+            **_below("qas", _rest(asked, "question", "answers")),
+            **{"question": asked["question"], "context": part["context"], "answer": asked["answers"][0]["text"]},
+        }
+        if asked["answers"]
+        else None
         for part in row["paragraphs"]
         for asked in part["qas"]
-        if asked["answers"]
     ]
 
 
-def _first_answer(row: Row, _: str) -> list[Row]:
+def _first_answer(row: Row, _: str) -> Rows:
     answers = row["answers"]
     first, *_ = answers["text"] if isinstance(answers, Mapping) else answers
-    rest = {key: item for key, item in row.items() if key != "answers"}
-    return [{**rest, "answer": first if isinstance(first, str) else first["text"]}]
+    return [{**_rest(row, "answers"), "answer": first if isinstance(first, str) else first["text"]}]
 
 
-def _label_studio(row: Row, _: str) -> list[Row]:
-    asked = next(text for text in row["data"].values() if isinstance(text, str))
+def _label_studio(row: Row, _: str) -> Rows:
+    asked = next(key for key, text in row["data"].items() if isinstance(text, str))
+    rest = {**_rest(row, "data", "annotations"), **_below("data", _rest(row["data"], asked))}
     results = [result for each in row["annotations"] if not each.get("was_cancelled") for result in each["result"]]
     written = [result["value"]["text"] for result in results if result["type"] == "textarea"]
-    return [{"prompt": asked, "completion": text if isinstance(text, str) else "\n".join(text)} for text in written]
+    texts = [text if isinstance(text, str) else "\n".join(text) for text in written]
+    return [{**rest, "prompt": row["data"][asked], "completion": text} for text in texts] or [None]
 
 
-def _first_replies(row: Row, _: str) -> list[Row]:
+def _first_replies(row: Row, _: str) -> Rows:
     message, turns = row["prompt"], []
     while message is not None:
         turns.append({"role": message["role"], "content": message["text"]})
         message = next(iter(message.get("replies") or []), None)
-    return [{"messages": turns}]
+    return [{**_rest(row, "prompt"), "messages": turns}]
 
 
-def _choices(row: Row, _: str) -> list[Row]:
+def _choices(row: Row, _: str) -> Rows:
     """`A. text` in a line for each choice after the question, and the right one of these lines as the reply."""
     asked = row["question"]
     question = asked["stem"] if isinstance(asked, Mapping) else asked
     options = _labelled(row)
-    right = next(row[key] for key in ("answerKey", "answer", "answer_idx", "label") if not is_empty(row.get(key)))
+    answers = ("answerKey", "answer", "answer_idx", "label")
+    right = next(row[key] for key in answers if not is_empty(row.get(key)))
+    rest = _rest(row, "question", "choices", "options", *filter(_is_choice, row), *answers)
     for number, (label, text) in enumerate(options):
         if right in (label, text) or (type(right) is int and right == number):
             lines = [f"{name}. {said}" for name, said in options]
-            return [{"prompt": "\n".join([question, *lines]), "completion": f"{label}. {text}"}]
+            return [{**rest, "prompt": "\n".join([question, *lines]), "completion": f"{label}. {text}"}]
     raise ValueError(f"none of the choices is its answer {right!r}")
+
+
+def _is_choice(key: str) -> bool:
+    """Of a row with a column for each."""
+    return key in [*"ABCDEFGH"] or key.startswith("option_")
 
 
 def _has_choices(columns: Mapping[str, Any]) -> bool:
@@ -139,7 +169,7 @@ def _labelled(row: Row) -> list[tuple[str, str]]:
     if given is None and isinstance(asked, Mapping):
         given = asked["choices"]
     if given is None:  # a column for each
-        given = {key[-1].upper(): text for key, text in row.items() if key in "ABCDEFGH" or key.startswith("option_")}
+        given = {key[-1].upper(): text for key, text in row.items() if _is_choice(key)}
     if isinstance(given, Mapping):
         return [*zip(given["label"], given["text"], strict=True)] if "label" in given else [*given.items()]
     if isinstance(given[0], Mapping):
@@ -147,12 +177,15 @@ def _labelled(row: Row) -> list[tuple[str, str]]:
     return [*zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", given, strict=False)]
 
 
-def _replies_of(row: Row, name: str) -> list[Row]:
+def _replies_of(row: Row, name: str) -> Rows:
     """Each row is all that others said since `name` last spoke, and what `name` then said."""
     said = [(_who(message), _what(message)) for message in sorted(row["messages"], key=_when)]
-    grouped = itertools.groupby((each for each in said if each[0] and each[1]), key=lambda each: each[0] == name)
+    spoken = [each for each in said if each[0] and each[1]]  # and not a picture, or that somebody joined
+    grouped = itertools.groupby(spoken, key=lambda each: each[0] == name)
     texts = [(is_reply, "\n".join(text for _, text in group)) for is_reply, group in grouped]
-    return [{"prompt": before[1], "completion": after[1]} for before, after in itertools.pairwise(texts) if after[0]]
+    pairs = [(before, after) for (_, before), (is_reply, after) in itertools.pairwise(texts) if is_reply]
+    rows = [{**_rest(row, "messages"), "prompt": before, "completion": after} for before, after in pairs]
+    return [*rows, *[None] * (len(said) - len(spoken))]
 
 
 def _who(message: Mapping[str, Any]) -> Any:
@@ -230,7 +263,7 @@ KINDS: dict[str, Kind] = {
     "chat-log": Kind(
         frozenset(),
         "the log of a chat between people, all of it in one row",
-        "each message of NAME as the reply to what was said before it",
+        "each message of NAME as the reply to what was said before it, if it has a text",
         _replies_of,
     ),
 }

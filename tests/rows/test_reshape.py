@@ -117,6 +117,57 @@ def test_the_command_of_a_refusal_writes_rows(
     assert written == chats * 2
 
 
+@pytest.mark.parametrize(
+    ("kind", "row", "said"),
+    [
+        ("winner", {"conversation_a": CHAT, "conversation_b": OTHER, "winner": "tie", "id": 1}, "not written: 2"),
+        ("winner", {"conversation_a": CHAT, "conversation_b": OTHER, "winner": "model_a", "judge": "x"}, "judge"),
+        (
+            "squad",
+            {"title": "t", "paragraphs": [{"context": "c", "qas": [{"question": "q", "answers": []}]}]},
+            "not written: 2, for --kind squad writes a row for each question that has an answer",
+        ),
+        (
+            "highest-score",
+            {"instruction": "q", "completions": [{"response": "a", "overall_score": 7, "custom_system_prompt": "s"}]},
+            "left out: completions.custom_system_prompt (2 rows)",
+        ),
+        (
+            "label-studio",
+            {"data": {"ask": "q", "hint": "h"}, "annotations": [{"result": [], "was_cancelled": True}]},
+            "not written: 2",
+        ),
+    ],
+)
+def test_what_is_beside_the_examples_or_not_written_is_counted(
+    kind: str, row: Row, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("FILE").write_text(f"{json.dumps(row)}\n" * 2, encoding="utf-8")
+    assert main(["convert", "FILE", "--output", "NEW.jsonl", "--kind", kind]) == 0
+    assert said in capsys.readouterr().out
+
+
+def test_a_passage_beside_a_question_with_choices_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    row = {"article": "Tom ran.", "question": "Who ran?", "options": ["Tom", "Ann"], "answer": "A", "example_id": "7"}
+    Path("FILE").write_text(json.dumps(row), encoding="utf-8")
+    command = ["convert", "FILE", "--output", "NEW.jsonl", "--kind", "choices"]
+    assert main(command) == 2
+    told = capsys.readouterr().err
+    assert "has article beside its prompt, and the model would not see it" in told
+    fix = re.search(r'fix: "(data\.columns=\{.*?\})" to show it', told)
+    assert fix is not None
+    assert main([*command, fix[1]]) == 0
+    assert "left out: example_id (1 row)" in capsys.readouterr().out
+    (line,) = Path("NEW.jsonl").read_text("utf-8").splitlines()
+    asked, replied = parse_row(json.loads(line)).messages
+    assert asked["content"] == "Who ran?\nA. Tom\nB. Ann\n\nTom ran."
+    assert replied["content"] == "A. Tom"
+
+
 def test_what_is_not_of_the_kind_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
