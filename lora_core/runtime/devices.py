@@ -65,7 +65,6 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     if not dist.is_initialized():  # by a program of its own, which needs no variables
         check_launch()
     config, _ = with_precision(config)
-    refuse_settings_of_the_shell()
     if config.train.bf16 is True and _bf16() == "none":
         raise ConfigError(
             f"train.bf16=true: {torch.cuda.get_device_name()} has no bfloat16; fix: train.bf16=false",
@@ -78,6 +77,8 @@ def build_accelerator(config: RunConfig) -> Accelerator:
             f"{counted(torch.cuda.device_count(), 'GPU')}: each needs one of its own; fix: accelerate launch "
             f"--num_processes {torch.cuda.device_count()} (times the number of machines)"
         )
+    kind, _ = _accelerator()
+    refuse_settings_of_the_shell("cpu" if kind is None else f"{kind}:{os.environ.get('LOCAL_RANK', '0')}")
     if ranks.on_cpu():
         use_all_cores()
         bound_shape_caches()

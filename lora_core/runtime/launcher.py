@@ -156,25 +156,35 @@ _SETTINGS_REFUSED = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "ranks that share an example would be counted as ranks with their own",
     "ACCELERATE_USE_SAGEMAKER": "its own library would exchange gradients",
     "ACCELERATE_FP8_BACKEND": "it puts layers of 8 bits in place of the model's",
-    "ACCELERATE_TORCH_DEVICE": "all ranks would compute on one device, and random states be those of another",
 }
 
 
-def refuse_settings_of_the_shell() -> None:
+def refuse_settings_of_the_shell(own_device: str) -> None:
     """Refuse what the environment may tell Accelerate of how to train, where it does not go by our settings.
 
     ACCELERATE_MIXED_PRECISION, ACCELERATE_GRADIENT_ACCUMULATION_STEPS and ACCELERATE_DYNAMO_* it does not read, as it
     is told these; FSDP's are looked at where FSDP is set up. The others that it has (Accelerate 1.15) change no number.
 
+    Args:
+        own_device: of this rank, such as `cuda:1`. Ray Train says so in ACCELERATE_TORCH_DEVICE too, which is taken out
+            of the environment: Accelerate would not make it the current device, which random states are read of.
+
     Raises:
         ConfigError: one is set.
     """
+    device = os.environ.get("ACCELERATE_TORCH_DEVICE", own_device)
+    if device != own_device:
+        raise ConfigError(
+            f"ACCELERATE_TORCH_DEVICE={device}: not supported, this rank's device is {own_device}, and random states "
+            "would be those of another; fix: unset ACCELERATE_TORCH_DEVICE, and export CUDA_VISIBLE_DEVICES=1, or "
+            "another number"
+        )
+    os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
     for name, reason in _SETTINGS_REFUSED.items():
         value = os.environ.get(name, "")
         if value.lower() not in ("", "0", "false", "no"):
-            fix = "export CUDA_VISIBLE_DEVICES=1, or another number" if name == "ACCELERATE_TORCH_DEVICE" else ""
-            fix = fix or "distributed_type: MULTI_GPU (DDP) or FSDP in the accelerate config"
-            raise ConfigError(f"{name}={value}: not supported, {reason}; fix: unset {name}, and {fix}")
+            fix = f"unset {name}, and distributed_type: MULTI_GPU (DDP) or FSDP in the accelerate config"
+            raise ConfigError(f"{name}={value}: not supported, {reason}; fix: {fix}")
 
 
 def omp_num_threads() -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from lora_core.runtime.devices import (
     random_states,
     set_random_states,
 )
+from lora_core.runtime.launcher import refuse_settings_of_the_shell
 from tests.conftest import ROOT
 
 
@@ -80,6 +82,15 @@ def test_what_would_train_otherwise_is_refused(name: str, monkeypatch: pytest.Mo
     monkeypatch.setenv(name, REFUSED[name])
     with pytest.raises(ConfigError, match=f"{name}={REFUSED[name]}: not supported, .*; fix: unset {name}, and "):
         build_accelerator(RunConfig(train=TrainConfig(bf16=False)))
+
+
+def test_the_ranks_own_device_may_be_said_as_ray_train_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cuda:3")
+    refuse_settings_of_the_shell("cuda:3")
+    # Accelerate makes the device that it finds by itself the current one; what it is told it does not.
+    assert "ACCELERATE_TORCH_DEVICE" not in os.environ
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
+    assert build_accelerator(RunConfig(train=TrainConfig(bf16=False))).device.type == "cpu"
 
 
 def test_accelerates_precision_is_that_of_the_run_whatever_the_shell_says(monkeypatch: pytest.MonkeyPatch) -> None:
