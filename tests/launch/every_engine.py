@@ -1,7 +1,8 @@
 """The job files under the engines themselves, which are too large for every test run: `make clusters`.
 
-SLURM (Debian's `slurm-wlm`) has two nodes on this machine, Ray two workers; SkyPilot and dstack have their parsers.
-Each run is interrupted, starts again by itself, and ends with the same bits as one that nothing interrupted.
+SLURM (Debian's `slurm-wlm`) has two nodes on this machine, Ray two workers, and dstack its parser; SkyPilot's is in
+`skypilot_job.py`. Each run is interrupted, starts again by itself, and ends with the same bits as one that nothing
+interrupted.
 """
 
 from __future__ import annotations
@@ -19,13 +20,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import psutil
 import pytest
-import sky
 import yaml
 from dstack._internal.core.models.configurations import TaskConfiguration, parse_apply_configuration
-from sky.utils import schemas
 
 from tests.tiny import ROOT, chat, make_tokenizer, save_tiny_model, write_jsonl
 
@@ -108,21 +106,6 @@ def wait_until(what: str, is_so: Callable[[], bool], seconds: float = 400) -> No
     while not is_so():
         assert time.monotonic() < until, f"not within {seconds:g} s: {what}"
         time.sleep(0.2)
-
-
-def test_skypilot_takes_the_job() -> None:
-    job = yaml.safe_load((JOBS / "skypilot.yaml").read_text(encoding="utf-8"))
-    jsonschema.validate(job, schemas.get_task_schema())
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({**job, "nmu_nodes": 2}, schemas.get_task_schema())
-    # Names of GPUs and the bucket are asked of a catalogue and of a cloud, on the network.
-    named = {"resources": {"use_spot": job["resources"]["use_spot"]}, "file_mounts": None}
-    task = sky.Task.from_yaml_config({**job, **named})
-    assert task.num_nodes == 2
-    assert task.envs == job["envs"]
-    assert [resources.use_spot for resources in task.resources] == [True]
-    jsonschema.validate(job["resources"], schemas.get_resources_schema())
-    jsonschema.validate(job["file_mounts"]["/runs"], schemas.get_storage_schema())
 
 
 def test_dstack_takes_the_job() -> None:
