@@ -41,7 +41,8 @@ def _remedy(facts: Facts) -> _Remedy:
     fewest_epochs = _MOST_EPOCHS if train.max_steps else train.num_train_epochs
     if _is_single_pass(facts):
         fewest_epochs = max(fewest_epochs, _FEWEST_EPOCHS)
-    lengths = ((epochs, pair) for epochs in range(fewest_epochs, _MOST_EPOCHS + 1) for pair in step_sizes)
+    epochs_tried = range(fewest_epochs, max(fewest_epochs, _MOST_EPOCHS) + 1)
+    lengths = ((epochs, pair) for epochs in epochs_tried for pair in step_sizes)
     enough = next((each for each in lengths if each[0] * steps_an_epoch(*each[1]) >= ENOUGH_STEPS), None)
     epochs, (size, micro_batches) = enough or (fewest_epochs, step_sizes[0])
     changed = {

@@ -585,6 +585,11 @@ def test_the_fixes_of_one_plan_agree_and_pasted_together_leave_nothing_to_fix(
     assert all("needs more rows" in finding.message for finding in left if finding.id == "few_steps")
 
 
+def test_more_epochs_than_usual_are_kept_where_smaller_steps_are_enough(find: Any, write_rows: Any) -> None:
+    eight = [f"data.train_file={write_rows(TRAIN[:8], 'eight.jsonl')}", "train.num_train_epochs=8"]
+    assert find(*eight)["few_steps"].fix == "train.gradient_accumulation_steps=1"
+
+
 @pytest.mark.parametrize("length", ["train.num_train_epochs=1", "train.max_steps=3"])
 def test_too_few_rows_for_enough_steps_are_said_to_be_too_few(find: Any, write_rows: Any, length: str) -> None:
     found = find(f"data.train_file={write_rows(TRAIN[:5], 'five.jsonl')}", length)["few_steps"]
