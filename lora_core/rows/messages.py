@@ -317,7 +317,8 @@ def _as_turns(role: str, said: Any, column: str) -> Sequence[Any]:
     """A text as one turn; a list of messages, or one message, as it is."""
     if isinstance(said, str) and LIST_OF_MESSAGES.match(said):  # in a cell of a CSV file
         listed = from_json(said, column)
-        is_one = role == "user" or all(ROLES.get(str(turn.get("role"))) != "user" for turn in listed)
+        asks = any(isinstance(turn, Mapping) and ROLES.get(str(turn.get("role"))) == "user" for turn in listed)
+        is_one = role == "user" or not asks
         said = listed if is_one else said
     if role == "user" and isinstance(said, str) and said.endswith(("Assistant:", "Assistant: ")):
         said = turns_of_transcript(said) or said

@@ -111,21 +111,25 @@ def _chatgpt(columns: dict[str, Any]) -> dict[str, Any]:
     mapping, node = columns["mapping"], columns["current_node"]
     path: list[Any] = []
     while node is not None:
-        if node not in mapping or len(path) > len(mapping):
+        step = mapping.get(node) if isinstance(node, str) else None
+        if not isinstance(step, Mapping) or len(path) > len(mapping):
             raise RowError("is a chat of ChatGPT whose current_node leads to no beginning; fix: leave such rows out")
-        path.append(mapping[node].get("message"))
-        node = mapping[node].get("parent")
+        path.append(step.get("message"))
+        node = step.get("parent")
     turns = []
     for message in reversed(path):
         content = message.get("content") if isinstance(message, Mapping) else None
-        if not isinstance(content, Mapping) or not any(content.get("parts", ["?"])):
+        parts = content.get("parts") if isinstance(content, Mapping) else None
+        if not isinstance(content, Mapping) or (isinstance(parts, list) and not any(parts)):
             continue  # the root, and system turns without a text
-        if content.get("content_type") != "text" or message.get("recipient", "all") != "all":
+        is_text = content.get("content_type") == "text" and isinstance(parts, list)
+        author = message.get("author")
+        if not is_text or not isinstance(author, Mapping) or message.get("recipient", "all") != "all":
             raise RowError(
                 f"is a chat of ChatGPT with a message of the type {quoted(content.get('content_type'))} for "
                 f"{quoted(message.get('recipient', 'all'))}; plain text is read; fix: leave such rows out"
             )
-        turns.append({"role": message["author"]["role"], "content": content["parts"]})
+        turns.append({"role": author.get("role"), "content": parts})
     rest = {key: item for key, item in columns.items() if key not in ("mapping", "current_node")}
     return {**rest, "messages": turns}
 

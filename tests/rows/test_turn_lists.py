@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lora_core.errors import RowError
@@ -317,3 +318,50 @@ def test_a_row_that_was_written_as_json_twice() -> None:
     assert parse_json_row(json.dumps(json.dumps({"messages": CHAT}))).messages == CHAT
     with pytest.raises(RowError, match="a number of thousands of digits; fix: put it in quotes"):
         parse_json_row('{"n": ' + "9" * 5000 + "}")
+
+
+def said_by(role: str, text: str, parent: str | None) -> Row:
+    return {
+        "message": {"author": {"role": role}, "content": {"content_type": "text", "parts": [text]}},
+        "parent": parent,
+    }
+
+
+WHOLE: list[Row] = [
+    {"mapping": {"q": said_by("user", "q", None), "a": said_by("assistant", "a", "q")}, "current_node": "a"},
+    {"request": {"messages": [USER]}, "response": {"choices": [REPLY]}},
+    {"instructions": "s", "input": ITEMS[:5], "output": ITEMS[5:]},
+    {"messages": [LANGCHAIN], "tools": [SCHEMA]},
+    {"history": [["q", "a"]], "prompt": "q", "completion": [ASSISTANT]},
+    {"turn_1": {"user": "q", "assistant": "a"}},
+    *({"messages": turns} for turns in LISTS),
+]
+ODD = (None, 3, True, "", "x", "[", [], {}, [3], [None], [[]], {"a": 1}, "[{'role': 'user', 'content': 'q'}, 2]")
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> Row:
+    """A row that is read, with another value in one place."""
+
+    def replaced(value: Any) -> Any:
+        keys = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
+        if not keys or draw(st.integers(0, 3)) == 0:
+            return draw(st.sampled_from(ODD))
+        key = draw(st.sampled_from(keys))
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        changed = {at: replaced(item) if at == key else item for at, item in items}
+        return changed if isinstance(value, dict) else [*changed.values()]
+
+    row = draw(st.sampled_from(WHOLE))
+    key = draw(st.sampled_from(list(row)))
+    return {**row, key: replaced(row[key])}
+
+
+@settings(deadline=None, max_examples=400)
+@example({"prompt": "q", "completion": '[{"role": "assistant", "content": "x"}, "y"]'})
+@example({"mapping": {"a": 3}, "current_node": "a"})
+@example({"mapping": {"a": {"message": {"content": {"parts": 3}}}}, "current_node": "a"})
+@given(damaged())
+def test_a_damaged_row_is_read_or_refused_and_never_a_traceback(row: Row) -> None:
+    with suppress(RowError):
+        parse_row(row)
