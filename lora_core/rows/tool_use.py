@@ -49,7 +49,8 @@ def parse_call(value: Any, where: str, unused: set[str]) -> dict[str, Any]:
     if ids:
         call["id"] = checked_text(ids[0], f"{where}: tool call id")
         _note_other(inner, "id", ids[0], unused)
-    outside = {"id", "type", "function"} | ({"index"} if isinstance(value.get("index"), int) else set())
+    outside = {"id", "type"} | ({"function"} if isinstance(function, (str, Mapping)) else set())
+    outside |= {"index"} if isinstance(value.get("index"), int) else set()
     outside |= {"name", *_ARGUMENTS} if inner is not function else set()
     _note_unused(value, outside, unused)
     if inner is function:

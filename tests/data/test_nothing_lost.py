@@ -132,6 +132,7 @@ TWO_CALLS = {"type": "tool_call", "tool_call": {"name": "~0~", "arguments": {}},
 
 @of_rows
 @example({"messages": [{"role": "assistant", "content": [TWO_CALLS]}]})
+@example({"messages": [{"role": "assistant", "content": [{"toolUse": {"name": "~0~"}, "function": ["~1~"]}]}]})
 @given(marked())
 def test_every_text_of_a_row_is_read_or_counted_or_the_row_is_refused(row: dict[str, Any]) -> None:
     try:
