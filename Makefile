@@ -1,6 +1,7 @@
 # make demo   train a real 135M chat model on the example rows, on any machine
 # make test   the whole test suite
 # make check  format, lint, types, tests: what a change must pass
+# make properties   the property tests with other examples, drawn anew each time; the suite draws the same ones
 # make families   hold every causal language model of transformers against plain PEFT, into docs/families.md
 # make trackers   the trackers whose packages are large, each with its package
 # make clusters   the job files under SLURM, Ray, SkyPilot and dstack; needs Debian's slurm-wlm
@@ -23,7 +24,7 @@ JOBS ?= 2
 TESTS := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
 
-.PHONY: demo test check families trackers clusters seven-billion docs
+.PHONY: demo test check properties families trackers clusters seven-billion docs
 
 demo: $(VENV)/.demo
 	$(BIN)/lora-core demo
@@ -39,6 +40,9 @@ check: $(VENV)/.dev
 	$(BIN)/pyright tests/typing
 	@$(BIN)/python examples/fetch_demo_model.py
 	$(TESTS)
+
+properties: $(VENV)/.test
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m hypothesis --hypothesis-profile search
 
 families: $(VENV)/.test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.families.table

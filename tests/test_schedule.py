@@ -86,7 +86,7 @@ def test_equals_a_brute_force_loop(rows: int, batch: int, accumulation: int, pro
     assert (plan.optimizer_steps_per_epoch - 1) * plan.rows_per_optimizer_step + plan.last_step_rows == rows
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     total=st.integers(1, 60),
     warmup=st.one_of(st.integers(0, 120), st.floats(0, 0.99)),
@@ -137,7 +137,7 @@ SCHEDULES = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(total=st.integers(1, 60), warmup=st.integers(0, 80), schedule_of=SCHEDULES, ratio=st.sampled_from([1.0, 16.0]))
 def test_every_schedule_is_the_one_that_transformers_runs(
     total: int, warmup: int, schedule_of: tuple[str, dict[str, Any]], ratio: float

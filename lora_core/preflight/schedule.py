@@ -22,6 +22,8 @@ class _Remedy:
     length: str
     is_enough: bool
     """Whether the run then has enough steps; otherwise it needs more rows."""
+    smaller_steps: str
+    """`step`, with `length` where `max_steps` of smaller steps would see the rows once at most."""
 
 
 def _remedy(facts: Facts) -> _Remedy:
@@ -49,12 +51,17 @@ def _remedy(facts: Facts) -> _Remedy:
         "train.per_device_train_batch_size": (batch_size, size),
         "train.gradient_accumulation_steps": (accumulation, micro_batches),
     }
-    if train.max_steps:
-        passes = _FEWEST_EPOCHS * steps_an_epoch(size, micro_batches) if _is_single_pass(facts) else 0
-        length = {"train.max_steps": (train.max_steps, max(train.max_steps, ENOUGH_STEPS, passes))}
-    else:
-        length = {"train.num_train_epochs": (train.num_train_epochs, epochs)}
-    return _Remedy(_overrides(changed), _overrides(length), enough is not None)
+    step = _overrides(changed)
+    if not train.max_steps:
+        length = _overrides({"train.num_train_epochs": (train.num_train_epochs, epochs)})
+        return _Remedy(step, length, enough is not None, smaller_steps=step)
+    pass_steps = steps_an_epoch(size, micro_batches)
+    becomes_single_pass = _has_few_rows(facts) and train.max_steps <= pass_steps
+    passes = _FEWEST_EPOCHS * pass_steps if becomes_single_pass else 0
+    wanted = max(train.max_steps, passes, ENOUGH_STEPS if enough else 0)
+    length = _overrides({"train.max_steps": (train.max_steps, wanted)})
+    smaller_steps = f"{step} {length}" if becomes_single_pass else step
+    return _Remedy(step, length, enough is not None, smaller_steps.strip())
 
 
 def _overrides(changed: Mapping[str, tuple[int, int]]) -> str:
@@ -62,9 +69,12 @@ def _overrides(changed: Mapping[str, tuple[int, int]]) -> str:
     return " ".join(f"{key}={value}" for key, (before, value) in changed.items() if value != before)
 
 
+def _has_few_rows(facts: Facts) -> bool:
+    return 1 < facts.plan.num_rows < _FEW_ROWS
+
+
 def _is_single_pass(facts: Facts) -> bool:
-    plan = facts.plan
-    return 1 < plan.num_rows < _FEW_ROWS and plan.total_optimizer_steps <= plan.optimizer_steps_per_epoch
+    return _has_few_rows(facts) and facts.plan.total_optimizer_steps <= facts.plan.optimizer_steps_per_epoch
 
 
 def check_warmup_past_end(facts: Facts) -> Iterator[Finding]:
@@ -210,7 +220,7 @@ def check_batch_larger_than_data(facts: Facts) -> Iterator[Finding]:
             f"{'is' if plan.num_rows == 1 else 'are'} only {plan.num_rows}: every epoch is a single step{too_many}",
             plan.rows_per_optimizer_step,
             plan.num_rows,
-            _remedy(facts).step or None,
+            _remedy(facts).smaller_steps or None,
         )
 
 
@@ -232,7 +242,7 @@ def check_batch_large_for_rows(facts: Facts) -> Iterator[Finding]:
             f"is {counted(plan.optimizer_steps_per_epoch, 'step')}, and LoRA learns less from few large steps",
             plan.rows_per_optimizer_step,
             plan.num_rows // 4,
-            _remedy(facts).step,
+            _remedy(facts).smaller_steps,
         )
 
 

@@ -28,7 +28,7 @@ def cut(batch: int, steps: int) -> list[str]:
 small = st.integers(1, 12)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(small, small, small, small)
 def test_a_step_keeps_its_examples_or_the_fix_makes_it_keep_them(batch: int, steps: int, then: int, now: int) -> None:
     checkpoint, config = checkpoint_of(batch, steps, then), load_config("demo", cut(batch, steps))

@@ -17,7 +17,7 @@ from lora_core.rows.json_values import strings
 from lora_core.rows.messages import Conversation, parse_json_row, parse_row
 
 # Drawing rows takes as long as the machine is busy: not what is tested.
-of_rows = settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=400)
+of_rows = settings(suppress_health_check=[HealthCheck.too_slow], max_examples=400)
 
 # Every name that means something somewhere, so that each stands where it means nothing as well.
 NAMES = re.findall(

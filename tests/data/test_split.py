@@ -66,7 +66,7 @@ FATES = st.sampled_from(["kept", "kept", "kept", "unsupervised", "bad"])
 ROWS = st.lists(st.tuples(FATES, st.integers(0, 12), st.integers(0, 12)), min_size=1, max_size=14)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(rows=ROWS, fraction=st.floats(0.001, 0.999), seed=st.integers(0, 5))
 def test_every_row_of_the_file_is_on_one_side_or_dropped_and_duplicates_stay_together(
     rows: list[tuple[str, int, int]], fraction: float, seed: int
@@ -150,7 +150,7 @@ def file_with(sketches: np.ndarray[Any, Any]) -> EncodedFile:
     return file
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(rows=SKETCHES, fraction=st.floats(0.001, 0.999), seed=st.integers(0, 5))
 def test_near_copies_stay_on_one_side(rows: list[tuple[int, int]], fraction: float, seed: int) -> None:
     sketches = sketches_of(rows)
@@ -172,7 +172,7 @@ def test_near_copies_stay_on_one_side(rows: list[tuple[int, int]], fraction: flo
         assert 0 < len(held_out.indices) < len(rows)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(rows=st.lists(st.lists(st.integers(0, 12), min_size=8, max_size=8, unique=True), max_size=6))
 def test_pairs_of_near_copies_are_those_that_share_six_hashes(rows: list[list[int]]) -> None:
     sketches = np.array(rows, dtype=np.int64).reshape(-1, 8)

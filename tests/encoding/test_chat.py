@@ -83,7 +83,7 @@ def test_supervised_tokens_are_the_assistant_turns_and_their_ends(name: str) -> 
     tokenizer = make_tokenizer(TEMPLATES[name])
     reader = MaskReader(tokenizer)
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(st.lists(texts, min_size=2, max_size=6).filter(lambda turns: len(turns) % 2 == 0))
     def check(turns: list[str]) -> None:
         encoded = encode_chat(tokenizer, chat(*turns)["messages"])
@@ -102,7 +102,7 @@ def test_supervised_tokens_are_the_assistant_turns_and_their_ends(name: str) -> 
 def test_rows_encoded_together_are_what_each_is_alone(name: str) -> None:
     tokenizer = make_tokenizer(TEMPLATES[name])
 
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     @given(st.lists(st.lists(texts, min_size=2, max_size=4), min_size=2, max_size=4))
     def check(rows: list[list[str]]) -> None:
         together = ChatEncoder(tokenizer).encode_batch([parse_row(chat(*turns)) for turns in rows])

@@ -504,7 +504,7 @@ def test_nothing_of_a_row_is_lost_and_nothing_of_another_is_trained(name: str) -
     encoder, reader = ChatEncoder(tokenizer), MaskReader(tokenizer)
     num_encoded = 0
 
-    @settings(max_examples=40, deadline=None, derandomize=True)
+    @settings(max_examples=40)
     @given(rows())
     def check(row: Row) -> None:
         nonlocal num_encoded

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_core.commands.main import main
@@ -91,7 +91,6 @@ def test_the_largest_useful_number(num_rows: int, on_each: int, overrides: dict[
     assert most_processes(num_rows, on_each, TrainConfig(**overrides)) == expected
 
 
-@settings(deadline=None)
 @given(st.integers(1, 400), st.integers(1, 6), st.integers(1, 40))
 def test_it_is_where_the_plan_still_has_enough_steps(num_rows: int, on_each: int, epochs: int) -> None:
     def is_useful(processes: int) -> bool:

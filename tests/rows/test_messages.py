@@ -116,7 +116,7 @@ json_values: st.SearchStrategy[Any] = st.recursive(
 
 
 # Drawing rows takes as long as the machine is busy: not what is tested.
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.dictionaries(
         st.sampled_from(["messages", "conversations", "system", "tools", "prompt", "completion"]), json_values

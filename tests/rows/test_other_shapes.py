@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_core.commands.main import main
@@ -32,7 +32,6 @@ def messages_of(rounds: list[tuple[str, str]]) -> list[Row]:
     return [{"role": role, "content": text} for both in rounds for role, text in zip(roles, both, strict=True)]
 
 
-@settings(deadline=None)
 @given(ROUNDS_OF_TEXT)
 def test_each_format_gives_back_the_rounds_that_were_written(rounds: list[tuple[str, str]]) -> None:
     glaive = "".join(f"USER: {asked}\n\n\nASSISTANT: {said} <|endoftext|>\n\n\n" for asked, said in rounds)

@@ -179,7 +179,6 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(JSON, max_size=3) | st.dictionaries(st.text(max_size=4), JSON, max_size=3))
 def test_what_python_prints_is_read_as_it_was(value: Any) -> None:
     assert from_json(repr(value), "x") == value
@@ -357,7 +356,7 @@ def damaged(draw: st.DrawFn) -> Row:
     return {**row, key: replaced(row[key])}
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @example({"prompt": "q", "completion": '[{"role": "assistant", "content": "x"}, "y"]'})
 @example({"mapping": {"a": 3}, "current_node": "a"})
 @example({"mapping": {"a": {"message": {"content": {"parts": 3}}}}, "current_node": "a"})

@@ -214,7 +214,7 @@ JSON = st.recursive(
 OBJECTS = st.lists(st.dictionaries(st.text(), JSON, max_size=4), min_size=1, max_size=5)
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # drawing takes as long as the machine is busy
+@settings(suppress_health_check=[HealthCheck.too_slow])  # drawing takes as long as the machine is busy
 @given(
     rows=OBJECTS,
     indent=st.none() | st.integers(0, 9) | st.just("\t"),

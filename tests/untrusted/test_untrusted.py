@@ -352,7 +352,7 @@ files = (
 )
 
 
-@settings(max_examples=2_000, suppress_health_check=list(HealthCheck), deadline=None)
+@settings(max_examples=2_000, suppress_health_check=list(HealthCheck))
 @given(files, st.lists(st.tuples(keys, ODD_TEXTS | json_values.map(yaml.safe_dump)).map("=".join), max_size=3))
 def test_any_configuration_is_valid_or_gets_one_clear_error(text: str, overrides: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
