@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_core.config.schema import TrainFile
+from lora_core.configuration import shipped_file
 from lora_core.errors import DataError, counted
 from lora_core.sources import hub, json_object, json_stream, kinds, readers
 from lora_core.sources.hub import LoadedDataset, load_rows
@@ -189,7 +190,7 @@ def _files_of(options: TrainFile, folder: Path, key: str, streaming: bool) -> It
         return
     is_address = re.match(r"https?://", text) is not None
     matched = _HUB_ID.fullmatch(text)
-    is_here = is_address or path.exists() or glob.has_magic(text)
+    is_here = is_address or path.exists() or glob.has_magic(text.partition(":")[0])  # a split may have brackets
     if matched is not None and not is_here and not path.name.lower().endswith((*ENDINGS, *COMPRESSED_ENDINGS)):
         split, revision = options.split or matched["split"] or "train", options.revision or matched["revision"]
         at = f"@{revision}" if revision else ""
@@ -217,10 +218,13 @@ def _files_of(options: TrainFile, folder: Path, key: str, streaming: bool) -> It
 
 
 def _other_file(missing: Path, key: str) -> str:
-    """The fix for a file that is not there: the one beside it of almost that name."""
+    """The fix for a file that is not there: one of almost that name beside it, or the demo's, which the package has."""
     beside = [each.name for each in missing.parent.iterdir() if each.exists()] if missing.parent.is_dir() else []
     near = difflib.get_close_matches(missing.name, beside, n=1, cutoff=0.8)
-    fix = _as_given(key, shlex.quote(str(missing.with_name(near[0]))) if near else "PATH")
+    other = missing.with_name(near[0]) if near else None
+    if missing.parts[0] == "examples" and shipped_file(str(missing)).is_file():
+        other = shipped_file(str(missing))
+    fix = _as_given(key, "PATH" if other is None else shlex.quote(str(other)))
     return f"{fix}, or {key}=null for no eval set" if key == "data.eval_file" else fix
 
 

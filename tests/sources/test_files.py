@@ -46,7 +46,7 @@ from lora_core.sources.json_stream import JsonStream, on_one_line
 from lora_core.sources.kinds import kind_of
 from lora_core.sources.places import Places
 from lora_core.sources.readers import read_rows
-from tests.conftest import chat
+from tests.conftest import ROOT, chat
 
 ROWS = [chat(f"question {i}, said “so”", f"answer\n{i}") for i in range(7)]
 PAIRS = [{"prompt": f'a "{i}", b', "completion": f"one\ntwo {i}"} for i in range(7)]
@@ -635,6 +635,16 @@ def test_folders_patterns_and_home(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert read("~/rows/**/*.parquet", cache) == ROWS[2:4]
 
 
+def test_rows_that_came_with_the_package_are_named_where_they_are_not_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as refused:
+        as_jsonl("examples/train.jsonl", tmp_path)
+    fix = str(refused.value).partition("fix: data.train_file=")[2]
+    assert as_jsonl(fix, tmp_path).path.samefile(ROOT / "examples/train.jsonl")
+
+
 def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(tmp_path: Path) -> None:
     (tmp_path / "rows [1].jsonl").write_bytes(lines_of(ROWS))
     assert read(tmp_path / "rows [1].jsonl", tmp_path) == ROWS
@@ -721,6 +731,8 @@ def test_a_hub_id_that_cannot_be_loaded_says_that_no_file_is_there_either(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"owner/name:train: no such file or folder here .*, and as a dataset"):
         as_jsonl("owner/name", tmp_path)
+    with pytest.raises(DataError, match=r"owner/name:train\[:10%\]: no such file or folder here .*, and as a dataset"):
+        as_jsonl("owner/name:train[:10%]", tmp_path)
     with pytest.raises(DataError, match="split and revision are of datasets on the hub"):
         as_jsonl([TrainFile(path="rows.jsonl", split="train")], tmp_path)
 
