@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lora_core.encoding.forms import QUESTION, TemplateForms
 from lora_core.encoding.template import template_limits
 from lora_core.errors import ChatTemplateError
-from lora_core.rows.json_values import strings
+from lora_core.rows.json_values import is_empty, strings
 from lora_core.rows.messages import Conversation
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class RowForms:
         Raises:
             ChatTemplateError: the template has no such variable, or a value holds a special token.
         """
-        variables = conversation.template_variables
+        variables = self._that_say_something(conversation.template_variables or {})
         if not variables:
             return self._plain
         key = json.dumps(variables, sort_keys=True)
@@ -44,10 +44,17 @@ class RowForms:
             self._by_variables[key] = TemplateForms(self._plain.tokenizer, variables)
         return self._by_variables[key]
 
-    def _check(self, variables: Mapping[str, Any]) -> None:
+    def _that_say_something(self, variables: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Without empty values of variables that the template has not, as rows of many sources have them."""
+        return {name: value for name, value in variables.items() if not is_empty(value) or not self._unknown([name])}
+
+    def _unknown(self, names: Iterable[str]) -> list[str]:
         templates = self._plain.tokenizer.chat_template
         text = " ".join(templates.values()) if isinstance(templates, dict) else str(templates)
-        unknown = [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", text)]
+        return [name for name in names if not re.search(rf"\b{re.escape(name)}\b", text)]
+
+    def _check(self, variables: Mapping[str, Any]) -> None:
+        unknown = self._unknown(variables)
         if unknown:
             raise ChatTemplateError(
                 f"chat_template_kwargs: the chat template has no {', '.join(unknown)}, so it would change nothing; "

@@ -40,6 +40,13 @@ ROLES = {
     "function": "tool",
     "function_response": "tool",
     "ipython": "tool",
+    "environment": "tool",
+    "tool_output": "tool",
+    "tool_outputs": "tool",
+    "tool_results": "tool",
+    "function_result": "tool",
+    "function_output": "tool",
+    "function_call_output": "tool",
 }
 """What a role is called, in small letters, and what templates call it."""
 
@@ -60,7 +67,7 @@ PAIRS = (
 ANSWERS = frozenset(answer for _, answer in PAIRS)
 HISTORY = ("history", "chat_history")
 """Earlier rounds, before the question of a pair."""
-SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
+SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "preamble")
 TOOLS = ("tools", "functions")
 _OPTIONAL = (*SYSTEM, *TOOLS, "history", "input", "reasoning")
 """Columns that some rows lack: Parquet and Arrow give a row without its null columns."""

@@ -165,6 +165,29 @@ def is_empty(value: Any) -> bool:
     return value is None or value == "" or value == [] or value == {}
 
 
+NOTHING_AS_TEXT = frozenset({"", "nan", "NaN", "None", "none", "null", "NULL", "<NA>", "<noinput>", "[]", "{}"})
+"""How pandas, Python and others write into a cell that there is nothing in it."""
+
+
+def says_nothing(value: Any) -> bool:
+    """Nothing is said by it, or by what stands in its cell."""
+    return is_empty(value) or (isinstance(value, str) and value.strip() in NOTHING_AS_TEXT)
+
+
+def is_missing(value: Any) -> bool:
+    """A text that only says that there is none."""
+    return isinstance(value, str) and value.strip() in NOTHING_AS_TEXT
+
+
+def fix_for_text(value: Any) -> str:
+    """How a value that must be a text is written as one."""
+    if isinstance(value, bool):
+        return '; fix: in quotes what the model has to say, such as "yes"'
+    if isinstance(value, (int, float)):
+        return "; fix: numbers in quotes"
+    return "; fix: the text itself, such as json.dumps makes of it" if isinstance(value, (list, Mapping)) else ""
+
+
 def strings(value: Any) -> Iterable[str]:
     """Every string in a nested value, keys included."""
     if isinstance(value, str):

@@ -23,10 +23,7 @@ from typing import Any, Literal
 from lora_core.config.schema import NOT_TEMPLATE_VARIABLES, DataConfig
 from lora_core.errors import RowError
 from lora_core.rows.columns import (
-    ANSWERS,
-    HISTORY,
     PAIRS,
-    ROLES,
     SYSTEM,
     TOOLS,
     TURNS,
@@ -39,24 +36,28 @@ from lora_core.rows.json_values import (
     checked_text,
     from_json,
     is_empty,
+    is_missing,
     json_reason,
     kind,
     read_json,
 )
 from lora_core.rows.logged_calls import with_logged_call
 from lora_core.rows.other_shapes import with_one_answer, with_turns, without_verdict
+from lora_core.rows.pairs import question_and_answer
 from lora_core.rows.refusals import (
-    LIST_OF_MESSAGES,
+    refuse_bad_label,
+    refuse_media_marks,
     refuse_no_text,
     refuse_second_chat,
     refuse_text_beside,
+    refuse_tools_beside,
     refuse_two_replies,
     refuse_what_is_not_sft,
     refuse_what_the_question_needs,
-    unknown_names,
 )
+from lora_core.rows.suggestions import fix_for_no_reply, refuse_text_for_turns, unknown_names
 from lora_core.rows.tool_use import parse_tools
-from lora_core.rows.turn_lists import as_turns, read_turns, turns_of_transcript
+from lora_core.rows.turn_lists import read_turns
 from lora_core.rows.turns import Message, Turn, parse_turn
 from lora_core.untrusted.text import quoted
 
@@ -71,13 +72,6 @@ __all__ = [
     "trained_messages",
 ]
 
-_INPUT = {
-    "instruction": ("input", "context"),
-    "question": ("context", "input"),
-    "query": ("context", "input"),
-    "prompt": ("input",),
-}
-"""What belongs to a question, and follows it."""
 _ROW_WEIGHTS = ("weight", "loss_weight")
 _TEMPLATE_VARIABLES = "chat_template_kwargs"
 
@@ -220,28 +214,33 @@ def parse_row(row: Any, shape: RowShape | None = None) -> Conversation:
     numbered = [*prompt, *completion]
     turns = [parse_turn(turn, f"turn {i}", shape.roles, unused) for i, turn in enumerate(numbered, start=1)]
     system = first(columns, SYSTEM)
-    if system is not None:
+    if system is not None and not is_missing(columns[system]):
         used.add(system)
         (told,) = parse_turn({"role": "system", "content": columns[system]}, system, {}, unused).messages
         if _is_new_system(told, turns, system):
             turns.insert(0, Turn([told]))
             prompt = [None, *prompt] if prompt else prompt
     messages = [message for turn in turns for message in turn.messages]
+    refuse_media_marks(messages)
     if columns.keys() - used:
+        refuse_bad_label(columns, used, shape.columns)
         refuse_second_chat(columns, used, shape.columns, messages)
         refuse_what_the_question_needs(columns, used, shape.columns, [message["content"] for message in messages])
     if not any(message["role"] == "assistant" for message in messages):
-        raise RowError(f"has no assistant turn; it needs one to train on{_reply_beside(columns)}")
+        raise RowError(f"has no assistant turn; it needs one to train on{fix_for_no_reply(columns, numbered)}")
     weights = tuple(
         turn.weight * weight if message["role"] == "assistant" else 1.0 for turn in turns for message in turn.messages
     )
     tools_key = first(columns, TOOLS if "tools" not in shape.columns else ("tools",))
     used |= {tools_key} if tools_key is not None else set()
+    tools = _tools(columns, tools_key, turns)
+    if tools is None and columns.keys() - used:
+        refuse_tools_beside(columns, used, shape.columns)
     variables = _template_variables(columns.get(_TEMPLATE_VARIABLES))
     used |= {_TEMPLATE_VARIABLES} if variables else set()
     return Conversation(
         messages,
-        _tools(columns, tools_key, turns),
+        tools,
         None if all(weight == 1 for weight in weights) else weights,
         sum(len(turn.messages) for turn in turns[: len(prompt)]),
         template_variables=variables,
@@ -259,22 +258,16 @@ def _is_new_system(told: Message, turns: Sequence[Turn], key: str) -> bool:
     return False
 
 
-def _reply_beside(columns: Mapping[str, Any]) -> str:
-    """The fix where the reply stands beside the turns."""
-    turns, answer = first(columns, TURNS), first(columns, sorted(ANSWERS))
-    if turns is None or answer is None:
-        return ""
-    return f'; fix: "data.columns={{prompt: {turns}, completion: {answer}}}"'
-
-
 def _turns(columns: Mapping[str, Any], takes_reasoning: bool) -> tuple[set[str], Sequence[Any], Sequence[Any]]:
     """(the columns used, the prompt's turns, the others)."""
     key = first(columns, TURNS) or next((key for key in TURNS if key in columns), None)
     pair = next(((q, a) for q, a in PAIRS if q in columns and a in columns), None)
     if key is not None and not (is_empty(columns[key]) and (pair or "text" in columns)):
+        if isinstance(columns[key], str):
+            refuse_text_for_turns(columns, key)
         return {key}, [], read_turns(columns[key], key)
     if pair is not None:
-        used, prompt, completion = _question_and_answer(columns, *pair)
+        used, prompt, completion = question_and_answer(columns, *pair)
         reasoning = columns.get("reasoning") if takes_reasoning else None
         if is_empty(reasoning) or len(completion) != 1:
             return used, prompt, completion
@@ -287,63 +280,6 @@ def _turns(columns: Mapping[str, Any], takes_reasoning: bool) -> tuple[set[str],
     if "text" in columns:
         return {"text"}, [], []
     raise unknown_names(columns)
-
-
-def _question_and_answer(
-    columns: Mapping[str, Any], question: str, answer: str
-) -> tuple[set[str], Sequence[Any], Sequence[Any]]:
-    used = {question, answer}
-    asked = columns[question]
-    extra = first(columns, _INPUT.get(question, ()))
-    if extra is not None and isinstance(asked, str):
-        asked = "\n\n".join(text for text in (asked, _extra_text(columns[extra], extra)) if text)
-        used.add(extra)
-    history = first(columns, HISTORY)
-    rounds = _history(columns[history], history) if history is not None else []
-    used |= {history} if history is not None else set()
-    prompt = [*rounds, *_as_turns("user", asked, question)]
-    if answer == "answers":  # xLAM: a list of calls
-        return used, prompt, [{"role": "assistant", "tool_calls": columns[answer]}]
-    return used, prompt, _as_turns("assistant", columns[answer], answer)
-
-
-def _extra_text(value: Any, column: str) -> str:
-    """What belongs to the question; of a list, such as passages that were found, all texts."""
-    texts = value if isinstance(value, list) and all(isinstance(text, str) for text in value) else [value]
-    return "\n\n".join(checked_text(text, column) for text in texts)
-
-
-def _as_turns(role: str, said: Any, column: str) -> Sequence[Any]:
-    """A text as one turn; a list of messages, or one message, as it is."""
-    if isinstance(said, str) and LIST_OF_MESSAGES.match(said):  # in a cell of a CSV file
-        listed = from_json(said, column)
-        asks = any(isinstance(turn, Mapping) and ROLES.get(str(turn.get("role"))) == "user" for turn in listed)
-        is_one = role == "user" or not asks
-        said = listed if is_one else said
-    if role == "user" and isinstance(said, str) and said.endswith(("Assistant:", "Assistant: ")):
-        said = turns_of_transcript(said) or said
-    if isinstance(said, Mapping) and ("role" in said or "from" in said):
-        return [said]
-    turns = as_turns(said) if isinstance(said, list) and said else []
-    if turns and all(isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in turns):
-        return turns
-    if not isinstance(said, str):
-        number = "; fix: numbers in quotes" if isinstance(said, (bool, int, float)) else ""
-        raise RowError(f"{column} must be a string or a list of messages, not {kind(said)}{number}")
-    return [{"role": role, "content": said}]
-
-
-def _history(value: Any, column: str) -> list[Any]:
-    """Earlier rounds: `[[question, answer], ...]`, messages, or either as JSON text."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        value = from_json(value, column)
-    if not isinstance(value, list):
-        raise RowError(f"{column} must be a list of rounds, not {kind(value)}")
-    turns = as_turns(value)
-    for number, item in enumerate(turns, start=1):
-        if not isinstance(item, Mapping):
-            raise RowError(f"{column}: round {number} must be [question, answer], not {kind(item)}")
-    return turns
 
 
 def _tools(columns: Mapping[str, Any], key: str | None, turns: Sequence[Turn]) -> list[dict[str, Any]] | None:

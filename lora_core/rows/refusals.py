@@ -3,50 +3,40 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lora_core.errors import RowError
-from lora_core.rows.columns import ANSWERS, HISTORY, MEDIA, PAIRS, ROLE_KEYS, ROLES, SYSTEM, TURNS, first
-from lora_core.rows.json_values import is_empty, key_names, strings
+from lora_core.rows.columns import ANSWERS, HISTORY, MEDIA, PAIRS, ROLE_KEYS, ROLES, TURNS, first
+from lora_core.rows.json_values import is_empty, is_missing, strings
 from lora_core.rows.reshape import fix, refuse_several_examples
-from lora_core.rows.turn_lists import as_turns, holds_turns, turns_of_transcript
+from lora_core.rows.tool_use import are_schemas
+from lora_core.rows.turn_lists import as_turns, turns_of_transcript
 from lora_core.untrusted.text import quoted
 
-# Other names, of which a refusal makes a fix: they say too little of a row to be read unasked.
-_QUESTIONS = (*dict.fromkeys(question for question, _ in PAIRS), "inputs", "problem", "user", "human", "source_text")
-_QUESTIONS += ("article", "document", "dialogue", "request", "user_input", "input_text", "user_message", "task", "text")
-_REPLIES = (*dict.fromkeys(answer for _, answer in PAIRS if answer != "answers"), "targets", "target", "assistant")
-_REPLIES += ("gpt", "bot", "solution", "generated_solution", "summary", "highlights", "canonical_solution", "code")
-_REPLIES += (
-    "reply",
-    "output_text",
-    "expected_output",
-    "expectedoutput",
-    "ideal",
-    "assistant_message",
-    "preferred_output",
-)
-_BESIDE = {
-    "input": ("input", "context"),
-    "system": ("system", "system_prompt", "system_message"),
-    "reasoning": ("reasoning", "complex_cot", "cot", "chain_of_thought", "thinking", "thoughts", "rationale"),
-}
-_NAME = re.compile(r"[^\W\d][\w.]{,59}")
-"""What stands in a list of `data.columns` as it is."""
-
+_ASKED = tuple(dict.fromkeys(question for question, _ in PAIRS))
 # What a question may need beside it. Where nothing is made of it, the model would learn to make it up.
 _ASKED_TOO = ("instruction", "instructions", "question", "query", "prompt", "problem", "input")
 _PASSAGES = (
     *("context", "contexts", "passage", "passages", "document", "documents", "paragraph", "article", "story"),
     *("background", "evidence", "knowledge"),
 )
-_BESIDE_TURNS = ("context", "contexts", "documents", "passages", *HISTORY)
+_BESIDE_TURNS = ("instruction", "instructions", "context", "contexts", "documents", "passages", *HISTORY)
 LIST_OF_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](?:role|from|content|value)["']\s*:\s*["']""")
 """How a list of turns begins where it is written as text: as JSON, or as Python prints it."""
+_NAME = re.compile(r"[^\W\d]\w{,59}")
 _CHOICES = ("choices", "options", "option_a", "A")
 _REPLIES_TOO = (*sorted(ANSWERS), "solution", "expected_output", "expectedOutput")
 
+_PREFERENCES = (
+    *(("win", "lose"), ("winner", "loser"), ("better", "worse"), ("good", "bad"), ("accepted", "rejected")),
+    *(("preferred", "rejected"), ("preferred", "dispreferred"), ("chosen_response", "rejected_response")),
+    *(("response_chosen", "response_rejected"), ("positive", "negative"), ("preferred_response", "rejected_response")),
+)
+"""Other names of a pair: the reply that is better, and the other one."""
+_MEDIA_BESIDE = tuple(f"{what}_{how}" for what in MEDIA for how in ("url", "urls", "path", "paths", "file", "files"))
+_MEDIA_BESIDE += ("img", "imgs", "img_path", "image_list", "screenshot", "screenshots", "pixel_values")
+_MEDIA_MARKS = ("<image>", "<video>", "<audio>")
 _WEIGHTS_OF_ALL = {"weights", "loss_weights", "loss_mask", "train_mask", "mask"}
 _MEDIA = {*MEDIA}
 _ANSWERS = sorted(ANSWERS)
@@ -63,7 +53,10 @@ def refuse_what_is_not_sft(columns: Mapping[str, Any], named: Collection[str]) -
     """
     if not named:
         refuse_several_examples(columns)
-    chosen = first(columns, ("chosen", "preferred_output"))
+    chosen = first(columns, ("chosen", "preferred_output")) or next(
+        (better for better, worse in _PREFERENCES if _is_said(columns.get(better)) and _is_said(columns.get(worse))),
+        None,
+    )
     if chosen is not None and chosen not in named:
         raise RowError(
             f"holds {chosen!r}: a preference pair, and one reply is trained here; fix: "
@@ -87,6 +80,10 @@ def refuse_what_is_not_sft(columns: Mapping[str, Any], named: Collection[str]) -
             raise RowError(f"holds {quoted(key)}; only text is trained; fix: leave such rows out")
 
 
+def _is_said(value: Any) -> bool:
+    return isinstance(value, (str, list)) and bool(value)
+
+
 def _is_unwanted(key: str, columns: Mapping[str, Any]) -> bool:
     """Whether a label of KTO says so: false, as CSV writes it too; 0 where nothing else is labelled so."""
     label = columns.get(key)
@@ -99,7 +96,7 @@ def _is_unwanted(key: str, columns: Mapping[str, Any]) -> bool:
 def _columns_of_chosen(columns: Mapping[str, Any], key: str) -> str:
     """What `data.columns` must say to train the reply under `chosen`."""
     chosen = columns[key]
-    if isinstance(chosen, list) and _role_of(chosen[0]) not in ("assistant", "gpt", "bot", "model"):
+    if isinstance(chosen, list) and role_of(chosen[0]) not in ("assistant", "gpt", "bot", "model"):
         return f"messages: {key}"  # the question is in it
     turns = first(columns, TURNS)
     if turns is None and isinstance(columns.get("input"), Mapping) and "messages" in columns["input"]:
@@ -114,7 +111,8 @@ def _columns_of_chosen(columns: Mapping[str, Any], key: str) -> str:
     return f"prompt: {question}, completion: {key}"
 
 
-def _role_of(turn: Any) -> Any:
+def role_of(turn: Any) -> Any:
+    """What a turn calls its role; None if it has none."""
     key = first(turn, ROLE_KEYS) if isinstance(turn, Mapping) else None
     return None if key is None else turn[key]
 
@@ -129,7 +127,7 @@ def refuse_two_replies(columns: Mapping[str, Any], used: Collection[str], names:
     Raises:
         RowError: names both.
     """
-    question, answer = (next((key for key in keys if key in used), None) for keys in (_QUESTIONS, _ANSWERS))
+    question, answer = (next((key for key in keys if key in used), None) for keys in (_ASKED, _ANSWERS))
     if question is None or answer is None or not isinstance(columns[answer], str):
         return
     for other in _REPLIES_TOO:
@@ -155,8 +153,9 @@ def refuse_no_text(columns: Mapping[str, Any], names: Mapping[str, str]) -> None
         )
     if columns.get("type") == "message" and "ts" in columns:
         raise RowError(
-            "is one message of a chat of Slack, and a row is a whole chat; fix: put the messages of a chat into one "
-            'row, as {"messages": [...]}'
+            'is one message of a chat of Slack, and a row is a whole chat; fix: python -c "import json, sys; '
+            "print(json.dumps({'messages': json.load(sys.stdin.buffer)}))\" < FILE > CHAT.jsonl, and then "
+            f"{fix('chat-log').replace('FILE', 'CHAT.jsonl')}"
         )
 
 
@@ -195,7 +194,8 @@ def refuse_what_the_question_needs(
     """
     if {"prompt", "messages", "text"} & names.keys():
         return None
-    question, answer = (next((key for key in keys if key in used), None) for keys in (_QUESTIONS, _ANSWERS))
+    _refuse_media_beside(columns, used)
+    question, answer = (next((key for key in keys if key in used), None) for keys in (_ASKED, _ANSWERS))
     keys = _BESIDE_TURNS if question is None or answer is None else (*_ASKED_TOO, *_PASSAGES)
     beside = [key for key in keys if key in columns and key not in used]
     key = next((key for key in beside if _is_lost(columns[key], key, said)), None)
@@ -231,6 +231,7 @@ def _listed(value: Any) -> list[Any]:
 
 def _is_lost(value: Any, key: str, said: Sequence[str]) -> bool:
     texts = [text.strip() for text in strings(list(value.values()) if isinstance(value, Mapping) else value)]
+    texts = [text for text in texts if not is_missing(text)]
     if key in _PASSAGES:  # one word is a name, of a file say
         texts = [text for text in texts if re.search(r"\s", text)]
     return any(text and not any(text in each for each in said) for text in texts)
@@ -285,48 +286,74 @@ def refuse_second_chat(
 
 def _said_in(turns: Sequence[Any]) -> list[str]:
     """All that turns say but for their system texts, which may stand in a column of their own."""
-    spoken = [turn for turn in turns if isinstance(turn, Mapping) and _our_role(turn) != "system"]
+    spoken = [turn for turn in turns if isinstance(turn, Mapping) and our_role(turn) != "system"]
     said = (turn[key] for turn in spoken if (key := first(turn, ("content", "value", "text"))) is not None)
     return [" ".join(strings(each)).strip() for each in said]
 
 
-def _our_role(turn: Any) -> str | None:
-    return ROLES.get(str(_role_of(turn)).strip().lower())
+def our_role(turn: Any) -> str | None:
+    """What templates call it."""
+    return ROLES.get(str(role_of(turn)).strip().lower())
 
 
-def unknown_names(columns: Mapping[str, Any]) -> RowError:
-    """The refusal of a row without a column of ours, with the names that it may have for them."""
-    there = {name: value for name, value in _with_inner(columns) if _NAME.fullmatch(name) and not is_empty(value)}
-    turns = next((name for name, value in there.items() if holds_turns(value)), None)
-    texts = {name.lower().rpartition(".")[2]: name for name, value in there.items() if isinstance(value, str)}
-    asked, replied = (next((texts[key] for key in keys if key in texts), None) for keys in (_QUESTIONS, _REPLIES))
-    if turns is not None:
-        is_asked_only = replied is not None and all(_our_role(turn) == "user" for turn in there[turns])
-        fix = f'"data.columns={{messages: {turns}}}"'
-        if is_asked_only:
-            fix = f'"data.columns={{prompt: {turns}, completion: {replied}}}"'
-        elif not all(map(_role_of, there[turns])):  # rounds, of names that examples have too
-            fix += ", if these are the rounds of one chat"
-    elif isinstance(columns.get("translation"), Mapping) and len(columns["translation"]) > 1:
-        one, other = [f"translation.{language}" for language in columns["translation"]][:2]
-        fix = f'"data.columns={{prompt: {one}, completion: {other}}}", or the other way round'
-    elif asked is not None and replied is not None:
-        named = {"prompt": asked, "completion": replied}
-        for ours, keys in _BESIDE.items():
-            theirs = next((texts[key] for key in keys if key in texts and texts[key] not in named.values()), None)
-            named |= {ours: theirs} if theirs is not None and (ours == "input" or theirs not in SYSTEM) else {}
-        fix = f'"data.columns={{{", ".join(f"{ours}: {theirs}" for ours, theirs in named.items())}}}"'
-    else:
-        fix = '"data.columns={messages: NAME}" (or {prompt: NAME, completion: NAME}, or {text: NAME})'
-    return RowError(
-        f"has the keys {key_names(columns)}; needs 'messages', 'conversations', 'text', or a pair such as 'prompt' and "
-        f"'completion', 'instruction' and 'output', 'question' and 'answer'; fix: {fix}"
-    )
+def _refuse_media_beside(columns: Mapping[str, Any], used: Collection[str]) -> None:
+    """Refuse an address of a picture, which the question may be about."""
+    key = first(columns, _MEDIA_BESIDE) if not columns.keys().isdisjoint(_MEDIA_BESIDE) else None
+    if key is not None:
+        raise RowError(
+            f"has {key} beside its turns, and only text is trained; fix: leave such rows out, or "
+            f'"data.columns={{{_columns_of(used)}}}" where the text does without it'
+        )
 
 
-def _with_inner(columns: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(name as `data.columns` takes it, value) of each column, and of each key inside one."""
-    yield from columns.items()
-    for key, item in columns.items():
-        if isinstance(item, Mapping):
-            yield from ((f"{key}.{inner}", value) for inner, value in item.items())
+def _columns_of(used: Collection[str]) -> str:
+    """What `data.columns` says to read the same columns, and nothing is refused that stands beside them."""
+    turns = next((key for key in TURNS if key in used), None)
+    pair = next(((q, a) for q, a in PAIRS if q in used and a in used), None)
+    return f"messages: {turns}" if pair is None else f"prompt: {pair[0]}, completion: {pair[1]}"
+
+
+def refuse_bad_label(columns: Mapping[str, Any], used: Collection[str], names: Mapping[str, str]) -> None:
+    """Refuse a chat with a label of 0, as tables have KTO's false.
+
+    Raises:
+        RowError: it may be a reply that must not be learned.
+    """
+    if columns.get("label") in (0, "0") and columns["label"] is not False and not {"prompt", "messages"} & names.keys():
+        raise RowError(
+            f"has label={quoted(columns['label'])}, which may say that the reply must not be learned; fix: leave such "
+            f'rows out, or "data.columns={{{_columns_of(used)}}}" where it says something else'
+        )
+
+
+def refuse_media_marks(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a question about a picture that is not there: `<image>` where LLaVA and others put it.
+
+    Raises:
+        RowError: names the turn.
+    """
+    for number, message in enumerate(messages, start=1):
+        said = message["content"]
+        if message["role"] == "user" and (said.startswith(_MEDIA_MARKS) or said.endswith(_MEDIA_MARKS)):
+            mark = next(mark for mark in _MEDIA_MARKS if said.startswith(mark) or said.endswith(mark))
+            raise RowError(
+                f"turn {number} has {mark} in place of what is asked about, and only text is trained; fix: leave such "
+                "rows out"
+            )
+
+
+def refuse_tools_beside(columns: Mapping[str, Any], used: Collection[str], names: Mapping[str, str]) -> None:
+    """Refuse schemas of tools under a name that is not read: the model would learn calls of tools that it never saw.
+
+    Raises:
+        RowError: names the column.
+    """
+    if {"prompt", "messages", "tools"} & names.keys():
+        return
+    for key in columns.keys() - used:
+        if re.search("tool|function", key, re.IGNORECASE) and _NAME.fullmatch(key) and are_schemas(columns[key]):
+            without = f"data.columns={{{_columns_of(used)}}}"
+            raise RowError(
+                f"has schemas of tools in its {key}, and the model would not see them; fix: "
+                f'"data.columns={{tools: {key}}}" to show them, or "{without}" to leave them out'
+            )

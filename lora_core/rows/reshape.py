@@ -6,12 +6,22 @@ Which of them is meant, or how it is put into words, is not for a reader to deci
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lora_core.errors import RowError
+from lora_core.rows.columns import TURNS
 from lora_core.rows.json_values import is_empty
+
+TEXTS_IN_TURN = (*TURNS, "utterances", "turns")
+"""Columns that may hold the texts of a talk without saying who says them."""
+_LEFT_OUT = re.compile(
+    r"\u200e?(?:<Media omitted>|<attached: .*>|(?:image|video|audio|sticker|GIF|document|Contact card) omitted"
+    r"|(?:This message was deleted|You deleted this message)\.?)"
+)
+"""What WhatsApp writes in place of what is not in the file."""
 
 Row = dict[str, Any]
 Rows = list[Row | None]
@@ -49,6 +59,10 @@ def refuse_several_examples(columns: Mapping[str, Any]) -> None:
     is_told_by_number = "answerKey" in columns or isinstance(columns.get("answer"), int)
     if "question" in columns and is_told_by_number and _has_choices(columns):
         raise RowError(f"is {KINDS['choices'].what}; fix: {fix('choices')}")
+    for key in TEXTS_IN_TURN:
+        texts = columns.get(key)
+        if isinstance(texts, list) and _are_texts(texts) and not texts[0].lstrip().startswith("{"):
+            raise RowError(f"is {KINDS['taking-turns'].what} (its {key}); fix: {fix('taking-turns')}")
     messages = columns.get("messages")
     if isinstance(messages, list) and any(map(_is_of_a_log, messages)):
         raise RowError(f"is {KINDS['chat-log'].what}; fix: {fix('chat-log')}")
@@ -138,6 +152,33 @@ def _first_replies(row: Row, _: str) -> Rows:
     return [{**_rest(row, "prompt"), "messages": turns}]
 
 
+def _argilla(row: Row, _: str) -> Rows:
+    """Both ways of Argilla: a list of each annotator's values, and a list of answers for each question."""
+    fields, given = row["fields"], row["responses"]
+    asked = next(key for key, value in fields.items() if isinstance(value, (str, list)) and value)
+    rest = {**_rest(row, "fields", "responses"), **_below("fields", _rest(fields, asked))}
+    if isinstance(given, Mapping):
+        said = [{"status": "submitted", "value": None, **each} for name in given for each in given[name] or []]
+    else:
+        said = [{**each, "value": value["value"]} for each in given for value in (each["values"] or {}).values()]
+    texts = [each["value"] for each in said if isinstance(each["value"], str) and each["status"] == "submitted"]
+    num_others = sum(each["status"] != "submitted" for each in said)
+    rows: Rows = [{**rest, "prompt": fields[asked], "completion": text} for text in texts]
+    return [*rows, *[None] * num_others] or [None]
+
+
+def _taking_turns(row: Row, _: str) -> Rows:
+    key = next((key for key in TEXTS_IN_TURN if _are_texts(row.get(key))), None)
+    if key is None:
+        raise ValueError("it has no list of strings")
+    turns = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(row[key])]
+    return [{**_rest(row, key), "messages": turns}]
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(text, str) for text in value)
+
+
 def _choices(row: Row, _: str) -> Rows:
     """`A. text` in a line for each choice after the question, and the right one of these lines as the reply."""
     asked = row["question"]
@@ -190,26 +231,29 @@ def _replies_of(row: Row, name: str) -> Rows:
 
 def _who(message: Mapping[str, Any]) -> Any:
     author = message.get("author")
-    return author["name"] if isinstance(author, Mapping) else message.get("from") or message.get("sender_name")
+    named = author["name"] if isinstance(author, Mapping) else message.get("from") or message.get("sender_name")
+    return named or message.get("user")  # of Slack
 
 
 def _what(message: Mapping[str, Any]) -> str:
     said = message.get("content") or message.get("text") or ""
-    return said if isinstance(said, str) else "".join(part if isinstance(part, str) else part["text"] for part in said)
+    text = said if isinstance(said, str) else "".join(part if isinstance(part, str) else part["text"] for part in said)
+    return "" if _LEFT_OUT.fullmatch(text.strip()) else text
 
 
-def _when(message: Mapping[str, Any]) -> int:
+def _when(message: Mapping[str, Any]) -> float:
     """Messenger writes the newest message first; others are in order."""
-    return int(message.get("timestamp_ms", 0))
+    return float(message.get("timestamp_ms") or message.get("ts") or 0)
 
 
 def _is_of_a_log(message: Any) -> bool:
-    """Whether Telegram, Discord (DiscordChatExporter), Messenger or Instagram exports such a message."""
+    """Whether Telegram, Discord (DiscordChatExporter), Messenger, Instagram or Slack exports such a message."""
     if not isinstance(message, Mapping):
         return False
     author = message.get("author")
     is_of_discord = isinstance(author, Mapping) and "name" in author and "role" not in author
-    return is_of_discord or {"from", "from_id"} <= message.keys() or {"sender_name", "timestamp_ms"} <= message.keys()
+    telling = ({"from", "from_id"}, {"sender_name", "timestamp_ms"}, {"user", "text", "ts"})
+    return is_of_discord or any(keys <= message.keys() for keys in telling)
 
 
 _BETTER = "and which is better is said beside them"
@@ -248,6 +292,18 @@ KINDS: dict[str, Kind] = {
         "a row for each text that an annotator wrote, with the first text of the task as its prompt",
         _label_studio,
     ),
+    "argilla": Kind(
+        frozenset({"fields", "responses"}),
+        "a record of Argilla",
+        "a row for each text that an annotator submitted, with the first field as its prompt",
+        _argilla,
+    ),
+    "taking-turns": Kind(
+        frozenset(),
+        "what two said in turn, without roles",
+        "the first, the third and so on as the user's, and the others as the assistant's",
+        _taking_turns,
+    ),
     "tree": Kind(
         frozenset(),
         "a tree of OpenAssistant: each message has several replies, and one chat is one path",
@@ -267,5 +323,5 @@ KINDS: dict[str, Kind] = {
         _replies_of,
     ),
 }
-_TELLING_KEYS = {"winner", "better_response_id", "completions", "instances", "paragraphs", "annotations"}
+_TELLING_KEYS = {"winner", "better_response_id", "completions", "instances", "paragraphs", "annotations", "fields"}
 """Of each kind that is told by its keys, one that few other rows have."""

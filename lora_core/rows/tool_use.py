@@ -7,7 +7,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lora_core.errors import RowError
-from lora_core.rows.json_values import check_plain, checked_text, from_json, is_empty, key_names, kind
+from lora_core.rows.json_values import (
+    check_plain,
+    checked_text,
+    from_json,
+    is_empty,
+    key_names,
+    kind,
+    read_json,
+    says_nothing,
+)
 from lora_core.untrusted.text import quoted
 
 _ARGUMENTS = ("arguments", "parameters", "args", "input")
@@ -123,7 +132,7 @@ def parse_tools(value: Any) -> list[dict[str, Any]] | None:
     Raises:
         RowError: it is no list of objects.
     """
-    if is_empty(value):
+    if says_nothing(value):
         return None
     tools = from_json(value, "tools")
     if isinstance(tools, Mapping):
@@ -133,6 +142,24 @@ def parse_tools(value: Any) -> list[dict[str, Any]] | None:
     check_plain(tools, "tools")
     schemas = [_without_nulls(from_json(tool, "tools")) for tool in tools]
     return [_wrapped(schema) for listed in schemas for schema in _declarations(listed)] or None
+
+
+def are_schemas(value: Any) -> bool:
+    """Whether a column of any name holds tool schemas, possibly as JSON text."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        try:
+            value = read_json(value)
+        except (ValueError, RecursionError):
+            return False
+    listed = value if isinstance(value, list) else [value]
+    return bool(listed) and all(isinstance(tool, str | Mapping) and _is_schema(tool) for tool in listed)
+
+
+def _is_schema(tool: Any) -> bool:
+    if isinstance(tool, str):
+        return tool.lstrip().startswith("{") and are_schemas(tool)
+    inner = tool["function"] if isinstance(tool.get("function"), Mapping) else tool
+    return "name" in inner and not inner.keys().isdisjoint(("parameters", "input_schema", "inputSchema", "description"))
 
 
 def _declarations(schema: Any) -> list[Any]:

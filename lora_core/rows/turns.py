@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_core.errors import RowError
 from lora_core.rows.columns import MEDIA, ROLE_KEYS, ROLES, first
-from lora_core.rows.json_values import checked_text, is_empty, key_names, kind
+from lora_core.rows.json_values import checked_text, fix_for_text, is_empty, key_names, kind, says_nothing
 from lora_core.rows.keyed_parts import with_types
 from lora_core.rows.tool_use import parse_call, parse_calls, tool_answer
 from lora_core.untrusted.text import quoted
@@ -38,7 +38,7 @@ _MARKERS = {
 }
 """Other tools' marks for what is trained of a turn: not read, so refused."""
 
-_CONTENT = ("content", "value", "text", "message")
+_CONTENT = ("content", "value", "text", "message", "utterance")
 _REASONING = ("reasoning_content", "reasoning", "thinking", "tool_plan")
 _TEXT_PARTS = ("text", "input_text", "output_text", None)
 _REASONING_PARTS = ("reasoning", "thinking", "think")
@@ -47,7 +47,10 @@ _CALLS_IN_PARTS = ("tool_call", "function_call")
 _CALL_ROLES = ("function_call", "tool_call", "tool_calls", "tool_use")
 _MEDIA = ("image", "audio", "video", "file", "document", "input_image", "input_audio", "input_file")
 _MEDIA_KEYS = {*MEDIA}
-_BESIDE = (*ROLE_KEYS, "tool_calls", "function_call", "name", "tool_call_id", "tools")
+_OTHER_CALLS = ("function_calls", "toolCalls", "tool_call", "tool_uses")
+"""What some call an assistant's calls, where others have something else."""
+_SCHEMAS = ("tools", "functions")
+_BESIDE = (*ROLE_KEYS, "tool_calls", "function_call", "name", "tool_call_id", *_SCHEMAS)
 _KEYS = frozenset({*_BESIDE, *_CONTENT, "parts", *_REASONING, *WEIGHTS})
 
 
@@ -106,18 +109,18 @@ def parse_turn(turn: Any, where: str, roles: Mapping[str, str], unused: set[str]
             "reply that follows it"
         )
     content = with_types(_one_of(turn, (*_CONTENT, "parts"), where))
-    result = Turn(weight=_weight(turn, role, where), tools=turn.get("tools"))
-    known = _KEYS
+    result = Turn(weight=_weight(turn, role, where), tools=_schemas(turn))
+    known = _KEYS | _other_calls(turn) if role == "assistant" else _KEYS
     if role == "assistant" and is_empty(content) and not is_empty(turn.get("refusal")):
         # OpenAI: what the assistant said in place of a content.
-        content, known = checked_text(turn["refusal"], f"{where}: refusal"), _KEYS | {"refusal"}
+        content, known = checked_text(turn["refusal"], f"{where}: refusal"), known | {"refusal"}
     unused |= {
         f"messages.{key}"
         for key, item in turn.items()
         if key not in known and not is_empty(item) and not (key == "type" and item == "message")
     }
     if role_key in _CALL_ROLES:  # ShareGPT: the content is the call
-        parts = _Parts(calls=parse_calls(content, where, unused))
+        parts = _Parts(calls=_calls_of_content(content, turn, where, unused))
     elif role == "tool" and not _holds(content, "tool_result"):
         parts = _Parts(answers=[_tool_message(turn, content, where, unused)])
     else:
@@ -223,9 +226,35 @@ def _tool_message(turn: Mapping[str, Any], content: Any, where: str, unused: set
     return message
 
 
+def _other_calls(turn: Mapping[str, Any]) -> frozenset[str]:
+    if turn.keys().isdisjoint(_OTHER_CALLS):
+        return frozenset()
+    of_calls = [key for key in _OTHER_CALLS if isinstance(turn.get(key), (str, list, Mapping))]
+    return frozenset(key for key in of_calls if not says_nothing(turn[key]))
+
+
+def _schemas(turn: Mapping[str, Any]) -> Any:
+    return next((turn[key] for key in _SCHEMAS if not says_nothing(turn.get(key))), None)
+
+
+def _calls_of_content(content: Any, turn: Mapping[str, Any], where: str, unused: set[str]) -> list[dict[str, Any]]:
+    """The calls of a turn whose role says that it is one."""
+    if isinstance(content, str) and not content.lstrip().startswith(("[", "{")):
+        role = next(turn[key] for key in ROLE_KEYS if not is_empty(turn.get(key)))
+        raise RowError(
+            f"{where}: tool_calls is not valid JSON, but a text with the role {quoted(role)}; fix: "
+            f'"data.roles={{{role}: assistant}}" to train it as text'
+        )
+    return parse_calls(content, where, unused)
+
+
 def _calls(turn: Mapping[str, Any], parts: _Parts, role: str, where: str, unused: set[str]) -> list[dict[str, Any]]:
     """The calls in the content, or beside it; OpenAI's old way has one, in function_call."""
-    given = [key for key in ("tool_calls", "function_call") if not is_empty(turn.get(key))]
+    said_nothing = (
+        says_nothing if any(map(str.strip, parts.texts)) else is_empty
+    )  # a reply beside it says that there is none
+    given = [key for key in ("tool_calls", "function_call") if not said_nothing(turn.get(key))]
+    given += sorted(_other_calls(turn)) if role == "assistant" else []
     if role != "assistant" and (given or parts.calls):
         raise RowError(f"{where} has tool_calls, but the role {role!r}; only an assistant calls tools")
     beside = [parse_calls(turn[key], where, unused) for key in given]
@@ -258,7 +287,7 @@ def _parts(content: Any, where: str, unused: set[str]) -> _Parts:
         if isinstance(part, str) or _is_text_part(part):
             parts.texts.append(_part_text(part, where, unused))
         elif not isinstance(part, Mapping):
-            raise RowError(f"{where}: content must be a string, not {kind(content)}")
+            raise RowError(f"{where}: content must be a string, not {kind(content)}{fix_for_text(content)}")
         elif part_kind in _REASONING_PARTS:
             text = _one_of(part, (*_REASONING, *_CONTENT), where)
             parts.reasoning.append(checked_text(text, f"{where}: {part_kind} part"))
@@ -292,7 +321,7 @@ def _refuse_media(part: Any, where: str) -> None:
 
 def _unknown_part(part: Mapping[str, Any], part_kind: Any, content: Any, where: str) -> RowError:
     if not part or isinstance(content, Mapping):
-        return RowError(f"{where}: content must be a string, not {kind(content)}")
+        return RowError(f"{where}: content must be a string, not {kind(content)}{fix_for_text(content)}")
     if part_kind in _TEXT_PARTS:
         return RowError(f"{where} holds a part without a text, but with the keys {key_names(part)}")
     return RowError(

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lora_core.errors import DataError
 from lora_core.sources.json_stream import JsonStream, on_one_line
-from lora_core.sources.kinds import Kind, damage_errors, new_path, open_file, shell_path
+from lora_core.sources.kinds import Kind, damage_errors, open_file
+from lora_core.sources.not_rows import new_path, shell_path
 from lora_core.untrusted.text import quoted
 
 if TYPE_CHECKING:
@@ -134,7 +135,9 @@ def _table(file: BinaryIO, kind: Kind, shown: str) -> Iterator[Row]:
     try:
         with _long_cells():
             # Excel writes spaces after commas; pandas gives its index no name.
-            header = [name.strip() or f"column {place}" for place, name in enumerate(next(rows, []), start=1)]
+            names = next(rows, [])
+            names = next(rows, []) if names == ["sep=", ""] else names  # Excel's first line says what separates cells
+            header = [name.strip() or f"column {place}" for place, name in enumerate(names, start=1)]
             _check_header(header, shown)
             for cells in rows:
                 if not cells:  # a blank line

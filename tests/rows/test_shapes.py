@@ -506,7 +506,10 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
             {**ASSISTANT, "tool_calls": [{"id": "1"}]},
             "turn 2: a tool call must be an object with name and arguments; it",
         ),
-        ({**ASSISTANT, "tool_calls": "[]"}, "turn 2: tool_calls must hold a call, not an empty list"),
+        (
+            {"role": "assistant", "content": "", "tool_calls": "[]"},
+            "turn 2: tool_calls must hold a call, not an empty list",
+        ),
         ({**ASSISTANT, "tool_calls": "f(1)"}, "turn 2: tool_calls is not valid JSON"),
         (
             {**ASSISTANT, "tool_calls": [{"name": "f", "arguments": {"x": 1}, "input": {"x": 2}}]},
