@@ -12,13 +12,18 @@ import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from lora_core.commands.command_line import quiet_libraries
@@ -42,6 +47,8 @@ class Seen:
         self.rows: list[int] = []
         self.exchanges = 0
         self.most_micro_batches = 0
+        self.gradient_bytes = 0
+        """Of FSDP2: the most that is held between two micro-batches."""
 
     def takes(self, run: Run, step: int, batching: Batching) -> StepBatches:
         """`Run.batches`; a filler's row is another rank's."""
@@ -59,6 +66,22 @@ class Seen:
         self.exchanges += 1
         return allreduce_hook(state, bucket)
 
+    @contextmanager
+    def accumulates(self, accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+        """`Accelerator.no_sync`, around each micro-batch of a step but the last."""
+        with _no_sync(accelerator, model):
+            yield
+        units = [each for each in model.modules() if isinstance(each, FSDPModule)]
+        groups = [group for unit in units if (group := unit._get_fsdp_state()._fsdp_param_group) is not None]
+        whole = [
+            each.unsharded_param.grad
+            for group in groups
+            for each in group.fsdp_params
+            if hasattr(each, "_unsharded_param")
+        ]
+        held = sum(gradient.nbytes for gradient in whole if gradient is not None)
+        self.gradient_bytes = max(self.gradient_bytes, held)
+
     def shares(self, *arguments: Any, **settings: Any) -> Any:
         """FSDP2's exchange of the gradients of one decoder layer."""
         self.exchanges += 1
@@ -67,6 +90,7 @@ class Seen:
 
 # As torch's FSDP2 calls it, in 2.13 and before.
 _NAME = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+_no_sync = Accelerator.no_sync
 _batches, _init, _reduce_scatter = Run.batches, DistributedDataParallel.__init__, getattr(dist, _NAME)
 
 
@@ -77,6 +101,7 @@ def take_part(run: dict[str, Any]) -> Seen:
         patch.setattr(Run, "batches", lambda run, step, batching: seen.takes(run, step, batching))
         patch.setattr(DistributedDataParallel, "__init__", lambda model, *a, **s: seen.copies(model, *a, **s))
         patch.setattr(dist, _NAME, seen.shares)
+        patch.setattr(Accelerator, "no_sync", lambda accelerator, model: seen.accumulates(accelerator, model))
         patch.setattr("lora_core.training.loop.peak_memory_bytes", lambda device: MEMORY[int(os.environ["RANK"])])
         one_rank.run(run["sharding"], run["settings"], run.get("copy"), run.get("resume"))
     return seen

@@ -99,6 +99,14 @@ def test_gradients_are_exchanged_once_a_step(runs: Path, name: str) -> None:
         assert rank["most_micro_batches"] > 1
 
 
+@pytest.mark.parametrize("name", ["fsdp2-2", "fsdp2-4"])
+def test_between_micro_batches_fsdp2_holds_the_whole_gradients_that_are_predicted(runs: Path, name: str) -> None:
+    facts = json.loads((runs / name / "preflight.json").read_text(encoding="utf-8"))
+    assert facts["memory"]["sharding"] == "fsdp"
+    predicted = facts["memory"]["components"]["gradients"]
+    assert [rank["gradient_bytes"] for rank in seen(runs, name)] == [predicted] * int(name[-1])
+
+
 @pytest.mark.parametrize("name", SHARED_OUT)
 def test_evaluation_is_equal_to_the_token(runs: Path, name: str) -> None:
     ours, theirs = (events(runs / each, "eval") for each in (name, "ddp-1"))
