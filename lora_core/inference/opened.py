@@ -28,9 +28,10 @@ from lora_core.configuration import load_config, with_overrides
 from lora_core.errors import ConfigError
 from lora_core.model.base import add_adapter, load_base_model, load_saved_tokenizer, load_tokenizer
 from lora_core.model.loss import CausalLMLoss
+from lora_core.model.out_of_memory import is_out_of_memory
 from lora_core.preflight.model_facts import with_packing
 from lora_core.runtime.devices import build_accelerator, with_precision
-from lora_core.runtime.faults import is_out_of_memory, naming_lack_of_memory
+from lora_core.runtime.faults import naming_lack_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from lora_core.errors import LoraCoreError, RankFault, RunStopped
+from lora_core.model.out_of_memory import is_out_of_memory
 from lora_core.runtime.ranks import (
     answer_in_time,
     greatest_of_ranks,
@@ -62,37 +63,6 @@ class StopSignals:
         """The name of a signal that any rank has received; all ranks get the same answer."""
         number = greatest_of_ranks(self._received)
         return signal.Signals(number).name if number else None
-
-
-# How torch and what is under it say that no memory was left, on a device or the machine; in any case of letters.
-_OUT_OF_MEMORY = (
-    "out of memory",  # "CUDA error: ...", "HIP error: ..."; NCCL's "Cuda failure 2 '...'"; MPS
-    "out_of_memory",  # CUDA_ERROR_...
-    "OutOfMemory",  # hipError..., kIOGPUCommandBufferCallbackError... of Metal
-    "OUT_OF_DEVICE_MEMORY",  # UR_RESULT_ERROR_... and ZE_RESULT_ERROR_... of XPU
-    "OUT_OF_HOST_MEMORY",
-    "UR_RESULT_ERROR_OUT_OF_RESOURCES",  # also of XPU, of memory that one kernel wants
-    "cudaErrorMemoryAllocation",
-    "STATUS_ALLOC_FAILED",  # CUBLAS_, CUDNN_, CUSPARSE_, HIPBLAS_
-    "ALLOCATION_FAILED",  # CUDNN_STATUS_INTERNAL_ERROR_DEVICE_... since cuDNN 9
-    "miopenStatusAllocFailed",
-    "rocblas_status_memory_error",
-    "Failed to CUDA",  # NCCL: "... calloc 4194304 bytes", "... host alloc"
-    "allocate memory",  # torch's CPU allocator on Linux, the system's "Cannot ...", HCCL
-    "Allocation failed",  # "PT_DEVMEM ..." of HPU
-    "not enough memory",  # torch's CPU allocator on Windows
-    "insufficient memory",  # Metal
-    "Invalid buffer size",  # MPS, of a tensor that is larger than the device takes
-    "bad_alloc",  # C++
-)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the machine had no memory left. (A Linux that overcommits may kill the process instead.)"""
-    said = str(error).lower()
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        words.lower() in said for words in _OUT_OF_MEMORY
-    )
 
 
 @contextmanager
