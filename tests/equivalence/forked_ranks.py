@@ -3,13 +3,15 @@
 python -m tests.equivalence.forked_ranks FOLDER
 
 FOLDER/runs.json: {"4": [{"name": NAME, "sharding": ..., "settings": ...}]} for 4 ranks and so on, as `one_rank` takes
-them. Each rank writes what it took and sent to FOLDER/NAME-seen-RANK.json: the attributes of `Seen`.
+them, and maybe "signal_to_rank_1". Each rank writes what it took and sent to FOLDER/NAME-seen-RANK.json: the
+attributes of `Seen`.
 """
 
 import importlib
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -28,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lora_core.commands.command_line import quiet_libraries
 from lora_core.data.packing import Batching, StepBatches
+from lora_core.errors import RunStopped
 from lora_core.runtime.ranks import leave
 from lora_core.training.loop import Run
 from tests.equivalence import one_rank
@@ -43,7 +46,11 @@ MEMORY = (3 * 2**30, 7 * 2**30, 5 * 2**30, 2**30)
 class Seen:
     """What one rank of one run takes and sends."""
 
-    def __init__(self) -> None:
+    def __init__(self, signal_name: str | None) -> None:
+        self.signal_name = signal_name
+        """That this rank gets in its fifth step."""
+        self.stopped: str | None = None
+        self.exit_code = 0
         self.rows: list[int] = []
         self.exchanges = 0
         self.most_micro_batches = 0
@@ -53,6 +60,8 @@ class Seen:
     def takes(self, run: Run, step: int, batching: Batching) -> StepBatches:
         """`Run.batches`; a filler's row is another rank's."""
         batches = _batches(run, step, batching)
+        if self.signal_name is not None and run.progress.step == 4:
+            os.kill(os.getpid(), getattr(signal, self.signal_name))
         self.rows += [int(row) for cut in batches.cuts if not cut.is_filler for row in cut.rows]
         self.most_micro_batches = max(self.most_micro_batches, len(batches.cuts))
         return batches
@@ -96,14 +105,17 @@ _batches, _init, _reduce_scatter = Run.batches, DistributedDataParallel.__init__
 
 def take_part(run: dict[str, Any]) -> Seen:
     """Take part in a run, as `one_rank.run` takes it."""
-    seen = Seen()
+    seen = Seen(run.get("signal_to_rank_1") if os.environ["RANK"] == "1" else None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "batches", lambda run, step, batching: seen.takes(run, step, batching))
         patch.setattr(DistributedDataParallel, "__init__", lambda model, *a, **s: seen.copies(model, *a, **s))
         patch.setattr(dist, _NAME, seen.shares)
         patch.setattr(Accelerator, "no_sync", lambda accelerator, model: seen.accumulates(accelerator, model))
         patch.setattr("lora_core.training.loop.peak_memory_bytes", lambda device: MEMORY[int(os.environ["RANK"])])
-        one_rank.run(run["sharding"], run["settings"], run.get("copy"), run.get("resume"))
+        try:
+            one_rank.run(run["sharding"], run["settings"], run.get("copy"), run.get("resume"))
+        except RunStopped as error:
+            seen.stopped, seen.exit_code = str(error), error.exit_code
     return seen
 
 
