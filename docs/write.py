@@ -24,10 +24,10 @@ MEMORY_HEADER = """# Memory
 Predicted peak memory in GiB of each GPU: the loop's own step is run on tensors without storage (`lora_core/memory/`)
 and what is alive is counted, by component. LoRA and optimizer as shipped, every token a loss token, packed examples,
 no evaluation. Each cell: without / with `train.gradient_checkpointing`. 0.75 GiB of each figure are for the CUDA
-context, which is assumed. FSDP figures are worked out from the same counts. In bf16 rank 0 reads the model on its CPU
-and sends each GPU its share; in NF4 each GPU loads the whole model before it is shared out, and where that is the peak,
-checkpointing changes nothing. **No figure here was measured on a GPU**;
-what one measured is in [benchmarks](benchmarks.md#on-a-gpu).
+context, which is assumed. FSDP figures are worked out from the same counts, with the adapter's gradients whole on each
+GPU, as they are between the micro-batches of a step. In bf16 rank 0 reads the model on its CPU and sends each GPU its
+share; in NF4 each GPU loads the whole model before it is shared out, and where that is the peak, checkpointing changes
+nothing. **No figure here was measured on a GPU**; what one measured is in [benchmarks](benchmarks.md#on-a-gpu).
 Written by `python docs/write.py --memory`.
 
 `lora-core preflight --cfg qwen7b --gpu-memory-gib 24` answers for your rows and settings. A run that does not fit is

@@ -70,6 +70,7 @@ ORDER: dict[str, list[str]] = {
     "data": ["counts", "packing", "alike", "split", "cache", "row_text", "encoded", "in_memory"],
     "model": [
         "heap",
+        "out_of_memory",
         "attention",
         "language_part",
         "packing_check",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lora_core.commands.command_line import Command, add_overrides, heavy_imports, new_file, quiet_libraries
 from lora_core.errors import ConfigError, LoraCoreError, RowError, counted
 from lora_core.rows.tool_use import parse_tools
+from lora_core.runtime.launcher import refuse_several
 from lora_core.untrusted.text import showable
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 
 def _run(arguments: Namespace) -> None:
+    refuse_several("chat")
     _check(arguments)
     output = new_file("--output", arguments.output)
     tools = None if arguments.tools is None else _read_tools(Path(arguments.tools).expanduser())
@@ -63,8 +65,6 @@ def _run(arguments: Namespace) -> None:
     opened = open_model(arguments.source, arguments.overrides)
     loaded = load_opened(opened)
     check_template(loaded)
-    if loaded.accelerator.num_processes > 1:
-        raise ConfigError(f"chat runs in one process, not in {loaded.accelerator.num_processes}; fix: no launcher")
     if arguments.compare:
         base_alone(loaded)  # refuses a model without an adapter
     torch.manual_seed(loaded.config.train.seed)

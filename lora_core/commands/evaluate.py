@@ -64,6 +64,7 @@ def _run(arguments: Namespace) -> None:
     with heavy_imports():
         quiet_libraries()
         from lora_core.inference.evaluation import compare_evaluations, on_rows_of
+        from lora_core.runtime.faults import naming_lost_ranks
         from lora_core.runtime.ranks import leave
 
     first = _open(arguments)
@@ -72,20 +73,20 @@ def _run(arguments: Namespace) -> None:
         from lora_core.inference.harness import check_harness
 
         check_harness()
-    evaluation, scores = _measure(first, arguments, arguments.lm_eval)
+    other = None
+    with naming_lost_ranks(first.config.train.rank_timeout_s, "evaluate again"):
+        evaluation, scores = _measure(first, arguments, arguments.lm_eval)
+        if second is not None and evaluation is not None:
+            other, _ = _measure(second, arguments, None)
     values: dict[str, Any] = {}
     lines: list[str] = []
     if evaluation is not None:
         values |= evaluation.to_dict()
         lines.append(str(evaluation))
-    if second is not None and evaluation is not None:
-        other, _ = _measure(second, arguments, None)
-        assert other is not None  # it has the eval set of the first
+    if evaluation is not None and other is not None:
         difference = compare_evaluations(evaluation, other)
         values |= {"against": other.to_dict(), "difference": difference.to_dict()}
         lines += [str(other), str(difference)]
-    else:
-        other = None
     if scores is not None:
         values["lm_eval"] = scores
         lines += _score_lines(scores)

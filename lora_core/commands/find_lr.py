@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from lora_core.commands.command_line import (
 from lora_core.config.schema import RunConfig
 from lora_core.configuration import find_config, with_overrides
 from lora_core.errors import ConfigError
+from lora_core.runtime.launcher import refuse_several
 from lora_core.untrusted.text import showable
 
 EVAL_SHARE = 0.2
@@ -46,8 +46,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 def _run(arguments: Namespace) -> None:
     started = time.monotonic()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("find-lr runs in one process; fix: lora-core find-lr without a launcher, on one device")
+    refuse_several("find-lr")
     if not arguments.budget_minutes > 0:
         raise ConfigError(f"--budget-minutes {arguments.budget_minutes:g}: must be above 0; fix: --budget-minutes 5")
     config = load_config_of(arguments, quiet=arguments.json)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from lora_core.commands.command_line import heavy_imports, quiet_libraries
 from lora_core.configuration import is_keyed_by_model, load_config
 from lora_core.errors import ConfigError, RunStopped, TrainingError, counted
 from lora_core.runtime.console import Console
+from lora_core.runtime.launcher import refuse_several
 
 if TYPE_CHECKING:
     from lora_core.memory.plan import MemoryPlan
@@ -52,8 +52,7 @@ def train_several(arguments: Namespace, names: Sequence[str], console: Console) 
         RunStopped: a signal stopped a run; `--resume` continues there.
         TrainingError: at the end: a run failed, or no model fits.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("--models starts a process for each run; fix: without a launcher, or one model at a time")
+    refuse_several("--models")
     with heavy_imports():
         quiet_libraries()
         candidates = sorted(_look_at(arguments, names, console), key=lambda candidate: candidate.num_parameters)

@@ -12,8 +12,8 @@ from torch import Tensor
 from lora_core.errors import ConfigError, DataError, counted
 from lora_core.evaluation.generation import Reply, encode_prompt, generate_replies, generate_reply, longest_context
 from lora_core.inference.opened import LoadedModel
+from lora_core.model.out_of_memory import is_out_of_memory
 from lora_core.rows.messages import Conversation, Message
-from lora_core.runtime.faults import is_out_of_memory
 
 
 @dataclass(frozen=True)

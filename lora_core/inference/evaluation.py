@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lora_core.checkpoints.resume import data_hash
 from lora_core.config.schema import RunConfig
 from lora_core.data.counts import EncodedFile
 from lora_core.data.encoded import encode_set, load_data, pad_id
@@ -20,7 +21,9 @@ from lora_core.inference.paired import ExactDifference, LossDifference, compare_
 from lora_core.inference.questions import Answered, answers_of_all_ranks, questions_of_examples
 from lora_core.model.head import check_head
 from lora_core.model.loss import CausalLMLoss
+from lora_core.runtime.faults import naming_lack_of_memory
 from lora_core.runtime.ranks import first_on_each_machine
+from lora_core.training.alike import check_order_of_ranks, check_same_base, check_same_rows, check_same_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,20 +105,26 @@ def evaluate_loaded(
         say: told what is about to take long.
 
     Raises:
-        LoraCoreError: there is no eval set, it cannot be read, or the loss would not be that of the model's own logits.
+        LoraCoreError: there is no eval set, it cannot be read, the loss would not be that of the model's own logits, or
+            there was no memory left.
     """
     config, accelerator = loaded.config, loaded.accelerator
-    with accelerator.autocast():
-        check_head(loaded.model)
-    with first_on_each_machine():
-        data = load_eval_data(config, loaded.tokenizer)
-    model = accelerator.prepare_model(CausalLMLoss(loaded.model), evaluation_mode=True)
-    result, losses = evaluate_examples(accelerator, model, data, eval_batching(config, pad_id(loaded.tokenizer)))
-    if num_replies == 0:
-        return Evaluation(loaded.opened, result, losses, data, {})
-    questions = questions_of_examples(data, config.data, loaded.tokenizer, num_replies)
-    say(f"asking for {counted(len(questions), 'reply', 'replies')} ...")
-    replies = answers_of_all_ranks(loaded, list(questions.values()), Asking(max_new_tokens))
+    check_order_of_ranks()
+    check_same_settings(config, None)
+    check_same_base(loaded.model)
+    with naming_lack_of_memory(accelerator):
+        with accelerator.autocast():
+            check_head(loaded.model)
+        with first_on_each_machine():
+            data = load_eval_data(config, loaded.tokenizer)
+        check_same_rows(data_hash(data, None), len(data.lengths), config.data.eval_file or config.data.train_source)
+        model = accelerator.prepare_model(CausalLMLoss(loaded.model), evaluation_mode=True)
+        result, losses = evaluate_examples(accelerator, model, data, eval_batching(config, pad_id(loaded.tokenizer)))
+        if num_replies == 0:
+            return Evaluation(loaded.opened, result, losses, data, {})
+        questions = questions_of_examples(data, config.data, loaded.tokenizer, num_replies)
+        say(f"asking for {counted(len(questions), 'reply', 'replies')} ...")
+        replies = answers_of_all_ranks(loaded, list(questions.values()), Asking(max_new_tokens))
     return Evaluation(loaded.opened, result, losses, data, dict(zip(questions, replies, strict=True)))
 
 

@@ -9,17 +9,19 @@ from typing import Any
 from lora_core.errors import ConfigError
 from lora_core.inference.opened import LoadedModel
 from lora_core.model.decoder import padding_masked
+from lora_core.runtime.launcher import refuse_several
 
 Scores = dict[str, dict[str, float]]
 """Task -> measure, as lm-eval names both -> value."""
 
 
 def check_harness() -> None:
-    """Refuse where the package is missing.
+    """Refuse where the package is missing, or a launcher started several processes.
 
     Raises:
-        ConfigError: it is.
+        ConfigError: it is, or did.
     """
+    refuse_several("--lm-eval")
     if find_spec("lm_eval") is None:
         raise ConfigError("--lm-eval: the package lm-eval is not installed; fix: pip install 'lora-core[lm-eval]'")
 
@@ -34,11 +36,6 @@ def run_tasks(loaded: LoadedModel, names: str) -> Scores:
         ConfigError: the package is missing, there is no such task, or several processes were started.
     """
     check_harness()
-    if loaded.accelerator.num_processes > 1:
-        raise ConfigError(
-            f"--lm-eval: runs in one process, and there are {loaded.accelerator.num_processes}; fix: lora-core "
-            "evaluate without a launcher"
-        )
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

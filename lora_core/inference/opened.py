@@ -28,9 +28,10 @@ from lora_core.configuration import load_config, with_overrides
 from lora_core.errors import ConfigError
 from lora_core.model.base import add_adapter, load_base_model, load_saved_tokenizer, load_tokenizer
 from lora_core.model.loss import CausalLMLoss
+from lora_core.model.out_of_memory import is_out_of_memory
 from lora_core.preflight.model_facts import with_packing
 from lora_core.runtime.devices import build_accelerator, with_precision
-from lora_core.runtime.faults import is_out_of_memory
+from lora_core.runtime.faults import naming_lack_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -118,6 +119,7 @@ def load_opened(opened: Opened) -> LoadedModel:
 
     Raises:
         ConfigError: base model, adapter or checkpoint cannot be loaded, or do not fit together.
+        RankFault: there was no memory left.
     """
     config, _ = with_precision(opened.config)
     config = with_packing(config)
@@ -127,10 +129,11 @@ def load_opened(opened: Opened) -> LoadedModel:
     else:
         tokenizer = load_tokenizer(config.model, config.data)
     model: Any
-    if opened.weights is None:
-        model = load_base_model(config.model, accelerator.device, bool(config.data.packing))
-    else:
-        model = _load_trained(opened, opened.weights, config, accelerator)
+    with naming_lack_of_memory(accelerator):
+        if opened.weights is None:
+            model = load_base_model(config.model, accelerator.device, bool(config.data.packing))
+        else:
+            model = _load_trained(opened, opened.weights, config, accelerator)
     return LoadedModel(opened, config, accelerator, tokenizer, model.eval())
 
 

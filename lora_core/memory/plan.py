@@ -106,9 +106,10 @@ def predict_memory(
         num_processes: of the run; each has its own device, or its share of a CPU machine (`device.limit_bytes`).
         each_rank_loads: under FSDP each rank loads the whole model. Quantized ones are loaded so in any case.
 
-    FSDP is worked out from the same counts: weights, adapter, gradients and optimizer state are shared out, embedding
-    and head are whole through a step, and two decoder layers at a time (one at work, the next on its way). Rank 0 sends
-    weights a tensor at a time, none larger than embedding and head; where each rank loads the whole model before it is
+    FSDP is worked out from the same counts: weights, adapter and optimizer state are shared out; the adapter's
+    gradients are whole between the micro-batches of a step, which exchanges them once; embedding and head are whole
+    through a step, and two decoder layers at a time (one at work, the next on its way). Rank 0 sends weights a tensor
+    at a time, none larger than embedding and head; where each rank loads the whole model before it is
     shared out, `loading` is what that takes beyond a step's peak. It has not been measured.
 
     Raises:
@@ -125,7 +126,9 @@ def predict_memory(
     components = {name: live.get(name, 0) for name in ("weights", "adapter", "gradients", "optimizer")}
     shards = num_processes > 1 and sharding == "fsdp"
     if shards:
+        gradients = components["gradients"]
         components = {name: -(-size // num_processes) for name, size in components.items()}
+        components["gradients"] = gradients  # summed up whole, until the step's last micro-batch sends them
         while_loading = components["weights"]
         if each_rank_loads or config.model.quantization != "none":
             while_loading += live["weights"]  # whole, until all is shared out

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lora_core.errors import ConfigError, LoraCoreError, TrainingError
 from lora_core.model.attention import causal_lm_of, decoder_of
+from lora_core.model.out_of_memory import is_out_of_memory
 from lora_core.model.packing_check import rounds_by_other_tokens
 
 Head = Callable[[Tensor], Tensor]
@@ -92,9 +93,9 @@ def head_of(model: nn.Module, output: Any) -> Head:
     model.eval()
     try:
         wanted = own(states)
-    except (torch.OutOfMemoryError, MemoryError):  # says nothing of the model
-        raise
     except Exception as error:  # each family's code misses something else
+        if is_out_of_memory(error):  # says nothing of the model
+            raise
         raise TrainingError(
             f"{type(causal_lm_of(model)).__name__} computes its logits from more than its decoder's last hidden "
             f"states ({type(error).__name__}), which lora_core does not support; fix: another model.name_or_path"
@@ -141,9 +142,9 @@ def check_head(model: nn.Module) -> str | None:
         output = decoder_of(causal_lm)(input_ids=input_ids, use_cache=False)
         if is_quantized:
             _train_mode_runs(causal_lm, input_ids)
-    except (LoraCoreError, torch.OutOfMemoryError, MemoryError):  # says nothing of the model's forward
-        raise
     except Exception as error:  # each family's code wants something else
+        if isinstance(error, LoraCoreError) or is_out_of_memory(error):  # says nothing of the model's forward
+            raise
         reason = (str(error).strip().splitlines() or [""])[0]
         how, fix = "on tokens alone", "another model.name_or_path"
         if is_quantized:  # some families use a layer's weight as a matrix, beside calling the layer

@@ -12,10 +12,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 
 from lora_core.errors import LoraCoreError, RankFault, RunStopped
-from lora_core.runtime.ranks import answer_in_time, greatest_of_ranks, is_alone_with, is_connection_failure, keeps_store
+from lora_core.model.out_of_memory import is_out_of_memory
+from lora_core.runtime.ranks import (
+    answer_in_time,
+    greatest_of_ranks,
+    is_alone_with,
+    is_connection_failure,
+    keeps_store,
+    several,
+)
 
 _SECONDS_TO_ANSWER = 5.0
 
@@ -56,37 +65,6 @@ class StopSignals:
         return signal.Signals(number).name if number else None
 
 
-# How torch and what is under it say that no memory was left, on a device or the machine; in any case of letters.
-_OUT_OF_MEMORY = (
-    "out of memory",  # "CUDA error: ...", "HIP error: ..."; NCCL's "Cuda failure 2 '...'"; MPS
-    "out_of_memory",  # CUDA_ERROR_...
-    "OutOfMemory",  # hipError..., kIOGPUCommandBufferCallbackError... of Metal
-    "OUT_OF_DEVICE_MEMORY",  # UR_RESULT_ERROR_... and ZE_RESULT_ERROR_... of XPU
-    "OUT_OF_HOST_MEMORY",
-    "UR_RESULT_ERROR_OUT_OF_RESOURCES",  # also of XPU, of memory that one kernel wants
-    "cudaErrorMemoryAllocation",
-    "STATUS_ALLOC_FAILED",  # CUBLAS_, CUDNN_, CUSPARSE_, HIPBLAS_
-    "ALLOCATION_FAILED",  # CUDNN_STATUS_INTERNAL_ERROR_DEVICE_... since cuDNN 9
-    "miopenStatusAllocFailed",
-    "rocblas_status_memory_error",
-    "Failed to CUDA",  # NCCL: "... calloc 4194304 bytes", "... host alloc"
-    "allocate memory",  # torch's CPU allocator on Linux, the system's "Cannot ...", HCCL
-    "Allocation failed",  # "PT_DEVMEM ..." of HPU
-    "not enough memory",  # torch's CPU allocator on Windows
-    "insufficient memory",  # Metal
-    "Invalid buffer size",  # MPS, of a tensor that is larger than the device takes
-    "bad_alloc",  # C++
-)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the machine had no memory left. (A Linux that overcommits may kill the process instead.)"""
-    said = str(error).lower()
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        words.lower() in said for words in _OUT_OF_MEMORY
-    )
-
-
 @contextmanager
 def naming_lack_of_memory(accelerator: Accelerator) -> Iterator[None]:
     """While entered, memory that runs out where no step says so, as in loading and evaluating, becomes a sentence.
@@ -114,28 +92,32 @@ def free_memory() -> None:
 
 
 @contextmanager
-def naming_lost_ranks(accelerator: Accelerator, timeout_s: int) -> Iterator[None]:
+def naming_lost_ranks(timeout_s: int, then: str) -> Iterator[None]:
     """While entered, a failure to reach another rank becomes an error that names it, and a mistake of one rank says so.
+
+    Args:
+        timeout_s: train.rank_timeout_s.
+        then: what to do once it is known why a rank was lost.
 
     Raises:
         RankFault: a rank died, or took longer than `timeout_s` to come to the same point.
     """
-    rank, num_ranks = accelerator.process_index, accelerator.num_processes
     try:
         yield
     except LoraCoreError as error:
         is_said = isinstance(error, (RankFault, RunStopped))
         if not is_said and is_alone_with(str(error)):
-            error.only_rank = rank
+            error.only_rank = dist.get_rank()
         raise
     except RuntimeError as error:
-        if num_ranks == 1 or not is_connection_failure(error):
+        if not several() or not is_connection_failure(error):
             raise
-        lost = _silent_ranks(accelerator)
+        rank, num_ranks = dist.get_rank(), dist.get_world_size()
+        lost = _silent_ranks(rank, num_ranks)
         who = f"rank{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))}" if lost else "a rank"
         raise RankFault(
             f"{who} of {num_ranks} died or did not answer within {timeout_s} s (train.rank_timeout_s), so rank {rank} "
-            f"stops; it was doing: {_first_sentence(error)}; fix: read the lost rank's output above, then --resume"
+            f"stops; it was doing: {_first_sentence(error)}; fix: read the lost rank's output above, then {then}"
         ) from error
 
 
@@ -147,16 +129,16 @@ def is_of_the_machine(error: RuntimeError) -> bool:
     return not is_plain or named or is_out_of_memory(error) or is_connection_failure(error)
 
 
-def _silent_ranks(accelerator: Accelerator) -> list[int]:
+def _silent_ranks(rank: int, num_ranks: int) -> list[int]:
     """Ranks that do not say within some seconds that they are there: they are dead, or hang where no error reaches."""
-    store = torch.distributed.distributed_c10d._get_default_store()
-    waiting = set(range(accelerator.num_processes)) - {accelerator.process_index}
+    store = dist.distributed_c10d._get_default_store()
+    waiting = set(range(num_ranks)) - {rank}
     deadline = time.monotonic() + _SECONDS_TO_ANSWER
 
     def ask() -> None:
-        store.set(f"lora_core/alive/{accelerator.process_index}", "")
+        store.set(f"lora_core/alive/{rank}", "")
         while waiting and time.monotonic() < deadline:
-            waiting.difference_update([rank for rank in waiting if store.check([f"lora_core/alive/{rank}"])])
+            waiting.difference_update([other for other in waiting if store.check([f"lora_core/alive/{other}"])])
             time.sleep(0.05)
 
     try:

@@ -82,6 +82,19 @@ def check_launch() -> None:
             raise ConfigError(f"{name}={os.environ[name]} in the environment: must be below {size}={limit}; fix: {fix}")
 
 
+def refuse_several(what: str) -> None:
+    """Refuse a launcher that started several processes of what runs in one.
+
+    Raises:
+        ConfigError: it did, by WORLD_SIZE.
+    """
+    launched = os.environ.get("WORLD_SIZE", "1")
+    if launched not in ("", "1"):
+        raise ConfigError(
+            f"{what} runs in one process, and WORLD_SIZE={launched}; fix: env -u WORLD_SIZE python {own_command()}"
+        )
+
+
 def speaks_for_machine() -> bool:
     """Whether this process says what all of its machine find: the first one there, or one without a launcher."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("LOCAL_RANK", "0") in ("", "0")

@@ -1,4 +1,4 @@
-"""All ranks have to train the same run, wherever each was started: the same settings, rows and base model."""
+"""All ranks have to train or measure the same, wherever each was started: the same settings, rows and weights."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def check_same_rows(data_hash: str, num_examples: int, source: str) -> None:
 
     Args:
         data_hash: as `resume.data_hash` gives it.
-        num_examples: to train on.
+        num_examples: to train on, or to measure.
         source: what the rows are called.
 
     Raises:
@@ -93,7 +93,7 @@ def check_same_rows(data_hash: str, num_examples: int, source: str) -> None:
         if theirs != of_ranks[0][0]:
             raise DataError(
                 f"{name}: rank {rank} has other rows than rank 0, or another tokenizer or chat template: {number:,} "
-                f"examples to train on there, {of_ranks[0][1]:,} in rank 0 ({of_ranks[0][2]}), or others in the eval "
+                f"examples there, {of_ranks[0][1]:,} in rank 0 ({of_ranks[0][2]}), or others in the eval "
                 "set; fix: the same files on every machine",
                 "ranks_differ",
             )
@@ -103,7 +103,7 @@ def check_same_base(model: nn.Module) -> None:
     """Call it in every rank once the model is loaded.
 
     Raises:
-        ConfigError: in every rank: one has loaded another base model than rank 0.
+        ConfigError: in every rank: one has loaded other frozen weights than rank 0.
     """
     of_ranks = gather_from_ranks(_identity(model))
     differing = [rank for rank, theirs in enumerate(of_ranks) if theirs != of_ranks[0]]

@@ -23,12 +23,13 @@ from lora_core.errors import RankFault, RunStopped, TrainingError, counted
 from lora_core.evaluation.evaluate import EvalResult, ExampleLosses, evaluate_examples, write_examples
 from lora_core.evaluation.generation import Reply
 from lora_core.evaluation.replies import describe_reply, reply_to_all
+from lora_core.model.out_of_memory import is_out_of_memory
 from lora_core.preflight.findings import Facts
 from lora_core.preflight.memory import cheapest_change
 from lora_core.report.words import duration_text
 from lora_core.runtime.console import Kind
 from lora_core.runtime.devices import peak_memory_bytes, random_states, set_random_states
-from lora_core.runtime.faults import StopSignals, free_memory, is_out_of_memory
+from lora_core.runtime.faults import StopSignals, free_memory
 from lora_core.runtime.ranks import greatest_of_ranks
 from lora_core.training.lookout import Lookout
 from lora_core.training.step import StepDropped, StepResult, train_step

@@ -127,7 +127,7 @@ def train(
     if precision is not None:
         console.say(precision)
     with (
-        naming_lost_ranks(accelerator, config.train.rank_timeout_s),
+        naming_lost_ranks(config.train.rank_timeout_s, "--resume"),
         recorded_end(config, console) as end,
         naming_lack_of_memory(accelerator),
     ):

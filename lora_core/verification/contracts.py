@@ -12,7 +12,6 @@ base model is in memory once at a time.
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,12 +20,12 @@ from pathlib import Path
 from lora_core.config.schema import RunConfig
 from lora_core.data.counts import EncodedFile
 from lora_core.data.encoded import load_data
-from lora_core.errors import ConfigError
 from lora_core.model.base import load_tokenizer
 from lora_core.preflight.model_facts import with_packing
 from lora_core.preflight.plan import with_learning_rate
 from lora_core.runtime.devices import with_precision
 from lora_core.runtime.faults import free_memory
+from lora_core.runtime.launcher import refuse_several
 from lora_core.verification.gradients import NUM_GRADIENT_ROWS, check_gradients, float32_overrides
 from lora_core.verification.masks import check_masks
 from lora_core.verification.reload import check_merge, check_reload
@@ -45,10 +44,7 @@ def verify(config: RunConfig, say: Callable[[str], None] = print) -> Verificatio
         TrainingError: the short run could not be started.
     """
     started = time.monotonic()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: verify runs in one process; fix: lora-core verify --cfg NAME"
-        )
+    refuse_several("verify")
     config, _ = with_precision(config)
     config = with_packing(config)
     tokenizer = load_tokenizer(config.model, config.data)

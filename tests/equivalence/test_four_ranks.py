@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from lora_core.data.packing import Batching, step_rows
 from tests.conftest import chat
@@ -18,6 +20,7 @@ from tests.forked import python
 
 NUM_ROWS, STEPS, EPOCHS, LAYERS = 38, 50, 10, 2
 STEPS_A_EPOCH = STEPS // EPOCHS  # of 8 rows, the last one of 6
+STOPPED = ["SIGTERM-2", "SIGUSR1-2"]
 SHARED_OUT = ["ddp-2", "fsdp2-2", "ddp-4", "fsdp2-4"]
 
 
@@ -53,9 +56,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path
         run = {"name": name, "sharding": sharding, "settings": [f"{key}={value}" for key, value in settings.items()]}
         return {**run, "copy": str(folder / f"{sharding}-{ranks}"), "resume": STEPS // 2} if resumed else run
 
+    def other(name: str, *settings: str) -> dict[str, Any]:
+        run = of("ddp", 2)
+        return {**run, "name": name, "settings": [*run["settings"], f"output_dir={folder / name}", *settings]}
+
+    def ended(name: str) -> dict[str, Any]:
+        return {**other(name), "signal_to_rank_1": name.removesuffix("-2")}
+
+    gets_worse = ("train.learning_rate=1", "train.on_alarm=warn", "train.eval_steps=2")
+    early = other("early-2", *gets_worse, "train.early_stopping_patience=2", "train.keep_adapter=best")
     asked = {
         1: [of("ddp", 1)],
-        2: [of("ddp", 2), of("fsdp2", 2)],
+        2: [of("ddp", 2), of("fsdp2", 2), early, *(ended(name) for name in STOPPED)],
         4: [of("ddp", 4), of("fsdp2", 4), of("ddp", 4, True)],
     }
     (folder / "runs.json").write_text(json.dumps(asked), encoding="utf-8")
@@ -80,6 +92,31 @@ def test_four_ranks_resume_to_the_same_bits(runs: Path) -> None:
     assert ours.read_bytes() == theirs.read_bytes()
 
 
+def test_two_ranks_stop_early_at_the_same_step_and_keep_the_best_adapter(runs: Path) -> None:
+    measured = {event["step"]: event["loss"] for event in events(runs / "early-2", "eval")}
+    best = min(measured, key=measured.__getitem__)
+    assert max(measured) == best + 4 < STEPS
+    assert [max(event["step"] for event in events(runs / "early-2", "train"))] == [best + 4]
+    summary = json.loads((runs / "early-2/summary.json").read_text(encoding="utf-8"))
+    assert summary["eval_loss_after"] == pytest.approx(measured[best], abs=1e-5)
+    ours, kept = (
+        load_file(runs / "early-2" / name)
+        for name in ("adapter/adapter_model.safetensors", f"checkpoints/step-{best:06d}/adapter.safetensors")
+    )
+    assert sorted(map(float, map(torch.sum, ours.values()))) == sorted(map(float, map(torch.sum, kept.values())))
+    assert [len(rank["rows"]) > 0 and rank["exit_code"] for rank in seen(runs, "early-2")] == [0, 0]
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_a_signal_to_one_rank_stops_both_with_a_checkpoint(runs: Path, name: str) -> None:
+    checkpoints = runs / name / "checkpoints"
+    (saved,) = checkpoints.glob("*")
+    assert (saved / "manifest.json").is_file()
+    for rank in seen(runs, name):
+        assert rank["exit_code"] == 75
+        assert rank["stopped"].startswith(f"stopped by {name[:-2]} after step {int(saved.name[-6:])} of {STEPS}; ")
+
+
 @pytest.mark.parametrize("name", ["ddp-1", *SHARED_OUT])
 def test_each_example_is_taken_once_an_epoch(runs: Path, name: str) -> None:
     ranks = seen(runs, name)
@@ -97,6 +134,14 @@ def test_gradients_are_exchanged_once_a_step(runs: Path, name: str) -> None:
     for rank in seen(runs, name):
         assert rank["exchanges"] == once
         assert rank["most_micro_batches"] > 1
+
+
+@pytest.mark.parametrize("name", ["fsdp2-2", "fsdp2-4"])
+def test_between_micro_batches_fsdp2_holds_the_whole_gradients_that_are_predicted(runs: Path, name: str) -> None:
+    facts = json.loads((runs / name / "preflight.json").read_text(encoding="utf-8"))
+    assert facts["memory"]["sharding"] == "fsdp"
+    predicted = facts["memory"]["components"]["gradients"]
+    assert [rank["gradient_bytes"] for rank in seen(runs, name)] == [predicted] * int(name[-1])
 
 
 @pytest.mark.parametrize("name", SHARED_OUT)

@@ -90,6 +90,7 @@ def test_ranks_share_what_fsdp_shards_and_ddp_repeats() -> None:
     assert ddp["gradients"] == 2 * alone["gradients"]
     assert alone["weights"] / 4 < fsdp["weights"] < alone["weights"]
     assert fsdp["adapter"] == pytest.approx(alone["adapter"] / 4, abs=4)
+    assert fsdp["gradients"] == alone["gradients"]
 
 
 def test_fsdp_keeps_embedding_and_head_whole_and_loads_the_whole_model_where_each_rank_reads_it() -> None:

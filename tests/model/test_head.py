@@ -130,3 +130,12 @@ def test_a_model_that_autocast_breaks_is_told_how_it_runs() -> None:
     ):
         check_head(model)
     assert check_head(model) is None  # float32, without autocast
+
+
+def test_a_lack_of_memory_is_not_blamed_on_the_model() -> None:
+    model = make_model(300)
+    output = decoder_of(model)(input_ids=torch.arange(1, 9)[None])
+    model.lm_head.register_forward_pre_hook(lambda *_: torch.empty(2**50))  # a plain RuntimeError on a CPU
+    for ask in (lambda: check_head(model), lambda: head_of(model, output)):
+        with pytest.raises(RuntimeError, match=r"allocate memory|enough memory"):
+            ask()

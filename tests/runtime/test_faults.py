@@ -19,8 +19,8 @@ import torch
 
 from lora_core.configuration import load_config
 from lora_core.errors import RankFault
+from lora_core.model.out_of_memory import is_out_of_memory
 from lora_core.runtime.devices import random_states
-from lora_core.runtime.faults import is_out_of_memory
 from lora_core.runtime.launcher import _ACCELERATE
 from lora_core.training.setup import train
 from lora_core.training.step import StepResult, train_step

@@ -145,9 +145,9 @@ LOST = textwrap.dedent("""
     def rank_main(rank, port, doomed, fault, pipe):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        state = PartialState(cpu=True, backend="gloo", timeout=timedelta(seconds=SECONDS))
+        PartialState(cpu=True, backend="gloo", timeout=timedelta(seconds=SECONDS))
         try:
-            with naming_lost_ranks(state, SECONDS), first_on_each_machine():
+            with naming_lost_ranks(SECONDS, "--resume"), first_on_each_machine():
                 if rank == doomed:
                     os.kill(os.getpid(), fault)
         except RankFault as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from lora_core.commands.main import main
 from lora_core.configuration import load_config
 from lora_core.errors import ConfigError
 from lora_core.model.loss import CausalLMLoss
@@ -231,6 +234,30 @@ def test_what_launchers_set_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not speaks_for_machine()  # of two ranks, the other says it
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert speaks_for_machine()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["verify", "--cfg", "demo"],
+        ["find-lr", "--cfg", "demo"],
+        ["chat", "outputs/demo"],
+        ["train", "--cfg", "demo", "--models", "a,b"],
+        ["evaluate", "--cfg", "demo", "--adapter", "none", "--lm-eval", "arc_easy"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_what_runs_in_one_process_refuses_a_launcher_with_a_command_to_paste(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # commands set their own
+    monkeypatch.setattr(sys, "argv", ["lora-core", *command])
+    for name, value in {**WHOLE, "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"runs in one process, and WORLD_SIZE=2; fix: env -u WORLD_SIZE python -m lora_core ", said)
+    assert said.endswith(f" {shlex.join(command)}\n")
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_other_settings_are_named_with_both_values(told: dict[str, Any]) -> None
 
 def test_other_rows_and_another_base_model_are_refused(told: dict[str, Any]) -> None:
     assert told["rows"].startswith("rows-1.jsonl: rank 1 has other rows than rank 0, or another tokenizer")
-    assert "11 examples to train on there, 10 in rank 0 (rows-0.jsonl)" in told["rows"]
+    assert "11 examples there, 10 in rank 0 (rows-0.jsonl)" in told["rows"]
     assert told["base"].startswith("model.name_or_path: rank 1 has loaded other weights than rank 0; fix: the same")
 
 
