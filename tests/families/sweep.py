@@ -140,9 +140,7 @@ def _plain(
     return summed_by_row(model, base, rows)
 
 
-def _rounding(
-    folder: Path, adapter: Path, rows: list[list[int]], config: RunConfig, plain: dict[str, Tensor]
-) -> float:
+def _rounding(folder: Path, adapter: Path, rows: list[list[int]], config: RunConfig, plain: dict[str, Tensor]) -> float:
     """What plain transformers and PEFT in float32 differ by from the same in float64, or with attention by hand."""
     exact = _plain(folder, adapter, rows, config, dtype=torch.float64)
     by_hand = _plain(folder, adapter, rows, config, attention="eager")
