@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from hypothesis import settings
 from transformers import PreTrainedTokenizerFast
 
 from lora_core.commands.command_line import quiet_libraries
+from lora_core.config.schema import RunConfig
 from lora_core.configuration import load_config
+from lora_core.memory.simulate import live_at_peak
 from lora_core.model.heap import keep_freed_memory
 from lora_core.training.setup import train
 from tests.tiny import CHATML, ROOT, chat, make_model, make_tokenizer, save_tiny_model, write_jsonl
@@ -79,6 +82,30 @@ def without_page(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs that end draw no page, which takes longer than to train them; tests/report/ holds what is on it, and
     tests/training/test_train.py that each run has one."""
     monkeypatch.setattr("lora_core.training.finish.write_report", lambda folder: folder)
+
+
+# What a simulated step does not look at: rows to steps to rates, what is logged and kept, and when.
+_NOT_SIMULATED = {
+    *("num_train_epochs", "max_steps", "gradient_accumulation_steps", "learning_rate", "warmup_steps", "warmup_ratio"),
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
+}
+_simulated: dict[str, Any] = {}
+
+
+@pytest.fixture
+def simulated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step of a run is simulated once for the same model, settings and micro-batches, which takes longer than all
+    else that preflight does; tests/memory/ holds what it tells."""
+
+    def remembered(config: RunConfig, *batches: Any) -> Any:
+        settings = (config.model, config.lora, config.train.model_dump(exclude=_NOT_SIMULATED))
+        model = Path(config.model.name_or_path) / "config.json"
+        key = repr((settings, batches, model.read_bytes() if model.is_file() else None))
+        if key not in _simulated:
+            _simulated[key] = live_at_peak(config, *batches)
+        return copy.deepcopy(_simulated[key])
+
+    monkeypatch.setattr("lora_core.memory.plan.live_at_peak", remembered)
 
 
 @pytest.fixture

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 
 Truncation = Literal["right", "drop", "error"]
+# Columns that hold a value a token; the others hold what is known of a row.
+_TOKENS = ["input_ids", "loss_mask", "loss_weights"]
 
 
 @dataclass(frozen=True)
@@ -189,38 +191,36 @@ def account(
     Raises:
         DataError: a row cannot be used, or is longer than may be, and the configuration says to stop; none is left.
     """
-    columns = encoded.with_format("numpy")
-
-    def column(name: str) -> npt.NDArray[Any]:
-        return np.asarray(columns[name][:])
-
+    # All at once: `datasets` copies the table's schema for every read.
+    names = [name for name in encoded.column_names if name not in {*_TOKENS, "left_out", "problem"}]
+    column = encoded.select_columns(names).with_format("numpy")[:]
     bad = problems != ""
-    supervised, truncated = column("num_supervised"), column("truncated_tokens")
+    supervised, truncated = column["num_supervised"], column["truncated_tokens"]
     rows = RowFacts(
-        line=column("line"),
+        line=column["line"],
         length=list_lengths(encoded) + truncated,
         is_bad=bad,
         is_unsupervised=~bad & (supervised == 0),
         num_supervised=supervised,
-        lost_supervised=column("truncated_supervised"),
-        has_empty_reply=column("has_empty_reply"),
-        holds_special_text=column("holds_special_text"),
-        cut_at_border=column("cut_at_border"),
-        has_doubled_bos=column("has_doubled_bos"),
-        has_system_turn=column("has_system_turn"),
-        has_placeholder=column("has_placeholder"),
-        repeats_prompt=column("repeats_prompt"),
-        ends_unanswered=column("ends_unanswered"),
-        changes_script=column("changes_script"),
-        has_tools=column("has_tools"),
-        lists_tools_twice=column("lists_tools_twice"),
-        wraps_answers=column("wraps_answers"),
-        is_normalized=column("is_normalized"),
-        sketch=column("sketch"),
-        reply_start=column("reply_start"),
-        exact_key=column("exact_key"),
-        text_key=column("text_key"),
-        is_repeat=places.repeats(column("line")),
+        lost_supervised=column["truncated_supervised"],
+        has_empty_reply=column["has_empty_reply"],
+        holds_special_text=column["holds_special_text"],
+        cut_at_border=column["cut_at_border"],
+        has_doubled_bos=column["has_doubled_bos"],
+        has_system_turn=column["has_system_turn"],
+        has_placeholder=column["has_placeholder"],
+        repeats_prompt=column["repeats_prompt"],
+        ends_unanswered=column["ends_unanswered"],
+        changes_script=column["changes_script"],
+        has_tools=column["has_tools"],
+        lists_tools_twice=column["lists_tools_twice"],
+        wraps_answers=column["wraps_answers"],
+        is_normalized=column["is_normalized"],
+        sketch=column["sketch"],
+        reply_start=column["reply_start"],
+        exact_key=column["exact_key"],
+        text_key=column["text_key"],
+        is_repeat=places.repeats(column["line"]),
     )
     if bad.any() and on_bad_row == "error":
         title = f"{source}: {int(bad.sum()):,} of {counted(len(bad), 'row')} cannot be used:"
@@ -245,7 +245,7 @@ def account(
     lengths = list_lengths(dataset)
     counts = RowCounts(
         read=len(bad),
-        num_rows=0 if (column("reply") < 0).all() else len(np.unique(rows.line)),
+        num_rows=0 if (column["reply"] < 0).all() else len(np.unique(rows.line)),
         kept=int(kept.sum()),
         dropped_bad=int(bad.sum()),
         dropped_unsupervised=int(rows.is_unsupervised.sum()),
@@ -263,7 +263,7 @@ def account(
             + ("; fix: a larger data.max_seq_length" if counts.truncated_supervised_tokens else ""),
             "no_rows_left",
         )
-    columns_kept = dataset.select_columns(["input_ids", "loss_mask", "loss_weights", "line", "reply"])
+    columns_kept = dataset.select_columns([*_TOKENS, "line", "reply"])
     left_out = _lines_by_key(encoded, rows.line)
     return EncodedFile(columns_kept, lengths, counts, rows, places, np.flatnonzero(kept), left_out)
 

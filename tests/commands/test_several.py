@@ -23,7 +23,7 @@ def models(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, Path
     wider = make_model(len(tokenizer) + 64)
     wider.save_pretrained(folders["wider"])
     tokenizer.save_pretrained(folders["wider"])
-    huge = Qwen2Config(vocab_size=len(tokenizer), hidden_size=16384, intermediate_size=65536, num_hidden_layers=400)
+    huge = Qwen2Config(vocab_size=len(tokenizer), hidden_size=16384, intermediate_size=65536, num_hidden_layers=40)
     huge.architectures = ["Qwen2ForCausalLM"]
     huge.save_pretrained(folders["huge"])
     tokenizer.save_pretrained(folders["huge"])

@@ -1,12 +1,14 @@
-"""One optimizer step of a tiny model over the same ten conversations, cut as asked; run alone or under torchrun.
+"""One optimizer step of a tiny model over the same conversations, cut as asked; run alone or as several ranks.
 
-python -m tests.equivalence.one_step MODEL_DIR ROWS BATCH ACCUMULATION MAX_TOKENS OUT
+python -m tests.equivalence.one_step MODEL_DIR CUTS.json
 
-MAX_TOKENS 0 pads; otherwise micro-batches are packed up to so many tokens.
+CUTS.json: a list of {"rows": FILE, "batch_size": ..., "accumulation": ..., "max_tokens": ..., "out": FILE}, one step
+for each, as `one_step` takes it: max_tokens 0 pads; otherwise micro-batches are packed up to so many tokens.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,8 @@ def one_step(
 
 
 if __name__ == "__main__":
-    result = one_step(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:6]))
-    if result["is_main"]:
-        torch.save(result, sys.argv[6])
+    for cut in json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")):
+        size = (cut["batch_size"], cut["accumulation"], cut["max_tokens"])
+        result = one_step(Path(sys.argv[1]), Path(cut["rows"]), *size)
+        if result["is_main"]:
+            torch.save(result, cut["out"])

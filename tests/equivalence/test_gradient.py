@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from tests.conftest import chat
 from tests.equivalence.one_step import one_step
 from tests.forked import on_ranks
+from tests.tiny import write_jsonl
 
 # Lengths and shares of supervised tokens differ widely, so a mean of means would be far off.
 ROWS = [chat("q" * (7 * i % 40 + 1), "answer " * (i % 5 * 3 + 1), "and?", "no" * (i % 3)) for i in range(8)]
@@ -56,30 +58,34 @@ def test_packed_rows(tiny_model_dir: Path, whole: Any, max_tokens: int, micro_ba
     assert_same_step(got, wanted)
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "accumulation", "max_tokens"),
-    [
-        (2, 2, 0),
-        (7, 1, 0),  # one rank has a row more than the other
-        (4, 1, 150),
-    ],
-)
-def test_two_ranks(
-    tiny_model_dir: Path, whole: Any, tmp_path: Path, batch_size: int, accumulation: int, max_tokens: int
-) -> None:
-    rows_file, wanted = whole
-    out = tmp_path / "step.pt"
-    module = ["-m", "tests.equivalence.one_step"]
-    cut = [str(batch_size), str(accumulation), str(max_tokens)]
-    on_two_ranks(*module, str(tiny_model_dir), str(rows_file), *cut, str(out))
-    got = torch.load(out, weights_only=True)
+# (rows, batch size, accumulation, max_tokens) of each of two ranks.
+CUTS = [
+    (8, 2, 2, 0),
+    (8, 7, 1, 0),  # one rank has a row more than the other
+    (8, 4, 1, 150),
+    (7, 1, 4, 0),  # an odd number of rows leaves one rank a filler
+]
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """A folder with what came of each of `CUTS`: all in one launch, as to start two ranks costs some seconds."""
+    folder = tmp_path_factory.mktemp("two-ranks")
+    cuts = []
+    for number, (num_rows, batch_size, accumulation, max_tokens) in enumerate(CUTS):
+        size = {"batch_size": batch_size, "accumulation": accumulation, "max_tokens": max_tokens}
+        rows = write_jsonl(folder / f"{number}.jsonl", ROWS[:num_rows])
+        cuts.append({"rows": str(rows), **size, "out": str(folder / f"{number}.pt")})
+    (folder / "cuts.json").write_text(json.dumps(cuts), encoding="utf-8")
+    on_two_ranks("-m", "tests.equivalence.one_step", str(tiny_model_dir), str(folder / "cuts.json"))
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(CUTS)), ids=map(str, CUTS))
+def test_two_ranks(tiny_model_dir: Path, on_two: Path, write_rows: Any, number: int) -> None:
+    num_rows = CUTS[number][0]
+    wanted = one_step(tiny_model_dir, write_rows(ROWS[:num_rows]), num_rows, 1)
+    assert wanted["micro_batches"] == 1
+    got = torch.load(on_two / f"{number}.pt", weights_only=True)
     assert got["world_size"] == 2
     assert_same_step(got, wanted)
-
-
-def test_an_odd_number_of_rows_leaves_one_rank_a_filler(tiny_model_dir: Path, tmp_path: Path, write_rows: Any) -> None:
-    rows_file = write_rows(ROWS[:7])
-    wanted = one_step(tiny_model_dir, rows_file, 7, 1)
-    out = tmp_path / "step.pt"
-    on_two_ranks("-m", "tests.equivalence.one_step", str(tiny_model_dir), str(rows_file), "1", "4", "0", str(out))
-    assert_same_step(torch.load(out, weights_only=True), wanted)

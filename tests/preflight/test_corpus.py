@@ -17,6 +17,8 @@ from lora_core.preflight.findings import Finding
 from lora_core.preflight.preflight import finding_of, look_at_run, run_checks
 from tests.conftest import CHATML, chat
 
+pytestmark = pytest.mark.usefixtures("simulated_once")
+
 ROWS = [chat(f"question {i}", f"answer {i}") for i in range(78)]
 GOOD = "".join(json.dumps(row) + "\n" for row in ROWS)
 LINE = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}\n'

@@ -34,6 +34,8 @@ from tests.conftest import CHATML, ROOT, chat, make_tokenizer
 from tests.forked import python
 from tests.tiny import save_tiny_model
 
+pytestmark = pytest.mark.usefixtures("simulated_once")
+
 TRAIN = [chat(f"question {i}", f"answer {i}") for i in range(78)]
 HELD_OUT = [chat(f"another {i}", f"answer {i}") for i in range(10)]
 

@@ -183,8 +183,8 @@ def test_training_ends_with_its_launcher_and_leaves_a_checkpoint(
         wait_for_step(3, log, [launcher])
         (training,) = psutil.Process(launcher.pid).children()
         os.killpg(launcher.pid, signal.SIGINT) if to_all else launcher.terminate()
-        launcher.wait(timeout=30)
-        gone, _ = psutil.wait_procs([training], timeout=30)
+        launcher.wait(timeout=120)
+        gone, _ = psutil.wait_procs([training], timeout=120)
         assert gone == [training]
         by = "SIGINT" if to_all else "SIGTERM"
         assert re.search(rf"error: stopped by {by} after step \d+ of 1500", log.read_text())
@@ -208,7 +208,7 @@ def test_only_accelerate_launch_is_followed(command: list[str], is_launcher: boo
 
 
 def wait_for_step(step: int, log: Path, processes: list[subprocess.Popen[bytes]]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not re.search(rf"step +{step}/", log.read_text()):
         assert time.monotonic() < deadline, log.read_text()
         assert all(process.poll() is None for process in processes), log.read_text()
@@ -217,14 +217,14 @@ def wait_for_step(step: int, log: Path, processes: list[subprocess.Popen[bytes]]
 
 @pytest.mark.parametrize(("doomed", "fault"), [(1, signal.SIGKILL), (1, signal.SIGSTOP)], ids=["dies", "hangs"])
 def test_a_lost_rank_is_named_by_the_one_that_is_left(settings: list[str], doomed: int, fault: signal.Signals) -> None:
-    command = ["launch/train.py", "--cfg", "demo", *settings, "train.num_train_epochs=500", "train.rank_timeout_s=8"]
+    command = ["launch/train.py", "--cfg", "demo", *settings, "train.num_train_epochs=500", "train.rank_timeout_s=15"]
     ranks = start_ranks(2, *command)  # without torchrun's watch, which would end the other before it can speak
     try:
         assert any(re.match(r"step +3/", line) for line in ranks[0].stdout)
         os.kill(ranks[doomed].pid, fault)
         left = ranks[1 - doomed].wait()
         assert left.returncode == 1
-        assert f"error: rank {doomed} of 2 died or did not answer within 8 s" in left.stderr
+        assert f"error: rank {doomed} of 2 died or did not answer within 15 s" in left.stderr
         assert "Traceback" not in left.stdout + left.stderr
     finally:
         for rank in ranks:
