@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lora_core.configuration import shipped_file, with_overrides
 from lora_core.preflight.findings import Facts, gib
-from lora_core.preflight.memory import fsdp_changes, fsdp_file
+from lora_core.preflight.memory import cheapest_change, fsdp_changes, fsdp_file, micro_batch_limit_that_fits
 
 # Stands for the first machine's own.
 EXAMPLE_ADDRESS = "10.0.0.1"
@@ -24,9 +24,12 @@ class Launch:
     command: str | None
     """For a shell, the same on each machine but for the machine's rank; None where nothing fits."""
     reason: str
+    to_fill_in: str | None = None
+    """What differs from machine to machine, or stands for something; None on one machine."""
 
     def __str__(self) -> str:
-        return f"start: {self.command or 'no way fits'}\n       why: {self.reason}"
+        text = f"start: {self.command or 'as configured, no way fits'}\n       why: {self.reason}"
+        return text if self.to_fill_in is None else f"{text}\n       to fill in: {self.to_fill_in}"
 
 
 def choose_launch(facts: Facts, words: Sequence[str]) -> Launch:
@@ -45,21 +48,49 @@ def choose_launch(facts: Facts, words: Sequence[str]) -> Launch:
     if copy.fits:
         why = f"a copy of the model fits on each device ({of_copy}), so that gradients alone are exchanged (DDP)"
         return starts(facts, words, why)
+    limit = micro_batch_limit_that_fits(facts) if environment.sharding == "ddp" else None
+    if limit is not None:
+        unit = "tokens" if facts.config.data.packing else "rows"
+        why = f"a copy of the model fits on each device with micro-batches of at most {limit} {unit}"
+        return starts(facts, words, f"{why} (train.auto_batch_size), so that gradients alone are exchanged (DDP)")
     too_large = f"a copy of the model does not fit on each device ({of_copy})"
     changes = fsdp_changes(facts.config)
     if changes is None or environment.device.kind == "cpu":
-        return Launch(None, None, f"{too_large}, and with these settings it cannot be shared out (FSDP)")
+        why = f"{too_large}, and with these settings it cannot be shared out (FSDP)"
+        return Launch(None, None, why + _what_would_fit(facts))
     share = facts.predict_memory(with_overrides(facts.config, changes), "fsdp")
     if not share.fits:
-        return Launch(None, None, f"{too_large}, nor does a share of it (FSDP: {gib(share.total_bytes)})")
+        why = f"{too_large}, nor does a share of it (FSDP: {gib(share.total_bytes)})"
+        return Launch(None, None, why + _what_would_fit(facts))
     file = fsdp_file(facts.config)
     command = _accelerate(file, facts, [*words, *changes])
-    return Launch(file, command, f"{too_large}, and a share of it does (FSDP: {gib(share.total_bytes)})")
+    why = f"{too_large}, and a share of it does (FSDP: {gib(share.total_bytes)})"
+    return Launch(file, command, why, _to_fill_in(facts, "--machine_rank", "--main_process_ip"))
+
+
+def _what_would_fit(facts: Facts) -> str:
+    """The fix of `memory_too_small`, where there is one."""
+    assert facts.memory is not None
+    if facts.memory.fits:
+        return ""
+    fix, _ = cheapest_change(facts)
+    return "" if fix is None else f"; with {fix} it would fit"
+
+
+def _to_fill_in(facts: Facts, rank_option: str, address_option: str) -> str | None:
+    num_machines = facts.environment.num_machines
+    if num_machines == 1:
+        return None
+    return (
+        f"the same line on each machine, with its own {rank_option} (0 to {num_machines - 1}), and with the address of "
+        f"the first for {address_option}, in place of {EXAMPLE_ADDRESS}"
+    )
 
 
 def _ddp(facts: Facts, words: Sequence[str], reason: str) -> Launch:
     file = "ddp.yaml" if facts.environment.num_machines == 1 else "multinode_ddp.yaml"
-    return Launch(file, _accelerate(file, facts, words), reason)
+    to_fill_in = _to_fill_in(facts, "--machine_rank", "--main_process_ip")
+    return Launch(file, _accelerate(file, facts, words), reason, to_fill_in)
 
 
 def _accelerate(file: str, facts: Facts, words: Sequence[str]) -> str:
@@ -80,4 +111,5 @@ def _on_cpus(facts: Facts, words: Sequence[str], reason: str) -> Launch:
     if environment.num_machines > 1:
         options += ["--nnodes", str(environment.num_machines), "--node_rank", "0"]
         options += ["--master_addr", EXAMPLE_ADDRESS, "--master_port", "29500"]
-    return Launch(None, shlex.join(["torchrun", *options, "-m", "lora_core", "train", *words]), reason)
+    command = shlex.join(["torchrun", *options, "-m", "lora_core", "train", *words])
+    return Launch(None, command, reason, _to_fill_in(facts, "--node_rank", "--master_addr"))

@@ -208,19 +208,17 @@ def check_batch_larger_than_data(facts: Facts) -> Iterator[Finding]:
     """
     plan = facts.plan
     if plan.rows_per_optimizer_step > plan.num_rows:
-        too_many = (
-            f", whatever the settings: {plan.num_processes:,} processes are more than there are examples"
-            if plan.num_processes > plan.num_rows
-            else ""
-        )
+        has_too_many = plan.num_processes > plan.num_rows
+        too_many = f", whatever the settings: {plan.num_processes:,} processes are more than there are examples"
         yield Finding(
             "batch_larger_than_data",
             "warning",
             f"an optimizer step takes up to {plan.rows_per_optimizer_step} examples, but there "
-            f"{'is' if plan.num_rows == 1 else 'are'} only {plan.num_rows}: every epoch is a single step{too_many}",
+            f"{'is' if plan.num_rows == 1 else 'are'} only {plan.num_rows}: every epoch is a single step"
+            + (too_many if has_too_many else ""),
             plan.rows_per_optimizer_step,
             plan.num_rows,
-            _remedy(facts).smaller_steps or None,
+            None if has_too_many else _remedy(facts).smaller_steps or None,
         )
 
 

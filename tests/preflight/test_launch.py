@@ -74,6 +74,29 @@ def test_on_several_machines_the_command_has_what_each_must_say(choose: Any) -> 
     arguments = launched(launch.command)
     assert (arguments.num_processes, arguments.num_machines, arguments.machine_rank) == (16, 4, 0)
     assert (arguments.main_process_ip, arguments.main_process_port) == ("10.0.0.1", 29500)
+    assert "its own --machine_rank (0 to 3), and with the address of the first for --main_process_ip" in str(launch)
+    assert "its own --node_rank (0 to 3)" in str(choose(16, 4, None, "model.dtype=float32", "train.bf16=false"))
+    assert choose(4, 1, LARGE).to_fill_in is None
+
+
+def test_a_run_that_takes_smaller_micro_batches_by_itself_is_started(choose: Any) -> None:
+    of_eight = ["data.packing=false", "train.per_device_train_batch_size=8", "train.auto_batch_size=true"]
+    limit = choose(2, 1, LARGE, *of_eight, as_facts=True).memory.total_bytes - 1
+    launch = choose(2, 1, limit, *of_eight)
+    assert launch.config_file == "ddp.yaml"
+    assert "micro-batches of at most 2 rows (train.auto_batch_size)" in launch.reason
+    assert "train.auto_batch_size" not in choose(2, 1, limit, *of_eight[:2]).reason
+
+
+def test_where_no_way_fits_it_says_what_would(choose: Any) -> None:
+    of_eight = ["data.packing=false", "train.per_device_train_batch_size=8", "train.fp16=true", "train.bf16=false"]
+    facts = choose(2, 1, LARGE, *of_eight, as_facts=True)
+    launch = choose(2, 1, facts.memory.total_bytes - 1, *of_eight)
+    assert "start: as configured, no way fits" in str(launch)
+    fix = re.search(r"; with (.+) it would fit", launch.reason)
+    assert fix is not None
+    assert choose(2, 1, facts.memory.total_bytes - 1, *of_eight, *fix[1].split()).command is not None
+    assert "would fit" not in choose(2, 1, 2**20, *of_eight).reason
 
 
 def test_where_only_a_share_fits_it_is_fsdp_with_the_optimizer_that_it_needs(choose: Any) -> None:

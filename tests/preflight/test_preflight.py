@@ -565,6 +565,7 @@ def test_fixes_for_one_cause_do_not_add_up(base: list[str], find: Any, write_row
     st.none() | st.integers(1, 60),
 )
 @example(2, 1, 1, 2, 1, 2)  # smaller steps make it a single pass
+@example(5, 8, 1, 4, 1, None)  # no settings give each process an example
 def test_the_fixes_of_one_plan_agree_and_pasted_together_leave_nothing_to_fix(
     num_rows: int, num_processes: int, batch_size: int, accumulation: int, epochs: int, max_steps: int | None
 ) -> None:
@@ -581,6 +582,7 @@ def test_the_fixes_of_one_plan_agree_and_pasted_together_leave_nothing_to_fix(
         facts = SimpleNamespace(config=config, plan=plan_for(config, num_rows, num_processes))
         return [finding for check in checks for finding in check(cast(Facts, facts))]
 
+    assert all(finding.fix is None for finding in found(settings) if "whatever the settings" in finding.message)
     fixes = [part for finding in found(settings) for part in (finding.fix or "").split()]
     assert len({fix.partition("=")[0] for fix in fixes}) == len(set(fixes))
     left = found([*settings, *fixes])
