@@ -25,10 +25,8 @@ from lora_core.data import row_text
 from lora_core.data.cache import cache_folder, make_entry, naming_cache_folder, take_entry
 from lora_core.data.counts import EncodedFile, Truncation, account
 from lora_core.data.split import hold_out
-from lora_core.encoding import chat, forms, prompts, provenance, reasoning, spans, template
 from lora_core.encoding.chat import ChatEncoder, EncodedChat
 from lora_core.errors import ConfigError, DataError, RowError
-from lora_core.rows import columns, json_values, keyed_parts, messages, other_shapes, tool_use, turns
 from lora_core.rows.messages import Conversation, RowShape, TrainOn, one_for_each_reply, parse_json_row, shape_of
 from lora_core.sources.files import as_jsonl
 from lora_core.sources.places import Places
@@ -42,6 +40,10 @@ if TYPE_CHECKING:
 _ROWS_WORTH_A_PROCESS = 2_500
 # A row this long has some million tokens, of which max_seq_length are kept; tokenizing it takes 100 bytes each.
 _MAX_ROW_BYTES = 10_000_000
+# What decides how a row is encoded: where it has changed, rows that were encoded before are not taken.
+_PACKAGE = Path(__file__).parent.parent
+CODE = sorted([*(_PACKAGE / "rows").glob("*.py"), *(_PACKAGE / "encoding").glob("*.py")])
+CODE += [_PACKAGE / "data/row_text.py", Path(__file__)]
 # Keys of `data` that `encode_file` takes under the same name.
 _SAME_NAMES = ["max_seq_length", "cache_dir", "on_bad_row", "num_proc", "cache_limit_gib"]
 _SAME_NAMES += ["train_on", "truncation", "split_turns", "mask_reasoning"]
@@ -179,25 +181,8 @@ def _fingerprint(path: Path, encoder: ChatEncoder, settings: list[Any]) -> str:
     parts = [backend, tokenizer.chat_template, tokenizer.special_tokens_map]
     parts += [encoder.forms.stop_tokens, encoder.train_on, encoder.mask_reasoning, *settings]
     digest.update(json.dumps(parts, default=str, sort_keys=True).encode())
-    for module in (
-        json_values,
-        columns,
-        keyed_parts,
-        other_shapes,
-        tool_use,
-        turns,
-        messages,
-        template,
-        provenance,
-        forms,
-        prompts,
-        spans,
-        reasoning,
-        chat,
-        row_text,
-    ):
-        digest.update(Path(str(module.__file__)).read_bytes())
-    digest.update(Path(__file__).read_bytes())
+    for module in CODE:
+        digest.update(module.read_bytes())
     return digest.hexdigest()[:32]
 
 

@@ -250,9 +250,8 @@ def _calls_of_content(content: Any, turn: Mapping[str, Any], where: str, unused:
 
 def _calls(turn: Mapping[str, Any], parts: _Parts, role: str, where: str, unused: set[str]) -> list[dict[str, Any]]:
     """The calls in the content, or beside it; OpenAI's old way has one, in function_call."""
-    said_nothing = (
-        says_nothing if any(map(str.strip, parts.texts)) else is_empty
-    )  # a reply beside it says that there is none
+    # Where there is a reply too, "[]" and the like say that there is no call.
+    said_nothing = says_nothing if any(map(str.strip, parts.texts)) else is_empty
     given = [key for key in ("tool_calls", "function_call") if not said_nothing(turn.get(key))]
     given += sorted(_other_calls(turn)) if role == "assistant" else []
     if role != "assistant" and (given or parts.calls):

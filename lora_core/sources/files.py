@@ -29,7 +29,6 @@ import numpy.typing as npt
 from lora_core.config.schema import TrainFile
 from lora_core.configuration import shipped_file
 from lora_core.errors import DataError, counted
-from lora_core.sources import hub, json_object, json_stream, kinds, readers
 from lora_core.sources.hub import LoadedDataset, load_rows
 from lora_core.sources.kinds import COMPRESSED_ENDINGS, ENDINGS, Kind, damage_errors, kind_of
 from lora_core.sources.places import NewRows, Part, Places, new_rows
@@ -105,8 +104,7 @@ def as_jsonl(
     if len(sources) == 1 and sources[0].is_taken_as_it_is:
         assert sources[0].path is not None
         return Places.of_file(sources[0].path)
-    modules = [hub.__file__, json_object.__file__, json_stream.__file__, kinds.__file__, readers.__file__, __file__]
-    code = [hashlib.sha256(Path(module).read_bytes()).hexdigest() for module in modules]
+    code = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(Path(__file__).parent.glob("*.py"))]
     identity = [code, seed, [source.identity() for source in sources]]
     name = f"rows-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}"
     path, table = folder / f"{name}.jsonl", folder / f"{name}.places.json"

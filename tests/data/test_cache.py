@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from lora_core.configuration import load_config
 from lora_core.data import cache
 from lora_core.data.counts import EncodedFile
-from lora_core.data.encoded import encode_file
+from lora_core.data.encoded import CODE, encode_file
 from lora_core.data.in_memory import with_rows
 from lora_core.errors import ConfigError
 from lora_core.preflight.rows import check_template_date
@@ -32,6 +32,21 @@ ROWS = [chat(f"question {i}", f"answer {i}") for i in range(60)]
 def encode(path: Path, tokenizer: PreTrainedTokenizerFast, **changes: Any) -> EncodedFile:
     arguments: dict[str, Any] = {"max_seq_length": 512, "cache_dir": path.parent / "cache", **changes}
     return encode_file(path, tokenizer, **arguments)
+
+
+def test_rows_are_encoded_anew_where_any_module_that_reads_them_has_changed(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, write_rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode(write_rows(ROWS), tokenizer)
+    read_by = [
+        sys.modules[name] for name in [*sys.modules] if name.startswith(("lora_core.rows.", "lora_core.encoding."))
+    ]
+    assert {Path(str(module.__file__)) for module in read_by} <= {*CODE}
+    changed = tmp_path / "turns.py"
+    changed.write_text("# another one\n")
+    monkeypatch.setattr("lora_core.data.encoded.CODE", [*CODE, changed])
+    encode(write_rows(ROWS), tokenizer)
+    assert len([*(tmp_path / "cache").rglob("manifest.json")]) == 2
 
 
 def cut_short(entry: Path) -> None:
