@@ -159,6 +159,21 @@ def test_the_page_has_the_steps_that_are_planned() -> None:
         assert [str(plan.total_optimizer_steps) for plan in planned] == [cell.split()[0] for cell in steps]
 
 
+def test_the_page_has_the_memory_that_is_predicted() -> None:
+    """The GiB of `1 x 1024` with checkpointing: after the slash in the table that is written from predictions."""
+    lines = (ROOT / "docs/memory.md").read_text(encoding="utf-8").splitlines()
+    (head,) = (cells_of(line)[3:] for line in lines if line.startswith("| model | weights |"))
+    of_weights = {
+        cells[1]: {name: cell.split(" / ")[1] for name, cell in zip(head, cells[3:], strict=True)}
+        for cells in map(cells_of, lines)
+        if cells[:1] == ["Qwen2.5-7B-Instruct"] and cells[2] == "1 x 1024"
+    }
+    page = (ROOT / "docs/multi-gpu.md").read_text(encoding="utf-8").splitlines()
+    picked = [cells_of(line) for line in page if re.match(r"\| \d+ GPU", line)]
+    for cells, column in zip(picked, ["1 GPU", "DDP, 2 to 8", "FSDP, 4", "DDP, 2 to 8"], strict=True):
+        assert cells[4:6] == [of_weights[weights][column] for weights in ("NF4", "bf16")]
+
+
 def test_started_by_a_launcher_it_is_about_that_launch_and_said_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
