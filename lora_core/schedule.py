@@ -134,6 +134,11 @@ class SchedulePlan:
         return [self.learning_rate_at(step) for step in range(self.total_optimizer_steps)]
 
 
+def largest_micro_batch(num_rows: int, at_most: int) -> int:
+    """The most rows of a micro-batch, at most so many, into which so many rows of a step can be cut evenly."""
+    return max(size for size in range(1, min(num_rows, at_most) + 1) if num_rows % size == 0)
+
+
 def plan_schedule(
     num_rows: int,
     *,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from lora_core.configuration import with_overrides
 from lora_core.data.counts import EncodedFile
 from lora_core.errors import ConfigError, counted
 from lora_core.preflight.plan import plan_for
-from lora_core.schedule import SchedulePlan, extended
+from lora_core.schedule import SchedulePlan, extended, largest_micro_batch
 
 # Keys that decide only what is shown and kept: a resumed run may have other values.
 _FREE_KEYS = frozenset(
@@ -112,7 +111,7 @@ def keep_rows_per_step(checkpoint: Checkpoint, config: RunConfig, num_processes:
 
 def _even_share(rows: int, batch: int, num_processes: int) -> str:
     if rows % num_processes == 0:
-        smaller = math.gcd(rows // num_processes, batch)
+        smaller = largest_micro_batch(rows // num_processes, batch)
         return (
             f"train.per_device_train_batch_size={smaller} "
             f"train.gradient_accumulation_steps={rows // num_processes // smaller}"

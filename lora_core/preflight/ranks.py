@@ -20,7 +20,7 @@ from lora_core.preflight.findings import Facts
 from lora_core.preflight.launch import Launch, choose_launch
 from lora_core.preflight.plan import plan_for
 from lora_core.preflight.schedule import ENOUGH_STEPS
-from lora_core.schedule import SchedulePlan
+from lora_core.schedule import SchedulePlan, largest_micro_batch
 
 # Steps of the first epoch that are divided among all ranks; more tell nothing new.
 _STEPS_LOOKED_AT = 1_000
@@ -153,7 +153,7 @@ def steps_of_one_process(train: TrainConfig, num_processes: int) -> str | None:
     on_each, left = divmod(batch * accumulation, num_processes)
     if left:
         return None
-    smaller = math.gcd(on_each, batch)
+    smaller = largest_micro_batch(on_each, batch)
     settings = {"per_device_train_batch_size": smaller, "gradient_accumulation_steps": on_each // smaller}
     changed = [f"train.{name}={value}" for name, value in settings.items() if value != getattr(train, name)]
     return " ".join(changed)

@@ -69,3 +69,10 @@ def test_a_step_that_no_share_fits_says_which_numbers_of_processes_do() -> None:
         r"evenly; fix: a number of processes out of 1, 2, 4",
     ):
         keep_rows_per_step(checkpoint_of(2, 2, 2), load_config("demo", cut(2, 2)), 3)
+
+
+def test_a_share_is_cut_into_the_largest_micro_batches_up_to_those_of_the_settings() -> None:
+    with pytest.raises(
+        ConfigError, match=r"fix: train\.per_device_train_batch_size=2 train\.gradient_accumulation_steps=2$"
+    ):
+        keep_rows_per_step(checkpoint_of(3, 1, 4), load_config("demo", cut(3, 1)), 3)
