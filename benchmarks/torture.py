@@ -461,22 +461,24 @@ class Cell:
 def kill_matrix(work: Path, inputs: Sequence[str], count: int, ranks: Sequence[int], draw: random.Random) -> list[Cell]:
     """SIGKILL to all processes of a run at `count` random instants a cell, resumed on as many ranks and on others.
 
-    On as many ranks it must end with the same bits, with dropout; on others as one rank does up to rounding, without.
+    On as many ranks it must end with the same bits, with dropout; on others as one rank does up to rounding, without,
+    and in float32: other ranks cut a step into other micro-batches, whose rounding in bfloat16 is a hundredth.
     """
+    for_rounding = ["lora.dropout=0", "train.bf16=false", "model.dtype=float32"]  # the last of two values holds
 
-    def run_on(number: int, sharding: Sharding, dropout: float) -> Run:
-        name = f"{sharding} {number} dropout {dropout}"
-        settings = f"lora.dropout={dropout} train.optim=adamw_torch train.gradient_accumulation_steps={4 // number}"
-        return undisturbed(work, inputs, name, settings, number, sharding, times=1)
+    def run_on(number: int, sharding: Sharding, *more: str) -> Run:
+        name = " ".join([sharding, str(number), *more])
+        settings = ["train.optim=adamw_torch", f"train.gradient_accumulation_steps={4 // number}", *more]
+        return undisturbed(work, inputs, name, shlex.join(settings), number, sharding, times=1)
 
-    reference, cells = run_on(1, "ddp", 0), []
+    reference, cells = run_on(1, "ddp", *for_rounding), []
     for number in ranks:
         for sharding in SHARDINGS:
             say(f"kill matrix: {sharding}, {number} ranks")
-            run = run_on(number, sharding, 0.1)
+            run = run_on(number, sharding)
             same = matrix_cases(run, None, count, draw, work)
             cells.append(Cell(sharding, number, number, same))
-            settings = [*run.arguments, "lora.dropout=0"]  # the last of two values holds
+            settings = [*run.arguments, *for_rounding]
             on_others = replace(reference, arguments=settings, ranks=RESUMED_ON[number], sharding=sharding)
             others = matrix_cases(replace(run, arguments=settings), on_others, count, draw, work)
             cells.append(Cell(sharding, number, on_others.ranks, others))
