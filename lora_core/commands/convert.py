@@ -43,7 +43,7 @@ def _run(arguments: Namespace) -> None:
     left_out: dict[str, int] = {}
     for line, parsed in parse_file(places.path, shape_of(data), None if kind is None else reshape):
         if isinstance(parsed, RowError):
-            problems.append(f"{places.place(line)}: {parsed}")
+            problems.append(f"{places.place(line)}: {places.with_file(str(parsed), line)}")
             continue
         for key in parsed.unused_keys:
             left_out[key] = left_out.get(key, 0) + 1

@@ -54,7 +54,7 @@ def _run(arguments: Namespace) -> None:
         )
         raise DataError(f"{arguments.file}: has no row{at_line}")
     for line, text in shown:
-        print("\n".join(_describe(encoder, config, text, places.place(line))), end="\n\n")
+        print("\n".join(_describe(encoder, config, text, places, line)), end="\n\n")
 
 
 def _rows(places: Places, wanted: int | None) -> Iterator[tuple[int, str]]:
@@ -65,17 +65,18 @@ def _rows(places: Places, wanted: int | None) -> Iterator[tuple[int, str]]:
                 yield line, raw.decode("utf-8-sig", errors="replace")
 
 
-def _describe(encoder: ChatEncoder, config: RunConfig, text: str, place: str) -> list[str]:
+def _describe(encoder: ChatEncoder, config: RunConfig, text: str, places: Places, line: int) -> list[str]:
     """The row for the terminal: place and counts, what is not shown, and its text."""
     from lora_core.rows.messages import parse_json_row, shape_of
 
+    place = places.place(line)
     try:
         conversation = parse_json_row(text, shape_of(config.data))
         encoded = encoder.encode_batch([conversation])[0]
         if isinstance(encoded, RowError):
             raise encoded
     except RowError as error:
-        return [showable(f"{place}: {error}")]
+        return [showable(f"{place}: {places.with_file(str(error), line)}")]
     limit = config.data.max_seq_length
     tokens = counted(len(encoded.input_ids), "token")
     counts = f"{place}: {tokens}, {counted(sum(encoded.loss_mask), 'loss token')}"

@@ -284,11 +284,12 @@ def _one_line_for_each_problem(places: Places, lines: Sequence[int], problems: S
     lines_by_problem: dict[str, list[int]] = {}
     for line, problem in zip(lines, problems, strict=True):
         lines_by_problem.setdefault(problem, []).append(line)
-    return [
-        f"{places.place(having[0])}: "
-        + (problem if len(having) == 1 else f"{len(having):,} rows: {problem} ({places.listed(having)})")
-        for problem, having in lines_by_problem.items()
-    ]
+    listed = []
+    for problem, having in lines_by_problem.items():
+        said = places.with_file(problem, having[0])
+        said = said if len(having) == 1 else f"{len(having):,} rows: {said} ({places.listed(having)})"
+        listed.append(f"{places.place(having[0])}: {said}")
+    return listed
 
 
 def list_lengths(dataset: Dataset) -> npt.NDArray[np.int64]:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import secrets
+import shlex
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -68,6 +69,14 @@ class Places:
         """
         part, number = self._find(line)
         return f"{part.source}:{number}" if part.unit == "line" else f"{part.source}:row {number}"
+
+    def with_file(self, problem: str, line: int) -> str:
+        """A problem of this line, with its commands for the file that the line is from, where that is a file here."""
+        source = self._find(line)[0].source
+        if not Path(source).is_file():
+            return problem
+        name = shlex.quote(source)
+        return problem.replace(" convert FILE ", f" convert {name} ").replace(" < FILE ", f" < {name} ")
 
     def mark(self, line: int) -> int | str:
         """The line itself where there is one file of lines; else its place."""

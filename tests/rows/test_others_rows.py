@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import PreTrainedTokenizerFast
 
 from lora_core.commands.main import main
+from lora_core.data.encoded import encode_file
 from lora_core.encoding.chat import ChatEncoder, EncodedChat
 from lora_core.errors import DataError, RowError
 from lora_core.rows.columns import SYSTEM as SYSTEM_KEYS
@@ -21,6 +23,7 @@ from lora_core.rows.messages import Conversation, RowShape, parse_json_row, pars
 from lora_core.sources.files import as_jsonl
 from tests.conftest import make_tokenizer
 from tests.rows.test_shapes import ASSISTANT, CALL, CALLING, SCHEMA, SYSTEM, USER
+from tests.tiny import write_jsonl
 
 Row = dict[str, Any]
 CHAT = [USER, ASSISTANT]
@@ -298,6 +301,21 @@ def test_a_chat_of_whatsapp_becomes_rows(
     (row,) = Path("NEW.jsonl").read_text("utf-8").splitlines()
     assert [turn["content"] for turn in parse_json_row(row).messages] == ["q", "a\n- with a line: more"]
     assert f"not written: {2 if text is ANDROID else 1}" in capsys.readouterr().out
+
+
+def test_a_fix_names_the_file_that_its_row_is_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(
+        Path("it's.jsonl"), [{"dialog": ["Hello?", "Hi."], "act": [2, 1]}, {"dialog": ["a", "b"], "act": [1, 1]}]
+    )
+    with pytest.raises(DataError) as caught:
+        encode_file("it's.jsonl", tokenizer, max_seq_length=64, cache_dir="cache")
+    said = re.search(r"fix: lora-core (convert .*) \(writes", str(caught.value))
+    assert said is not None
+    assert main(shlex.split(said[1])) == 0
+    assert encode_file("NEW.jsonl", tokenizer, max_seq_length=64, cache_dir="cache").counts.kept == 2
 
 
 def run(command: str) -> None:
