@@ -14,8 +14,8 @@ import runpy
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -68,16 +68,27 @@ class Forked:
 
     def wait(self, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
         """What it has printed from here on, and its exit code, at its end."""
-        with ThreadPoolExecutor(2) as readers:
-            printed = [readers.submit(stream.read) for stream in (self.stdout, self.stderr)]
-            self.process.join(timeout_s)
-            if self.process.exitcode is None:
-                self.process.kill()
-                raise TimeoutError(f"{self._arguments} ran for more than {timeout_s} s")
-            stdout, stderr = (each.result() for each in printed)
+        printed = {"stdout": "", "stderr": ""}
+
+        def read(name: str) -> None:
+            printed[name] = getattr(self, name).read()
+
+        # Not waited for past the timeout: what the process has started may hold the pipes open.
+        readers = [threading.Thread(target=read, args=(name,), daemon=True) for name in printed]
+        for reader in readers:
+            reader.start()
+        self.process.join(timeout_s)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise TimeoutError(f"{self._arguments} ran for more than {timeout_s} s")
+        for reader in readers:
+            reader.join(timeout_s)
+        assert not any(reader.is_alive() for reader in readers), (
+            f"{self._arguments} left a process that holds its pipes"
+        )
         self.stdout.close()
         self.stderr.close()
-        return subprocess.CompletedProcess([*self._arguments], self.process.exitcode, stdout, stderr)
+        return subprocess.CompletedProcess([*self._arguments], self.process.exitcode, **printed)
 
 
 def python(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
