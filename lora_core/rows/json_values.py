@@ -165,18 +165,20 @@ def is_empty(value: Any) -> bool:
     return value is None or value == "" or value == [] or value == {}
 
 
-NOTHING_AS_TEXT = frozenset({"", "nan", "NaN", "None", "none", "null", "NULL", "<NA>", "<noinput>", "[]", "{}"})
-"""How pandas, Python and others write into a cell that there is nothing in it."""
+_NO_TEXT = frozenset({"", "nan", "NaN", "None", "null", "NULL", "<NA>", "<noinput>"})
+"""How pandas, Python and others write into a cell that there is no text in it."""
+_NO_VALUE = _NO_TEXT | {"none", "[]", "{}"}
+"""The same for a value: as a text, the others may be what a question is about."""
 
 
 def says_nothing(value: Any) -> bool:
     """Nothing is said by it, or by what stands in its cell."""
-    return is_empty(value) or (isinstance(value, str) and value.strip() in NOTHING_AS_TEXT)
+    return is_empty(value) or (isinstance(value, str) and value.strip() in _NO_VALUE)
 
 
 def is_missing(value: Any) -> bool:
     """A text that only says that there is none."""
-    return isinstance(value, str) and value.strip() in NOTHING_AS_TEXT
+    return isinstance(value, str) and value.strip() in _NO_TEXT
 
 
 def fix_for_text(value: Any) -> str:

@@ -104,6 +104,12 @@ def test_a_missing_input_or_system_text_is_not_shown_but_counted(nothing: str) -
     assert parse_row(row) == Conversation(CHAT, num_prompt_messages=1, unused_keys=("input", "system"))
 
 
+@pytest.mark.parametrize("asked", ["[]", "{}", "none"])
+def test_a_text_that_may_be_what_is_asked_about_is_shown(asked: str) -> None:
+    row = {"instruction": "Is it empty?", "input": asked, "output": "a"}
+    assert parse_row(row).messages[0]["content"] == f"Is it empty?\n\n{asked}"
+
+
 # ----- system texts
 
 
